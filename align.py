@@ -1,0 +1,498 @@
+"""Embedding alignment: stages 1 and 2 of DC-Gen (arXiv 2509.25180, Sec. 3.3), and the training loop of all three.
+
+A finished model on f8 latents gets a new patch embedder and a new output head for the latents of a deeper autoencoder.
+With both random, fine-tuning starts from noise and destroys what the base knows (Fig. 3). So first, the trunk untouched:
+
+  stage 1  the embedder alone learns to give the base's own patch embeddings of the same picture, pooled to the new
+           grid:   L = || e_phi(z_dc) - pool(e(z_base)) ||^2      (Eq. 1; clean latents, no noise, no time)
+  stage 2  embedder and head learn together from the ordinary flow loss in the *new* latent space (Eq. 2). No target
+           from the old head is needed, so it does not matter that the two latents have different channels: the frozen
+           trunk, the aligned embedder and the new space define what the head has to say. The model now draws.
+
+Both are linear least squares in what they train (a 1x1 map and its bias; stage 2 while the embedder stands still), so
+`--solver closed-form` finds the exact optimum from accumulated normal equations, with no learning rate at all.
+
+    python align.py                                    the embedded base, minutes on a CPU
+    python align.py --base dit-xl --images DIR         DiT-XL/2 from SD-VAE f8 patch 2 to DC-AE f32 patch 1
+"""
+
+import argparse
+import json
+import math
+import signal
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+from tqdm import tqdm
+
+from autoencoder import AUTOENCODERS, ae_config, load_autoencoder
+from data import LatentCache, open_source, order, write_json
+from evaluate import accuracy, gap_table, layer_gap, load_classifier
+from model import BASES, atomic, config_dict, deepen, run, to_deep_latent, write_tensors
+from sample import add_model_args, dtype_of, generate, load_base, path, sample_t, save_grid
+
+
+# ---- the losses --------------------------------------------------------------------------------------------------------------
+
+def grid_tokens(model, z: Tensor) -> Tensor:
+    """Patch embeddings on their grid: z (B,C,H,W) -> (B,D,H/p,W/p)."""
+    p = model.cfg.patch_size
+    return rearrange(model.embed(z), "b (h w) d -> b d h w", h=z.shape[-2] // p)
+
+
+def embedding_loss(model, base, z_dc: Tensor, z_base: Tensor, match: str = "downsample") -> Tensor:
+    """Stage 1 (Eq. 1): mean squared distance between the new patch embeddings and the base's, on one grid.
+    z_dc (B,C',H',W'), z_base (B,C,H,W) of the same pictures -> scalar.
+
+    match: "downsample"  the base's embeddings averaged over each new cell (the paper)
+           "upsample"    the new ones brought up to the base's grid, bilinear (the authors' guides)
+           "average"     only the means over the picture;  "mixed"  downsample + average
+    Each embedder has added its own grid's positions (as in the authors' code for DiT)."""
+    new = grid_tokens(model, z_dc)                                    # B D H'/p' W'/p'
+    with torch.no_grad():
+        old = grid_tokens(base, z_base).to(new.dtype)                 # B D H/p W/p
+    mean = lambda e: e.mean(dim=(2, 3))
+    down = lambda: F.mse_loss(new, F.adaptive_avg_pool2d(old, new.shape[-2:]))
+    if match == "downsample":
+        return down()
+    if match == "upsample":
+        return F.mse_loss(F.interpolate(new, old.shape[-2:], mode="bilinear"), old)
+    if match == "average":
+        return F.mse_loss(mean(new), mean(old))
+    if match == "mixed":
+        return down() + F.mse_loss(mean(new), mean(old))
+    raise ValueError(f"--match {match}: choose downsample, upsample, average or mixed")
+
+
+def flow_matching_loss(model, z: Tensor, t: Tensor, y: Tensor, x0: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Stages 2 and 3 (Eq. 2): || v(x_t, y, t) - (x1 - x0) ||^2. z = x1 and x0 (B,C,H,W), t (B,), y (B,) ->
+    the loss of every sample (B,), predicted and target velocity."""
+    xt, v = path(x0, z, t)
+    pred = model(xt, t, y).float()
+    return (pred - v).square().mean(dim=(1, 2, 3)), pred, v
+
+
+def drop_labels(model, y: Tensor, p: float, generator) -> Tensor:
+    """Replace a share p of the conditions by the null condition, so that the model stays able to be guided."""
+    drop = torch.rand(len(y), generator=generator) < p
+    return torch.where(drop.to(y.device), model.null_condition(y), y)
+
+
+@torch.no_grad()
+def validation_loss(model, z: Tensor, y: Tensor, dtype=torch.float32, times: int = 8) -> float:
+    """The flow loss at eight fixed t on fixed noise: steady from step to step, comparable from run to run in one latent
+    space."""
+    g = torch.Generator().manual_seed(12345)
+    t = ((torch.arange(len(z)) % times) + 0.5).div(times).to(z.device)
+    with torch.autocast(z.device.type, dtype, enabled=dtype != torch.float32):
+        return float(flow_matching_loss(model, z, t, y, torch.randn(z.shape, generator=g).to(z.device))[0].mean())
+
+
+# ---- both stages in closed form ------------------------------------------------------------------------------------------------
+
+class LeastSquares:
+    """min_W,b || W x + b - y ||^2 + ridge, streaming: sums of outer products in float64, a row (1, x) at a time. Sums of
+    shards add up (`+`), so any number of passes or processes give one answer."""
+
+    def __init__(self, size_in: int, size_out: int, device="cpu"):
+        self.xx = torch.zeros(size_in + 1, size_in + 1, dtype=torch.float64, device=device)
+        self.xy = torch.zeros(size_in + 1, size_out, dtype=torch.float64, device=device)
+        self.yy, self.n = torch.zeros((), dtype=torch.float64, device=device), 0
+
+    def add(self, x: Tensor, y: Tensor):
+        """x (..., size_in), y (..., size_out)"""
+        x, y = x.reshape(-1, x.shape[-1]).double(), y.reshape(-1, y.shape[-1]).double()
+        x = torch.cat([torch.ones_like(x[:, :1]), x], dim=1)
+        self.xx += x.T @ x
+        self.xy += x.T @ y
+        self.yy += y.square().sum()
+        self.n += len(x)
+
+    def __add__(self, other: "LeastSquares") -> "LeastSquares":
+        out = LeastSquares(self.xx.shape[0] - 1, self.xy.shape[1], self.xx.device)
+        out.xx, out.xy, out.yy, out.n = self.xx + other.xx, self.xy + other.xy, self.yy + other.yy, self.n + other.n
+        return out
+
+    def solve(self, ridge: float = 1e-6) -> tuple[Tensor, Tensor]:
+        """W (size_out,size_in), b (size_out,). The ridge is relative to the mean power of x, and spares the bias."""
+        penalty = torch.full_like(self.xx.diagonal(), ridge * float(self.xx.diagonal()[1:].mean()))
+        penalty[0] = 0.0
+        w = torch.linalg.solve(self.xx + penalty.diag(), self.xy)
+        return w[1:].T.contiguous(), w[0].contiguous()
+
+    def loss(self, w: Tensor, b: Tensor) -> float:
+        """Mean squared error of (W, b) on everything added, per number of y."""
+        wb = torch.cat([b[:, None], w], dim=1).double().T
+        return float((self.yy - 2 * (wb * self.xy).sum() + (wb * (self.xx @ wb)).sum()) / (self.n * self.xy.shape[1]))
+
+
+@torch.no_grad()
+def solve_embedder(model, base, batches, ridge: float = 1e-6) -> LeastSquares:
+    """Stage 1 exactly: the embedder that minimises Eq. 1 over `batches` of (z_dc, z_base). The map is linear, so one pass
+    is enough. Sets it in the model; returns the sums."""
+    layer, p = model.embed_linear, model.cfg.patch_size
+    sums = None
+    for z_dc, z_base in batches:
+        x = rearrange(z_dc, "b c (h p) (w q) -> b (h w) (c p q)", p=p, q=p)
+        target = F.adaptive_avg_pool2d(grid_tokens(base, z_base).float(), (z_dc.shape[-2] // p, z_dc.shape[-1] // p)).flatten(2).transpose(1, 2)
+        positions = model.embed(torch.zeros_like(z_dc)) - layer.bias  # what the embedder adds to its linear map
+        sums = sums or LeastSquares(x.shape[-1], target.shape[-1], x.device)
+        sums.add(x, target - positions)
+    _set(layer, *sums.solve(ridge))
+    return sums
+
+
+@torch.no_grad()
+def solve_head(model, batches, ridge: float = 1e-6, dtype=torch.float32) -> LeastSquares:
+    """Stage 2 exactly, while the embedder stands still: the head's last linear map that minimises the flow loss (Eq. 2)
+    over `batches` of (z, t, y, x0). Its input is fixed, so the loss is quadratic in it."""
+    sums = None
+    for z, t, y, x0 in batches:
+        xt, v = path(x0, z, t)
+        with torch.autocast(z.device.type, dtype, enabled=dtype != torch.float32):
+            x, clock = model.own_clock(xt, t)
+            c = model.condition(clock, y)
+            h = model.head_features(model.trunk(model.embed(x), c), c)
+        v = model.patchify(v)
+        sums = sums or LeastSquares(h.shape[-1], v.shape[-1], h.device)
+        sums.add(h, v)
+    _set(model.head_linear, *sums.solve(ridge))
+    return sums
+
+
+def _set(layer: nn.Module, w: Tensor, b: Tensor):
+    layer.weight.copy_(w.reshape(layer.weight.shape))
+    layer.bias.copy_(b)
+
+
+# ---- the training loop -----------------------------------------------------------------------------------------------------------
+
+NO_DECAY = ("embedding_table", "scale_shift_table", "pos_embed")
+
+
+def decay_groups(named: list[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict]:
+    """AdamW groups: weight decay on matrices, none on norms, biases and embeddings (by name: a table of modulations is
+    a 2-D tensor too)."""
+    plain = lambda k, p: p.ndim < 2 or any(word in k for word in NO_DECAY)
+    return [dict(params=[p for k, p in named if not plain(k, p)], weight_decay=weight_decay), dict(params=[p for k, p in named if plain(k, p)], weight_decay=0.0)]
+
+
+def train(out: Path, model: nn.Module, named: list[tuple[str, nn.Parameter]], loss_fn, length: int, steps: int, *, batch: int, lr: float, info: dict,
+          name: str = "train", betas=(0.9, 0.999), warmup: int = 0, schedule: str = "constant", weight_decay: float = 0.0, clip: float | None = None, ema: float | None = None,
+          accumulate: int = 1, seed: int = 0, dtype=torch.float32, save_every: int = 500, log_every: int = 25, watch=None, watch_every: int = -1) -> list[dict]:
+    """One training run: every stage is this loop with another loss and other trainable parameters. Returns its log.
+
+    named    what is trained; everything else stays as it is.   loss_fn(indices, generator) -> loss, {name: number}
+    length   of the data set: the loop asks for indices, step by step, in an order that is a function of the step
+    watch    called as watch(step) at step 0 (an out-of-memory in the preview shows in the first minute), every
+             watch_every steps and at the end; returns {name: number} for the log
+
+    Writes <out>/<name>.train (weights, optimiser, average, step) every save_every steps and at a signal, atomically; if
+    it is there, the run goes on from it, to the same numbers. Raises RuntimeError after three non-finite gradients."""
+    params = [p for _, p in named]
+    for p in params:
+        p.requires_grad_(True)
+    opt = torch.optim.AdamW(decay_groups(named, weight_decay), lr=lr, betas=betas)
+    shadow = [p.detach().float().clone() for p in params] if ema else None
+    state_file, first, bad, log = out / f"{name}.train", 0, 0, []
+    if state_file.exists():
+        state = torch.load(state_file, map_location="cpu", weights_only=True)
+        with torch.no_grad():
+            for k, p in named:
+                p.copy_(state["weights"][k])
+        shadow = [s.to(params[0].device) for s in state["ema"]] if ema else None
+        opt.load_state_dict(state["optimizer"])
+        first, log = state["step"], state["log"]
+        print(f"{state_file}: going on at step {first}")
+
+    def save(step):
+        with atomic(state_file) as tmp:
+            torch.save(dict(weights={k: p.detach().cpu() for k, p in named}, ema=shadow, optimizer=opt.state_dict(), step=step, log=log, info=json.dumps(info)), tmp)
+
+    stop, old = [], {}                                                # a signal asks; the loop finishes its step, saves and ends
+    if threading.current_thread() is threading.main_thread():
+        old = {s: signal.signal(s, lambda *_: stop.append(1)) for s in (signal.SIGINT, signal.SIGTERM)}
+    device, sums, since = params[0].device, {}, time.perf_counter()
+    bar = tqdm(range(first, steps), initial=first, total=steps, desc=name)
+    for step in bar:
+        if watch and (step == 0 or (watch_every > 0 and step % watch_every == 0 and step > first)):
+            log.append(dict(step=step, **watch(step)))
+        rate = lr * min(1.0, (step + 1) / max(1, warmup)) * (0.5 + 0.5 * math.cos(math.pi * step / steps) if schedule == "cosine" else 1.0)
+        for group in opt.param_groups:
+            group["lr"] = rate
+        opt.zero_grad(set_to_none=True)
+        for part, rows in enumerate(order(step, batch, length, seed).chunk(accumulate)):
+            g = torch.Generator().manual_seed((seed * 1_000_003 + step) * 64 + part)
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                loss, said = loss_fn(rows, g)
+            (loss * len(rows) / batch).backward()
+            for k, v in (dict(loss=loss.detach()) | said).items():
+                sums.setdefault(k, []).append(v)
+        norm = nn.utils.clip_grad_norm_(params, clip or math.inf)
+        if torch.isfinite(norm):
+            opt.step()
+            bad = 0
+        else:
+            bad += 1
+            print(f"step {step}: the gradient is not finite, step skipped (pictures {order(step, batch, length, seed)[:8].tolist()} ...)")
+            if bad == 3:
+                raise RuntimeError(f"three non-finite gradients in a row at step {step}; the last good state is {state_file}")
+        if shadow:
+            beta = min(ema, (1 + step) / (10 + step))                 # a short run must not average its own start
+            torch._foreach_lerp_(shadow, [p.detach().float() for p in params], 1 - beta)
+        if (step + 1) % log_every == 0 or step + 1 == steps:
+            now = time.perf_counter()
+            row = dict(step=step + 1, **{k: float(torch.stack([torch.as_tensor(x) for x in v]).float().mean()) for k, v in sums.items()},
+                       lr=rate, grad_norm=float(norm), images_per_s=round(len(sums["loss"]) * batch / accumulate / (now - since), 1))
+            if device.type == "cuda":
+                row["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+            log.append(row)
+            bar.set_postfix({k: f"{row[k]:.4g}" for k in ("loss", "grad_norm", "images_per_s")})
+            sums, since = {}, now
+        if stop or (step + 1) % save_every == 0 or step + 1 == steps:
+            save(step + 1)
+        if stop:
+            raise SystemExit(f"stopped after step {step + 1}, saved in {state_file}; the same command with --resume goes on")
+    for s, handler in old.items():
+        signal.signal(s, handler)
+    if watch and first < steps:
+        log.append(dict(step=steps, **watch(steps)))
+        save(steps)
+    return log
+
+
+# ---- what the scripts share: recipes, runs, pictures ---------------------------------------------------------------------------------
+
+# Table 7 of the paper. "tiny" is the same recipe in minutes: larger learning rates, fewer steps, a smaller rank.
+RECIPES = {
+    "tiny": dict(ae="tiny-dc-ae-f32c32", pictures=4096, rank=32,
+                 stage1=dict(steps=400, lr=1e-2, batch=64), stage2=dict(steps=400, lr=1e-3, batch=64), stage3=dict(steps=1200, lr=5e-4, batch=64, warmup=50)),
+    "dit-xl": dict(ae="dc-ae-f32c32-in-1.0", pictures=None, rank=256,
+                   stage1=dict(steps=50_000, lr=1e-4, batch=64), stage2=dict(steps=20_000, lr=2e-4, batch=1024), stage3=dict(steps=500_000, lr=2e-4, batch=1024, warmup=2000)),
+    "dit-xl-512": dict(ae="dc-ae-f32c32-in-1.0", pictures=None, rank=256,
+                       stage1=dict(steps=50_000, lr=1e-4, batch=64), stage2=dict(steps=20_000, lr=2e-4, batch=1024), stage3=dict(steps=100_000, lr=2e-4, batch=1024, warmup=2000)),
+}
+
+
+def new_run(kind: str, args) -> Path:
+    """The folder of a run: --out, the newest unfinished one with --resume, or the next number. A folder that holds a
+    finished run is never written over (ValueError)."""
+    name = f"{kind}-{Path(args.base).name}"
+    finished = lambda d: (d / "model.safetensors").exists()
+    number = lambda d: int(tail) if (tail := d.name.removeprefix(name + "-")).isdigit() else 0
+    runs = sorted((d for d in Path("runs").glob(f"{name}-*") if number(d)), key=number)
+    if args.out:
+        out = Path(args.out)
+    elif args.resume and (open_runs := [d for d in runs if not finished(d)]):
+        out = open_runs[-1]
+    else:
+        out = Path("runs") / f"{name}-{number(runs[-1]) + 1 if runs else 1}"
+    if finished(out):
+        raise ValueError(f"{out} holds a finished run; give another --out")
+    if any(out.glob("*.train")) and not args.resume:
+        raise ValueError(f"{out} holds an unfinished run; go on with it by --resume, or give another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "config.json", vars(args))
+    return out
+
+
+def prepare(args, recipe: dict, names: list[str], res: int, device):
+    """Autoencoders by name, the pictures, their latent cache, and validation latents of pictures never trained on."""
+    own = BASES[args.base].ae if args.base in BASES else None
+    ae = {n: load_autoencoder(n, args.base_ae_weights if n == own else args.ae_weights, device=device) for n in names}
+    source, val = open_source(args.images, res), open_source(args.images, res, "val")
+    flip = getattr(args, "flip", False)
+    cache = LatentCache("runs/cache", source, list(ae.values()), args.pictures or (None if args.images else recipe["pictures"]), flip, device=device)
+    rows = LatentCache("runs/cache", val, list(ae.values()), min(256, len(val)), device=device)
+    return ae, source, cache, rows.batch(torch.arange(len(rows)))
+
+
+def grid_of_stages(file: Path, rows: list[tuple], y: Tensor, classes, seed: int, cfg_scale: float, shift: float, dtype, num_steps: int = 25) -> list[Tensor]:
+    """One row of pictures per (name, model, autoencoder): the same classes and, within a latent space, the same noise."""
+    images = [generate(m, ae, y, [seed + i for i in range(len(y))], num_steps, cfg_scale, shift=shift, dtype=dtype) for _, m, ae in rows]
+    names = [str(classes[k]) if k < len(classes) else str(int(k)) for k in y]
+    save_grid(file, [(name, x) for (name, _, _), x in zip(rows, images)], names, {"seed": str(seed), "cfg_scale": str(cfg_scale)})
+    return images
+
+
+def write_run(out: Path, args, info: dict, named, log: list[dict], dtype=torch.float32, state: str = "train"):
+    """A finished run: what it trained (and its moving average) as safetensors with its facts, and its log."""
+    saved = torch.load(out / f"{state}.train", map_location="cpu", weights_only=True)
+    if saved["ema"]:
+        write_tensors(out / "ema.safetensors", {k: s.to(dtype) for (k, _), s in zip(named, saved["ema"])}, info)
+    with atomic(out / "metrics.jsonl") as tmp:
+        tmp.write_text("".join(json.dumps(row) + "\n" for row in log))
+    write_tensors(out / "model.safetensors", {k: p.detach().to(dtype) for k, p in named}, info)
+
+
+def plot_curves(file: Path, logs: dict[str, list[dict]]):
+    """Loss, validation loss and gradient norm against the step, a column a stage."""
+    import matplotlib                                                # matplotlib: curves
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    fig, axes = plt.subplots(2, len(logs), figsize=(5 * len(logs), 6), squeeze=False)
+    for col, (stage, log) in enumerate(logs.items()):
+        for key, ax in (("loss", axes[0][col]), ("val_loss", axes[0][col]), ("grad_norm", axes[1][col])):
+            points = [(r["step"], r[key]) for r in log if key in r]
+            if points:
+                ax.plot(*zip(*points), label=key, marker="o" if key == "val_loss" else None)
+            ax.set_yscale("log"), ax.legend(), ax.set_xlabel("step"), ax.grid(alpha=0.3)
+        axes[0][col].set_title(stage)
+    fig.tight_layout()
+    fig.savefig(file, dpi=80)
+    plt.close(fig)
+
+
+# ---- main --------------------------------------------------------------------------------------------------------------------------
+
+def main(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_model_args(p)
+    p.add_argument("--ae", metavar="NAME", help=f"autoencoder to move to: {', '.join(AUTOENCODERS)} (default: the recipe's)")
+    p.add_argument("--ae-weights", metavar="FILE", help="its weight file (default: shipped, or the model hub's cache)")
+    p.add_argument("--images", metavar="DIR", help="folder of pictures (default: procedural shapes)")
+    p.add_argument("--pictures", type=int, help="use so many of them (default: the recipe's, or all of a folder)")
+    p.add_argument("--solver", default="closed-form", choices=("closed-form", "adamw"), help="how stage 1, and the head before stage 2, find their optimum (default closed-form)")
+    p.add_argument("--ridge", type=float, default=1e-6, help="closed form: relative ridge (default 1e-6)")
+    p.add_argument("--head-samples", type=int, default=8192, help="closed form: noisy samples for the head (default 8192)")
+    p.add_argument("--match", default="downsample", choices=("downsample", "upsample", "average", "mixed"), help="stage 1: how embeddings are compared (default downsample)")
+    p.add_argument("--stage1-steps", type=int, help="AdamW steps of stage 1 (default: the recipe's)")
+    p.add_argument("--stage2-steps", type=int, help="AdamW steps of embedder and head together (default: the recipe's; 0 = none)")
+    p.add_argument("--lr1", type=float, help="stage 1 learning rate (default: the recipe's)")
+    p.add_argument("--lr2", type=float, help="stage 2 learning rate (default: the recipe's)")
+    p.add_argument("--batch", type=int, help="pictures a step, both stages (default: the recipe's)")
+    p.add_argument("--clip", type=float, default=-1, help="gradient norm limit; -1 = never (default; the authors' guides use 0.1 in stage 2)")
+    p.add_argument("--final-adaln", action="store_true", help="stage 2 trains DiT's final modulation too (the authors do)")
+    p.add_argument("--label-dropout", type=float, default=0.1, help="share of conditions replaced by the null one (default 0.1)")
+    p.add_argument("--t-sampling", default="logit-normal", choices=("logit-normal", "uniform"), help="distribution of training times (default logit-normal)")
+    p.add_argument("--shift", type=float, default=1.0, help="resolution shift of the times, saved with the run; 1 = off (default 1)")
+    p.add_argument("--cfg-scale", type=float, default=3.0, help="guidance of the pictures (default 3)")
+    p.add_argument("--count", type=int, default=128, help="pictures a stage for the class accuracy; 0 = none (default 128)")
+    p.add_argument("--save-every", type=int, default=500, help="steps between resumable states (default 500)")
+    p.add_argument("--out", metavar="DIR", help="the run's folder (default: runs/align-BASE-N, the next N)")
+    p.add_argument("--resume", action="store_true", help="go on with --out, or with the newest unfinished alignment of this base")
+    args = p.parse_args(argv)
+
+    begun, recipe, dtype, device = time.perf_counter(), RECIPES.get(args.base, RECIPES["dit-xl"]), dtype_of(args), torch.device(args.device)
+    base, info = load_base(args.base, args.weights, device)
+    target = ae_config(args.ae or recipe["ae"])
+    out = new_run("align", args)
+    cfg = replace(to_deep_latent(base.cfg, target), res=args.res or base.cfg.res)
+    ae, source, cache, (z_val, y_val) = prepare(args, recipe, [base.cfg.ae, target.name], cfg.res, device)
+    zv, zv_base, y_val = z_val[target.name].to(device), z_val[base.cfg.ae].to(device), y_val.to(device)
+    torch.manual_seed(args.seed)
+    model = deepen(base, cfg).to(device)
+    tokens = lambda m, z: z.shape[-1] * z.shape[-2] // m.cfg.patch_size**2
+    print(f"{args.base}: {base.cfg.ae} patch {base.cfg.patch_size}, {tokens(base, zv_base)} tokens -> {target.name} patch 1, {tokens(model, zv)} tokens; {len(cache)} pictures, {dtype} -> {out}")
+
+    judge = load_classifier() if args.count and not args.images else None
+    shown = torch.arange(8) % cfg.num_classes
+    stages, gaps, logs = [], {}, {}
+
+    def look(name, m, its_ae):
+        """A stage's pictures, its score, its gap to the base, its validation loss."""
+        images = grid_of_stages(out / f"{len(stages)}.png", [(name, m, its_ae)], shown, source.classes, args.seed, args.cfg_scale, args.shift, dtype)[0]
+        (out / f"{len(stages)}.png").unlink()
+        row = dict(stage=name)
+        if judge:
+            y = torch.arange(args.count) % cfg.num_classes
+            row["accuracy"] = accuracy(judge, generate(m, its_ae, y, [args.seed + i for i in range(args.count)], 25, args.cfg_scale, shift=args.shift, dtype=dtype), y)
+        if m is not base:
+            gaps[name] = layer_gap(m, base, zv[:64], zv_base[:64], y_val[:64])
+            row["gap"], row["val_loss"] = sum(gaps[name]) / len(gaps[name]), validation_loss(m, zv, y_val, dtype)
+        stages.append((row, images))
+        print("  " + ", ".join(f"{k} {v:.3f}" if isinstance(v, float) else str(v) for k, v in row.items()))
+
+    def noisy(rows, g):
+        z, y = cache.batch(rows)
+        z, y = z[target.name].to(device), drop_labels(model, y.to(device), args.label_dropout, g)
+        t = sample_t(len(y), g, args.t_sampling, args.shift).to(device)
+        return z, t, y, torch.randn(z.shape, generator=g).to(device)
+
+    def flow_loss(rows, g):
+        z, t, y, x0 = noisy(rows, g)
+        return flow_matching_loss(model, z, t, y, x0)[0].mean(), {}
+
+    def pair(rows):
+        z, _ = cache.batch(rows)                                      # means, not draws: the target should not be noise
+        return z[target.name].to(device), z[base.cfg.ae].to(device)
+
+    look("base", base, ae[base.cfg.ae])
+    look("new latent, not aligned", model, ae[target.name])
+
+    # stage 1
+    embedder = [(k, q) for k, q in model.named_parameters() if k.startswith(model.EMBEDDER)]
+    clock = time.perf_counter()
+    if args.solver == "closed-form":
+        if args.match != "downsample":
+            raise ValueError(f"--match {args.match} has no closed form here; use --solver adamw")
+        sums = solve_embedder(model, base, (pair(r) for r in torch.arange(len(cache)).split(256)), args.ridge)
+        print(f"stage 1 in closed form: loss {sums.loss(*sums.solve(args.ridge)):.5f} over {sums.n} cells, {time.perf_counter() - clock:.1f} s")
+    else:
+        s1 = recipe["stage1"]
+        logs["stage 1"] = train(out, model, embedder, lambda rows, g: (embedding_loss(model, base, *pair(rows), args.match), {}), len(cache), args.stage1_steps or s1["steps"],
+                                batch=args.batch or s1["batch"], lr=args.lr1 or s1["lr"], info=info, name="stage1", seed=args.seed, dtype=torch.float32, save_every=args.save_every)
+        print(f"stage 1 by AdamW: loss {logs['stage 1'][-1]['loss']:.5f}, {time.perf_counter() - clock:.1f} s")
+    model.requires_grad_(False)
+    look("after stage 1", model, ae[target.name])
+
+    # stage 2
+    picked = (model.EMBEDDER, model.HEAD, *(("final_layer.adaLN_modulation.",) if args.final_adaln else ()))
+    both = [(k, q) for k, q in model.named_parameters() if k.startswith(picked)]
+    clock, s2 = time.perf_counter(), recipe["stage2"]
+    fresh = not (out / "stage2.train").exists()
+    if args.solver == "closed-form" and fresh:
+        rows = torch.arange(args.head_samples) % len(cache)
+        sums = solve_head(model, (noisy(r, torch.Generator().manual_seed(args.seed * 1_000_003 + i)) for i, r in enumerate(rows.split(256))), args.ridge, dtype)
+        print(f"head in closed form: loss {sums.loss(*sums.solve(args.ridge)):.4f} over {args.head_samples} samples, {time.perf_counter() - clock:.1f} s")
+        look("head in closed form", model, ae[target.name])
+    steps2 = s2["steps"] if args.stage2_steps is None else args.stage2_steps
+    if args.final_adaln:                                              # the base shares these tensors and must not move
+        for q in model.final_layer.adaLN_modulation.parameters():
+            q.data = q.data.clone()
+    logs["stage 2"] = train(out, model, both, flow_loss, len(cache), steps2, batch=args.batch or s2["batch"], lr=args.lr2 or s2["lr"], info=info, name="stage2", seed=args.seed + 1, dtype=dtype,
+                            clip=None if args.clip < 0 else args.clip, save_every=args.save_every, watch=lambda step: {"val_loss": validation_loss(model, zv, y_val, dtype)})
+    model.requires_grad_(False)
+    look("after stage 2", model, ae[target.name])
+
+    print("\n" + gap_table(gaps))
+    print("[|| g - pool(h) || / || pool(h) - its mean || per layer, clean latents of 64 unseen pictures; 0 = the base's own features]\n")
+    info |= dict(kind="align", model=config_dict(cfg), shift=args.shift, classes=list(source.classes), steps=str(steps2), stages=[r for r, _ in stages], gaps=gaps)
+    write_run(out, args, info, both, [dict(stage=k, **row) for k, log in logs.items() for row in log] + [r for r, _ in stages], state="stage2")
+    names = [str(source.classes[k]) if k < len(source.classes) else str(int(k)) for k in shown]
+    save_grid(out / "samples.png", [(r["stage"].replace(", ", "\n").replace(" in ", "\nin ") + (f"\n{r['accuracy']:.0%} right" if "accuracy" in r else ""), x) for r, x in stages], names,
+              {"seed": str(args.seed), "cfg_scale": str(args.cfg_scale)})
+    plot_gap(out / "gap.png", gaps)
+    plot_curves(out / "curves.png", {k: v for k, v in logs.items() if v})
+    print(f"{(time.perf_counter() - begun) / 60:.1f} min, peak memory {peak_gib(device):.1f} GiB; wrote {out}/ (model.safetensors, metrics.jsonl, samples.png, gap.png, curves.png)")
+
+
+def plot_gap(file: Path, gaps: dict[str, list[float]]):
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    fig, ax = plt.subplots(figsize=(7, 4))
+    for name, values in gaps.items():
+        ax.plot(range(len(values)), values, marker="o", label=name)
+    ax.set_xlabel("block (0 = embedder)"), ax.set_ylabel("relative gap to the base"), ax.set_ylim(bottom=0), ax.grid(alpha=0.3), ax.legend()
+    fig.tight_layout()
+    fig.savefig(file, dpi=80)
+    plt.close(fig)
+
+
+def peak_gib(device) -> float:
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    import resource
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # kilobytes on Linux
+
+
+if __name__ == "__main__":
+    run(main)

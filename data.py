@@ -1,0 +1,322 @@
+"""Pictures in, batches out: procedural shapes, image folders, and the cache of paired latents.
+
+    image (B,3,S,S) in [-1,1], class (B,)          shapes(), ImageFolder
+    z_base, z_dc of the very same pixels, class    cache_latents() once, LatentCache afterwards
+
+A source of pictures is anything with len(), .classes (names) and .batch(indices) -> images, labels. Autoencoders come
+in as arguments; nothing of ours is imported here.
+"""
+
+import hashlib
+import json
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+# ---- procedural pictures: one shaded shape on a gradient, everything about it known exactly ----------------------------
+
+SHAPES = ("circle", "square", "triangle", "ring", "cross", "star", "crescent", "bars")
+
+
+def _uniform(index: Tensor, column: int, seed: int) -> Tensor:
+    """The column-th random number of picture `index`, in [0,1): a hash (splitmix64), so any picture can be drawn
+    alone, in any order, and is the same on every machine."""
+    start = np.uint64((column * 0xD1B54A32D192ED03 + seed * 0x94D049BB133111EB) % 2**64)
+    x = index.numpy().astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + start
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return torch.from_numpy(((x ^ (x >> np.uint64(31))) >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-24))
+
+
+def _hue(h: Tensor, s: Tensor, v: Tensor) -> Tensor:
+    """HSV, each (B,) in [0,1] -> RGB (B,3) in [0,1]."""
+    k = (torch.tensor([5.0, 3.0, 1.0]) + 6 * h[:, None]) % 6
+    return v[:, None] * (1 - s[:, None] * torch.minimum(k, 4 - k).clamp(0, 1))
+
+
+def _polygon(x: Tensor, y: Tensor, n: int) -> Tensor:
+    """Signed distance to a regular n-gon of circumradius 1 with a corner on top."""
+    a = torch.atan2(x, -y)
+    side = 2 * math.pi / n
+    a = (a % side) - side / 2
+    return torch.hypot(x, y) * a.cos() - math.cos(math.pi / n)
+
+
+def _star(x: Tensor, y: Tensor) -> Tensor:
+    """Signed distance (near the edge) to a five-pointed star of circumradius 1.1."""
+    side = 2 * math.pi / 5
+    a = ((torch.atan2(x, -y) + side / 2) % side - side / 2).abs()
+    r = torch.hypot(x, y)
+    px, py = r * a.cos(), r * a.sin()                                # one tooth: tip on the first axis, valley at pi/5
+    tip, valley = 1.1, 0.5
+    vx, vy = valley * math.cos(side / 2), valley * math.sin(side / 2)
+    ex, ey = vx - tip, vy
+    return ((px - tip) * ey - py * ex) / math.hypot(ex, ey)
+
+
+_SDF = {
+    "circle": lambda x, y: torch.hypot(x, y) - 0.95,
+    "square": lambda x, y: torch.maximum(x.abs(), y.abs()) - 0.82,
+    "triangle": lambda x, y: _polygon(x, y - 0.15, 3) * 0.9,
+    "ring": lambda x, y: (torch.hypot(x, y) - 0.72).abs() - 0.24,
+    "cross": lambda x, y: torch.minimum(torch.maximum(x.abs() - 0.98, y.abs() - 0.32), torch.maximum(y.abs() - 0.98, x.abs() - 0.32)),
+    "star": _star,
+    "crescent": lambda x, y: torch.maximum(torch.hypot(x, y) - 1.0, 0.80 - torch.hypot(x - 0.45, y)),
+    "bars": lambda x, y: torch.maximum(y.abs() - 0.9, torch.minimum((x - 0.55).abs(), (x + 0.55).abs()) - 0.3),
+}
+
+
+def shape_facts(index: Tensor, seed: int = 0) -> dict[str, Tensor]:
+    """What is in picture `index`: label, centre and radius (in picture sides), turn (radians), hue in [0,1]."""
+    u = lambda c: _uniform(index, c, seed)
+    radius = 0.20 + 0.12 * u(1)
+    reach = 1.12 * radius
+    return dict(label=index.long() % len(SHAPES), radius=radius, x=reach + (1 - 2 * reach) * u(2), y=reach + (1 - 2 * reach) * u(3),
+                turn=(u(4) - 0.5) * 0.5, hue=u(5))
+
+
+def shapes(index: Tensor, size: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Pictures by number: index (B,) -> (B,3,size,size) in [-1,1] and class (B,), picture i always the same one.
+    A picture shows a shaded shape of class i mod 8 with a soft shadow on a gradient of two muted colours."""
+    f, u = shape_facts(index, seed), lambda c: _uniform(index, c, seed)
+    axis = (torch.arange(size) + 0.5) / size
+    py, px = axis.view(1, -1, 1), axis.view(1, 1, -1)
+    col = lambda v: v.view(-1, 1, 1)
+
+    def distance(dx: float, dy: float) -> Tensor:                     # B H W, in picture sides, < 0 inside
+        x, y = (px - col(f["x"]) - dx) / col(f["radius"]), (py - col(f["y"]) - dy) / col(f["radius"])
+        c, s = col(f["turn"].cos()), col(f["turn"].sin())
+        x, y = c * x + s * y, c * y - s * x
+        d = torch.empty_like(x)
+        for k, name in enumerate(SHAPES):
+            if (mine := f["label"] == k).any():
+                d[mine] = _SDF[name](x[mine], y[mine])
+        return d * col(f["radius"])
+
+    # background: two muted colours along a random direction
+    angle = 2 * math.pi * u(6)
+    ramp = ((px - 0.5) * col(angle.cos()) + (py - 0.5) * col(angle.sin()) + 0.7).clamp(0, 1.4) / 1.4
+    sky = [_hue(u(7 + 3 * i), 0.15 + 0.25 * u(8 + 3 * i), 0.35 + 0.5 * u(9 + 3 * i)) for i in (0, 1)]
+    img = sky[0][..., None, None] * (1 - ramp[:, None]) + sky[1][..., None, None] * ramp[:, None]
+    # a soft shadow below and to the right, then the shape, lit from above left
+    shadow = torch.sigmoid(-distance(0.02, 0.03) / 0.012)
+    img = img * (1 - 0.45 * shadow[:, None])
+    cover = (0.5 - distance(0.0, 0.0) * size).clamp(0, 1)             # one pixel of antialiasing
+    light = 0.78 + 0.30 * ((col(f["x"]) - px) + (col(f["y"]) - py)) / (2 * col(f["radius"]))
+    colour = _hue(f["hue"], 0.75 + 0.2 * u(13), 0.85 + 0.1 * u(14))[..., None, None] * light[:, None]
+    img = img * (1 - cover[:, None]) + colour.clamp(0, 1) * cover[:, None]
+    return img.clamp(0, 1) * 2 - 1, f["label"]
+
+
+class ShapesSource:
+    """Endless procedural pictures behind the interface of a picture source. split: "train" or "val", never the same."""
+
+    classes = SHAPES
+
+    def __init__(self, size: int, length: int = 32768, split: str = "train"):
+        self.size, self.length, self.seed = size, length, {"train": 0, "val": 1}[split]
+        self.identity = f"shapes-v1 size={size} seed={self.seed}"
+
+    def __len__(self):
+        return self.length
+
+    def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        return shapes(indices, self.size, self.seed)
+
+
+# ---- folders of real pictures ----------------------------------------------------------------------------------------------
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+
+
+def load_image(path, size: int) -> Tensor:
+    """One picture as (3,size,size) in [-1,1]: turned as its EXIF says, transparency onto white, 16 bits and CMYK to
+    8-bit RGB, the centre square, Lanczos. ValueError naming the file if it does not decode."""
+    from PIL import Image, ImageOps                                  # Pillow: decoding pictures is not our subject
+    try:
+        with Image.open(path) as im:
+            im = ImageOps.exif_transpose(im)
+            if im.mode.startswith("I") or im.mode == "F":            # 16 bits a channel: convert("RGB") would clip at 255
+                deep = np.asarray(im).astype(np.float32)
+                im = Image.fromarray((deep / (65535.0 if deep.max() > 255 else 255.0) * 255.0).clip(0, 255).astype(np.uint8))
+            if im.mode in ("RGBA", "LA", "PA") or "transparency" in im.info:
+                im = im.convert("RGBA")
+                im = Image.alpha_composite(Image.new("RGBA", im.size, "white"), im)
+            im = ImageOps.fit(im.convert("RGB"), (size, size), Image.Resampling.LANCZOS)
+            return torch.from_numpy(np.array(im)).permute(2, 0, 1).float() / 127.5 - 1
+    except Exception as e:                                           # Pillow raises a dozen kinds on damaged files
+        raise ValueError(f"{path}: not a readable picture ({type(e).__name__}: {e})") from None
+
+
+class ImageFolder:
+    """Pictures of a folder, cropped to a centred square. Class subfolders give classes; a flat folder gives captions
+    from the .txt file beside each picture (a missing one is a ValueError that names it).
+
+    Broken files are listed once and left out, unless they are more than max_broken (ValueError): a wrong folder should
+    not become a small data set. A picture is checked by decoding it, when the cache is made or here with check=True."""
+
+    def __init__(self, root, size: int, split: str = "all", check: bool = True, max_broken: float = 0.05):
+        root = Path(root)
+        if not root.is_dir():
+            raise ValueError(f"--images {root}: no such folder")
+        files = sorted(p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES)
+        if not files:
+            raise ValueError(f"--images {root}: no pictures in it ({', '.join(SUFFIXES)})")
+        folders = sorted({p.parent.name for p in files if p.parent != root})
+        self.classes = tuple(folders)
+        if not folders:
+            for p in files:
+                if not p.with_suffix(".txt").is_file():
+                    raise ValueError(f"{p} has no caption: put one in {p.with_suffix('.txt').name}, or sort the pictures into class folders")
+        if split != "all":                                           # every 20th picture is for validation
+            files = [p for i, p in enumerate(files) if (i % 20 == 19) == (split == "val")]
+        self.size, self.broken = size, []
+        if check:
+            from PIL import Image
+            whole = []
+            for p in tqdm(files, desc=f"checking {root.name}", disable=len(files) < 500):
+                try:
+                    with Image.open(p) as im:
+                        im.verify()
+                    whole.append(p)
+                except Exception as e:
+                    self.broken.append(p)
+                    print(f"left out, not a readable picture: {p} ({type(e).__name__})")
+            if len(self.broken) > max_broken * len(files):
+                raise ValueError(f"--images {root}: {len(self.broken)} of {len(files)} pictures do not open, more than {max_broken:.0%}; mend or remove them")
+            files = whole
+        self.files = files
+        self.labels = torch.tensor([folders.index(p.parent.name) if folders else 0 for p in files])
+        listing = "\n".join(f"{p.relative_to(root)} {p.stat().st_size} {p.stat().st_mtime_ns}" for p in files)
+        self.identity = f"folder {root.name} size={size} crop=centre " + hashlib.sha256(listing.encode()).hexdigest()[:16]
+
+    def __len__(self):
+        return len(self.files)
+
+    def caption(self, index: int) -> str:
+        return self.files[index].with_suffix(".txt").read_text(encoding="utf-8").strip()
+
+    def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.stack([load_image(self.files[i], self.size) for i in indices.tolist()]), self.labels[indices]
+
+
+def open_source(images: str | None, res: int, split: str = "train"):
+    """A folder of pictures (every 20th is kept for "val"), or the procedural ones (None)."""
+    return ImageFolder(images, res, split) if images else ShapesSource(res, split=split)
+
+
+# ---- the order of a run ------------------------------------------------------------------------------------------------------
+
+def order(step: int, batch: int, length: int, seed: int) -> Tensor:
+    """The indices of training step `step`: every epoch a new permutation. A function of the step alone, so a resumed
+    run reads what the killed one would have read, across an epoch's end too."""
+    places = torch.arange(step * batch, (step + 1) * batch)
+    epochs = {int(e): torch.randperm(length, generator=torch.Generator().manual_seed(seed * 1_000_003 + int(e))) for e in (places // length).unique()}
+    return torch.stack([epochs[int(p) // length][int(p) % length] for p in places])
+
+
+# ---- paired latents, cached on disk --------------------------------------------------------------------------------------------
+
+def fingerprint(module: torch.nn.Module) -> str:
+    """A short hash of a module's weights: enough of every tensor to tell two trainings of one architecture apart."""
+    h = hashlib.sha256()
+    for k, v in sorted(module.state_dict().items()):
+        h.update(f"{k}{tuple(v.shape)}".encode() + v.detach().flatten()[:64].float().cpu().numpy().tobytes())
+    return h.hexdigest()[:16]
+
+
+class LatentCache:
+    """Latents of one source under one or more autoencoders, on disk, read memory-mapped.
+
+    Embedding alignment needs both autoencoders' latents of *the very same pixels*: two independent flips or crops ruin
+    it with a finite loss. So a picture is drawn once, flipped or not, and goes through every encoder in one pass. With
+    flip, row n + i is picture i mirrored. KL-VAE latents are stored as mean and standard deviation.
+
+    The folder's name is a hash of what it holds; meta.json spells it out and says how many rows are whole."""
+
+    def __init__(self, root, source, autoencoders: list, n: int | None = None, flip: bool = False, batch: int = 32, device="cpu"):
+        n = min(n or len(source), len(source))
+        self.names = [ae.cfg.name for ae in autoencoders]
+        what = dict(source=source.identity, n=n, flip=flip, dtype="float16",
+                    autoencoders=[dict(name=ae.cfg.name, f=ae.cfg.f, channels=ae.cfg.channels, scale=ae.cfg.scale, shift=ae.cfg.shift, weights=fingerprint(ae)) for ae in autoencoders])
+        key = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]
+        self.dir, self.length = Path(root) / f"latents-{key}", n * (2 if flip else 1)
+        meta = self.dir / "meta.json"
+        done = 0
+        if meta.exists():
+            said = json.loads(meta.read_text())
+            if said["what"] != what:
+                raise ValueError(f"{self.dir} was made from something else ({said['what']}); delete it")
+            done = said["rows"]
+        if done < self.length:
+            self._fill(source, autoencoders, what, done, batch, device)
+        self._open()
+
+    def _open(self):
+        self.labels = torch.from_numpy(np.load(self.dir / "labels.npy"))
+        self.mean = {k: np.load(self.dir / f"{k}.npy", mmap_mode="r") for k in self.names}
+        self.std = {k: np.load(p, mmap_mode="r") for k in self.names if (p := self.dir / f"{k}.std.npy").exists()}
+        short = [k for k in self.names if len(self.mean[k]) != self.length]
+        if short:
+            raise ValueError(f"{self.dir}: {short} hold fewer rows than meta.json says; delete the folder and run again")
+
+    def _fill(self, source, autoencoders, what, done, batch, device):
+        self.dir.mkdir(parents=True, exist_ok=True)
+        n, files = what["n"], {}
+
+        def array(name, shape):
+            path = self.dir / f"{name}.npy"
+            mode = "r+" if done and path.exists() else "w+"
+            files[name] = np.lib.format.open_memmap(path, mode, np.int64 if name == "labels" else np.float16, (self.length, *shape))
+
+        array("labels", ())
+        for ae in autoencoders:
+            side = source.size // ae.cfg.f
+            array(ae.cfg.name, (ae.cfg.channels, side, side))
+            if hasattr(ae.cfg, "quant_conv"):                        # a posterior, not a point
+                array(f"{ae.cfg.name}.std", (ae.cfg.channels, side, side))
+        for at in tqdm(range(done, self.length, batch), desc=f"encoding {self.length} pictures", leave=False):
+            rows = torch.arange(at, min(at + batch, self.length))
+            images, labels = source.batch(rows % n)
+            images = torch.where((rows >= n).view(-1, 1, 1, 1), images.flip(-1), images).to(device)
+            files["labels"][at : at + len(rows)] = labels.numpy()
+            for ae in autoencoders:
+                with torch.no_grad():
+                    mean, logvar = ae.moments(images.to(memory_format=torch.channels_last))
+                files[ae.cfg.name][at : at + len(rows)] = ((mean - ae.cfg.shift) * ae.cfg.scale).float().cpu().numpy()
+                if logvar is not None:
+                    files[f"{ae.cfg.name}.std"][at : at + len(rows)] = ((0.5 * logvar).exp() * ae.cfg.scale).float().cpu().numpy()
+            if (at // batch) % 50 == 49 or at + len(rows) == self.length:
+                for f in files.values():
+                    f.flush()
+                write_json(self.dir / "meta.json", dict(what=what, rows=at + len(rows)))
+        for ae in autoencoders:
+            z = files[ae.cfg.name][: min(2048, self.length)].astype(np.float32)
+            print(f"{ae.cfg.name}: latents of mean {z.mean():+.3f}, standard deviation {z.std():.3f} -> {self.dir}")
+            if not 0.6 < z.std() < 1.6:
+                raise ValueError(f"{ae.cfg.name}: latents of standard deviation {z.std():.2f} where about 1 is expected; is its scale {ae.cfg.scale} right for these weights?")
+
+    def __len__(self):
+        return self.length
+
+    def batch(self, indices: Tensor, generator=None) -> tuple[dict[str, Tensor], Tensor]:
+        """{autoencoder: normalised latents (B,C,H,W)}, class (B,). A KL-VAE's latents are its means without a generator
+        (alignment targets), draws from its posterior with one (training)."""
+        rows = indices.numpy()
+        z = {k: torch.from_numpy(m[rows].astype(np.float32)) for k, m in self.mean.items()}
+        if generator is not None:
+            for k, s in self.std.items():
+                z[k] = z[k] + torch.from_numpy(s[rows].astype(np.float32)) * torch.randn(z[k].shape, generator=generator)
+        return z, self.labels[indices]
+
+
+def write_json(path: Path, value):
+    tmp = path.with_name(f".{path.name}.tmp")
+    tmp.write_text(json.dumps(value, indent=1))
+    os.replace(tmp, path)
