@@ -17,11 +17,13 @@ Both are linear least squares in what they train (a 1x1 map and its bias; stage 
 """
 
 import argparse
+import copy
 import json
 import math
 import signal
 import threading
 import time
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,8 +37,8 @@ from tqdm import tqdm
 from autoencoder import AUTOENCODERS, ae_config, load_autoencoder
 from data import LatentCache, open_source, order, write_json
 from evaluate import accuracy, gap_table, layer_gap, load_classifier
-from model import BASES, atomic, config_dict, deepen, run, to_deep_latent, write_tensors
-from sample import add_model_args, dtype_of, generate, load_base, path, sample_t, save_grid
+from model import atomic, config_dict, deepen, run, to_deep_latent, write_tensors
+from sample import Chain, add_model_args, ddpm_loss, dtype_of, generate, load_base, path, sample_t, save_grid
 
 
 # ---- the losses --------------------------------------------------------------------------------------------------------------
@@ -45,6 +47,9 @@ def grid_tokens(model, z: Tensor) -> Tensor:
     """Patch embeddings on their grid: z (B,C,H,W) -> (B,D,H/p,W/p)."""
     p = model.cfg.patch_size
     return rearrange(model.embed(z), "b (h w) d -> b d h w", h=z.shape[-2] // p)
+
+
+MATCHES = ("downsample", "upsample", "average", "mixed")
 
 
 def embedding_loss(model, base, z_dc: Tensor, z_base: Tensor, match: str = "downsample") -> Tensor:
@@ -68,7 +73,7 @@ def embedding_loss(model, base, z_dc: Tensor, z_base: Tensor, match: str = "down
         return F.mse_loss(mean(new), mean(old))
     if match == "mixed":
         return down() + F.mse_loss(mean(new), mean(old))
-    raise ValueError(f"--match {match}: choose downsample, upsample, average or mixed")
+    raise ValueError(f"--match {match}: choose one of {', '.join(MATCHES)}")
 
 
 def flow_matching_loss(model, z: Tensor, t: Tensor, y: Tensor, x0: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -104,7 +109,7 @@ class LeastSquares:
     def __init__(self, size_in: int, size_out: int, device="cpu"):
         self.xx = torch.zeros(size_in + 1, size_in + 1, dtype=torch.float64, device=device)
         self.xy = torch.zeros(size_in + 1, size_out, dtype=torch.float64, device=device)
-        self.yy, self.n = torch.zeros((), dtype=torch.float64, device=device), 0
+        self.yy, self.n, self.mse = torch.zeros((), dtype=torch.float64, device=device), 0, math.nan
 
     def add(self, x: Tensor, y: Tensor):
         """x (..., size_in), y (..., size_out)"""
@@ -145,7 +150,7 @@ def solve_embedder(model, base, batches, ridge: float = 1e-6) -> LeastSquares:
         positions = model.embed(torch.zeros_like(z_dc)) - layer.bias  # what the embedder adds to its linear map
         sums = sums or LeastSquares(x.shape[-1], target.shape[-1], x.device)
         sums.add(x, target - positions)
-    _set(layer, *sums.solve(ridge))
+    sums.mse = sums.loss(*_set(layer, *sums.solve(ridge)))
     return sums
 
 
@@ -163,16 +168,22 @@ def solve_head(model, batches, ridge: float = 1e-6, dtype=torch.float32) -> Leas
         v = model.patchify(v)
         sums = sums or LeastSquares(h.shape[-1], v.shape[-1], h.device)
         sums.add(h, v)
-    _set(model.head_linear, *sums.solve(ridge))
+    sums.mse = sums.loss(*_set(model.head_linear, *sums.solve(ridge)))
     return sums
 
 
-def _set(layer: nn.Module, w: Tensor, b: Tensor):
+def _set(layer: nn.Module, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     layer.weight.copy_(w.reshape(layer.weight.shape))
     layer.bias.copy_(b)
+    return w, b
 
 
 # ---- the training loop -----------------------------------------------------------------------------------------------------------
+
+def pick(model, prefixes: tuple[str, ...]) -> list[tuple[str, nn.Parameter]]:
+    """The parameters whose names start so: what a stage trains."""
+    return [(k, q) for k, q in model.named_parameters() if k.startswith(tuple(prefixes))]
+
 
 NO_DECAY = ("embedding_table", "scale_shift_table", "pos_embed")
 
@@ -182,6 +193,19 @@ def decay_groups(named: list[tuple[str, nn.Parameter]], weight_decay: float) -> 
     a 2-D tensor too)."""
     plain = lambda k, p: p.ndim < 2 or any(word in k for word in NO_DECAY)
     return [dict(params=[p for k, p in named if not plain(k, p)], weight_decay=weight_decay), dict(params=[p for k, p in named if plain(k, p)], weight_decay=0.0)]
+
+
+@contextmanager
+def stop_signals():
+    """A list that Ctrl-C or SIGTERM fills: the loop finishes its step, saves and ends. The old handlers come back."""
+    asked, old = [], {}
+    if threading.current_thread() is threading.main_thread():
+        old = {s: signal.signal(s, lambda *_: asked.append(1)) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for s, handler in old.items():
+            signal.signal(s, handler)
 
 
 def train(out: Path, model: nn.Module, named: list[tuple[str, nn.Parameter]], loss_fn, length: int, steps: int, *, batch: int, lr: float, info: dict,
@@ -197,6 +221,7 @@ def train(out: Path, model: nn.Module, named: list[tuple[str, nn.Parameter]], lo
     Writes <out>/<name>.train (weights, optimiser, average, step) every save_every steps and at a signal, atomically; if
     it is there, the run goes on from it, to the same numbers. Raises RuntimeError after three non-finite gradients."""
     params = [p for _, p in named]
+    model.requires_grad_(False)
     for p in params:
         p.requires_grad_(True)
     opt = torch.optim.AdamW(decay_groups(named, weight_decay), lr=lr, betas=betas)
@@ -216,52 +241,48 @@ def train(out: Path, model: nn.Module, named: list[tuple[str, nn.Parameter]], lo
         with atomic(state_file) as tmp:
             torch.save(dict(weights={k: p.detach().cpu() for k, p in named}, ema=shadow, optimizer=opt.state_dict(), step=step, log=log, info=json.dumps(info)), tmp)
 
-    stop, old = [], {}                                                # a signal asks; the loop finishes its step, saves and ends
-    if threading.current_thread() is threading.main_thread():
-        old = {s: signal.signal(s, lambda *_: stop.append(1)) for s in (signal.SIGINT, signal.SIGTERM)}
     device, sums, since = params[0].device, {}, time.perf_counter()
-    bar = tqdm(range(first, steps), initial=first, total=steps, desc=name)
-    for step in bar:
-        if watch and (step == 0 or (watch_every > 0 and step % watch_every == 0 and step > first)):
-            log.append(dict(step=step, **watch(step)))
-        rate = lr * min(1.0, (step + 1) / max(1, warmup)) * (0.5 + 0.5 * math.cos(math.pi * step / steps) if schedule == "cosine" else 1.0)
-        for group in opt.param_groups:
-            group["lr"] = rate
-        opt.zero_grad(set_to_none=True)
-        for part, rows in enumerate(order(step, batch, length, seed).chunk(accumulate)):
-            g = torch.Generator().manual_seed((seed * 1_000_003 + step) * 64 + part)
-            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                loss, said = loss_fn(rows, g)
-            (loss * len(rows) / batch).backward()
-            for k, v in (dict(loss=loss.detach()) | said).items():
-                sums.setdefault(k, []).append(v)
-        norm = nn.utils.clip_grad_norm_(params, clip or math.inf)
-        if torch.isfinite(norm):
-            opt.step()
-            bad = 0
-        else:
-            bad += 1
-            print(f"step {step}: the gradient is not finite, step skipped (pictures {order(step, batch, length, seed)[:8].tolist()} ...)")
-            if bad == 3:
-                raise RuntimeError(f"three non-finite gradients in a row at step {step}; the last good state is {state_file}")
-        if shadow:
-            beta = min(ema, (1 + step) / (10 + step))                 # a short run must not average its own start
-            torch._foreach_lerp_(shadow, [p.detach().float() for p in params], 1 - beta)
-        if (step + 1) % log_every == 0 or step + 1 == steps:
-            now = time.perf_counter()
-            row = dict(step=step + 1, **{k: float(torch.stack([torch.as_tensor(x) for x in v]).float().mean()) for k, v in sums.items()},
-                       lr=rate, grad_norm=float(norm), images_per_s=round(len(sums["loss"]) * batch / accumulate / (now - since), 1))
-            if device.type == "cuda":
-                row["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
-            log.append(row)
-            bar.set_postfix({k: f"{row[k]:.4g}" for k in ("loss", "grad_norm", "images_per_s")})
-            sums, since = {}, now
-        if stop or (step + 1) % save_every == 0 or step + 1 == steps:
-            save(step + 1)
-        if stop:
-            raise SystemExit(f"stopped after step {step + 1}, saved in {state_file}; the same command with --resume goes on")
-    for s, handler in old.items():
-        signal.signal(s, handler)
+    with stop_signals() as stop:
+        bar = tqdm(range(first, steps), initial=first, total=steps, desc=name)
+        for step in bar:
+            if watch and (step == 0 or (watch_every > 0 and step % watch_every == 0 and step > first)):
+                log.append(dict(step=step, **watch(step)))
+            rate = lr * min(1.0, (step + 1) / max(1, warmup)) * (0.5 + 0.5 * math.cos(math.pi * step / steps) if schedule == "cosine" else 1.0)
+            for group in opt.param_groups:
+                group["lr"] = rate
+            opt.zero_grad(set_to_none=True)
+            for part, rows in enumerate(order(step, batch, length, seed).chunk(accumulate)):
+                g = torch.Generator().manual_seed((seed * 1_000_003 + step) * 64 + part)
+                with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                    loss, said = loss_fn(rows, g)
+                (loss * len(rows) / batch).backward()
+                for k, v in (dict(loss=loss.detach()) | said).items():
+                    sums.setdefault(k, []).append(v)
+            norm = nn.utils.clip_grad_norm_(params, clip or math.inf)
+            if torch.isfinite(norm):
+                opt.step()
+                bad = 0
+            else:
+                bad += 1
+                print(f"step {step}: the gradient is not finite, step skipped (pictures {order(step, batch, length, seed)[:8].tolist()} ...)")
+                if bad == 3:
+                    raise RuntimeError(f"three non-finite gradients in a row at step {step}; the last good state is {state_file}")
+            if shadow:
+                beta = min(ema, (1 + step) / (10 + step))                 # a short run must not average its own start
+                torch._foreach_lerp_(shadow, [p.detach().float() for p in params], 1 - beta)
+            if (step + 1) % log_every == 0 or step + 1 == steps:
+                now = time.perf_counter()
+                row = dict(step=step + 1, **{k: float(torch.stack([torch.as_tensor(x) for x in v]).float().mean()) for k, v in sums.items()},
+                           lr=rate, grad_norm=float(norm), images_per_s=round(len(sums["loss"]) * batch / accumulate / (now - since), 1))
+                if device.type == "cuda":
+                    row["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+                log.append(row)
+                bar.set_postfix({k: f"{row[k]:.4g}" for k in ("loss", "grad_norm", "images_per_s")})
+                sums, since = {}, now
+            if stop or (step + 1) % save_every == 0 or step + 1 == steps:
+                save(step + 1)
+            if stop:
+                raise SystemExit(f"stopped after step {step + 1}, saved in {state_file}; the same command with --resume goes on")
     if watch and first < steps:
         log.append(dict(step=steps, **watch(steps)))
         save(steps)
@@ -303,26 +324,53 @@ def new_run(kind: str, args) -> Path:
     return out
 
 
-def prepare(args, recipe: dict, names: list[str], res: int, device):
-    """Autoencoders by name, the pictures, their latent cache, and validation latents of pictures never trained on."""
-    own = BASES[args.base].ae if args.base in BASES else None
-    ae = {n: load_autoencoder(n, args.base_ae_weights if n == own else args.ae_weights, device=device) for n in names}
+def prepare(args, recipe: dict, weights: dict[str, str | None], res: int, device):
+    """Autoencoders {name: weight file or None}, the pictures, their latent cache, and validation latents of pictures
+    that are never trained on -> ({name: autoencoder}, source, cache, (latents, classes))."""
+    ae = {name: load_autoencoder(name, file, device=device) for name, file in weights.items()}
     source, val = open_source(args.images, res), open_source(args.images, res, "val")
-    flip = getattr(args, "flip", False)
-    cache = LatentCache("runs/cache", source, list(ae.values()), args.pictures or (None if args.images else recipe["pictures"]), flip, device=device)
+    cache = LatentCache("runs/cache", source, list(ae.values()), args.pictures or (None if args.images else recipe["pictures"]), args.flip, device=device)
     rows = LatentCache("runs/cache", val, list(ae.values()), min(256, len(val)), device=device)
     return ae, source, cache, rows.batch(torch.arange(len(rows)))
 
 
-def grid_of_stages(file: Path, rows: list[tuple], y: Tensor, classes, seed: int, cfg_scale: float, shift: float, dtype, num_steps: int = 25) -> list[Tensor]:
-    """One row of pictures per (name, model, autoencoder): the same classes and, within a latent space, the same noise."""
-    images = [generate(m, ae, y, [seed + i for i in range(len(y))], num_steps, cfg_scale, shift=shift, dtype=dtype) for _, m, ae in rows]
-    names = [str(classes[k]) if k < len(classes) else str(int(k)) for k in y]
-    save_grid(file, [(name, x) for (name, _, _), x in zip(rows, images)], names, {"seed": str(seed), "cfg_scale": str(cfg_scale)})
-    return images
+def sample_loss(model, z: Tensor, y: Tensor, g, *, objective: str, t_sampling: str, shift: float, label_dropout: float) -> tuple[Tensor, dict]:
+    """One batch of the training objective of stages 2 and 3: "flow" (Eq. 2), or "ddpm", DiT's own (epsilon and a learned
+    variance on the integer clock). All its randomness comes from g, on the CPU."""
+    y = drop_labels(model, y, label_dropout, g)
+    x0 = torch.randn(z.shape, generator=g).to(z.device)
+    if objective == "ddpm":
+        chain = Chain()
+        mse, bound = ddpm_loss(model, chain, z, torch.randint(len(chain.steps), (len(z),), generator=g), y, x0)
+        return (mse + bound).mean(), {"mse": mse.mean().detach()}
+    loss, pred, v = flow_matching_loss(model, z, sample_t(len(z), g, t_sampling, shift).to(z.device), y, x0)
+    return loss.mean(), {"pred_norm": pred.detach().norm() / v.norm()}
 
 
-def write_run(out: Path, args, info: dict, named, log: list[dict], dtype=torch.float32, state: str = "train"):
+def add_data_args(p: argparse.ArgumentParser):
+    """The flags that stages 2 and 3 share: data and objective."""
+    p.add_argument("--ae", metavar="NAME", help=f"autoencoder to move to: {', '.join(AUTOENCODERS)} (default: the recipe's, or the aligned run's)")
+    p.add_argument("--ae-weights", metavar="FILE", help="its weight file (default: shipped, or the model hub's cache)")
+    p.add_argument("--images", metavar="DIR", help="folder of pictures (default: procedural shapes)")
+    p.add_argument("--pictures", type=int, help="use so many of them (default: the recipe's, or all of a folder)")
+    p.add_argument("--flip", action="store_true", help="mirrored pictures as well")
+    p.add_argument("--objective", default="flow", choices=("flow", "ddpm"), help="flow matching, or DDPM's epsilon with a learned variance (DiT bases only; default flow)")
+    p.add_argument("--pos-step", type=float, default=1.0, help="distance of neighbouring tokens in the new position table; 1 = as the authors, 2 = spread over the base's places (default 1)")
+    p.add_argument("--label-dropout", type=float, default=0.1, help="share of conditions replaced by the null one (default 0.1)")
+    p.add_argument("--t-sampling", default="logit-normal", choices=("logit-normal", "uniform"), help="distribution of training times (default logit-normal)")
+    p.add_argument("--cfg-scale", type=float, default=3.0, help="guidance of the preview pictures (default 3)")
+    p.add_argument("--save-every", type=int, default=500, help="steps between resumable states (default 500)")
+    p.add_argument("--resume", action="store_true", help="go on with --out, or with the newest unfinished run of this kind")
+
+
+def draw(model, ae, count: int, seed: int, cfg_scale: float, shift: float, dtype) -> tuple[Tensor, Tensor]:
+    """count preview pictures, the classes in turn, seeds seed + i -> pictures, classes. The same noise within a latent space."""
+    y = torch.arange(count) % model.cfg.num_classes
+    sampler = "ddim" if model.cfg.predict == "epsilon" else "euler"
+    return generate(model, ae, y, [seed + i for i in range(count)], 25, cfg_scale, sampler, shift, dtype=dtype), y
+
+
+def write_run(out: Path, info: dict, named, log: list[dict], dtype=torch.float32, state: str = "train"):
     """A finished run: what it trained (and its moving average) as safetensors with its facts, and its log."""
     saved = torch.load(out / f"{state}.train", map_location="cpu", weights_only=True)
     if saved["ema"]:
@@ -350,130 +398,6 @@ def plot_curves(file: Path, logs: dict[str, list[dict]]):
     plt.close(fig)
 
 
-# ---- main --------------------------------------------------------------------------------------------------------------------------
-
-def main(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_model_args(p)
-    p.add_argument("--ae", metavar="NAME", help=f"autoencoder to move to: {', '.join(AUTOENCODERS)} (default: the recipe's)")
-    p.add_argument("--ae-weights", metavar="FILE", help="its weight file (default: shipped, or the model hub's cache)")
-    p.add_argument("--images", metavar="DIR", help="folder of pictures (default: procedural shapes)")
-    p.add_argument("--pictures", type=int, help="use so many of them (default: the recipe's, or all of a folder)")
-    p.add_argument("--solver", default="closed-form", choices=("closed-form", "adamw"), help="how stage 1, and the head before stage 2, find their optimum (default closed-form)")
-    p.add_argument("--ridge", type=float, default=1e-6, help="closed form: relative ridge (default 1e-6)")
-    p.add_argument("--head-samples", type=int, default=8192, help="closed form: noisy samples for the head (default 8192)")
-    p.add_argument("--match", default="downsample", choices=("downsample", "upsample", "average", "mixed"), help="stage 1: how embeddings are compared (default downsample)")
-    p.add_argument("--stage1-steps", type=int, help="AdamW steps of stage 1 (default: the recipe's)")
-    p.add_argument("--stage2-steps", type=int, help="AdamW steps of embedder and head together (default: the recipe's; 0 = none)")
-    p.add_argument("--lr1", type=float, help="stage 1 learning rate (default: the recipe's)")
-    p.add_argument("--lr2", type=float, help="stage 2 learning rate (default: the recipe's)")
-    p.add_argument("--batch", type=int, help="pictures a step, both stages (default: the recipe's)")
-    p.add_argument("--clip", type=float, default=-1, help="gradient norm limit; -1 = never (default; the authors' guides use 0.1 in stage 2)")
-    p.add_argument("--final-adaln", action="store_true", help="stage 2 trains DiT's final modulation too (the authors do)")
-    p.add_argument("--label-dropout", type=float, default=0.1, help="share of conditions replaced by the null one (default 0.1)")
-    p.add_argument("--t-sampling", default="logit-normal", choices=("logit-normal", "uniform"), help="distribution of training times (default logit-normal)")
-    p.add_argument("--shift", type=float, default=1.0, help="resolution shift of the times, saved with the run; 1 = off (default 1)")
-    p.add_argument("--cfg-scale", type=float, default=3.0, help="guidance of the pictures (default 3)")
-    p.add_argument("--count", type=int, default=128, help="pictures a stage for the class accuracy; 0 = none (default 128)")
-    p.add_argument("--save-every", type=int, default=500, help="steps between resumable states (default 500)")
-    p.add_argument("--out", metavar="DIR", help="the run's folder (default: runs/align-BASE-N, the next N)")
-    p.add_argument("--resume", action="store_true", help="go on with --out, or with the newest unfinished alignment of this base")
-    args = p.parse_args(argv)
-
-    begun, recipe, dtype, device = time.perf_counter(), RECIPES.get(args.base, RECIPES["dit-xl"]), dtype_of(args), torch.device(args.device)
-    base, info = load_base(args.base, args.weights, device)
-    target = ae_config(args.ae or recipe["ae"])
-    out = new_run("align", args)
-    cfg = replace(to_deep_latent(base.cfg, target), res=args.res or base.cfg.res)
-    ae, source, cache, (z_val, y_val) = prepare(args, recipe, [base.cfg.ae, target.name], cfg.res, device)
-    zv, zv_base, y_val = z_val[target.name].to(device), z_val[base.cfg.ae].to(device), y_val.to(device)
-    torch.manual_seed(args.seed)
-    model = deepen(base, cfg).to(device)
-    tokens = lambda m, z: z.shape[-1] * z.shape[-2] // m.cfg.patch_size**2
-    print(f"{args.base}: {base.cfg.ae} patch {base.cfg.patch_size}, {tokens(base, zv_base)} tokens -> {target.name} patch 1, {tokens(model, zv)} tokens; {len(cache)} pictures, {dtype} -> {out}")
-
-    judge = load_classifier() if args.count and not args.images else None
-    shown = torch.arange(8) % cfg.num_classes
-    stages, gaps, logs = [], {}, {}
-
-    def look(name, m, its_ae):
-        """A stage's pictures, its score, its gap to the base, its validation loss."""
-        images = grid_of_stages(out / f"{len(stages)}.png", [(name, m, its_ae)], shown, source.classes, args.seed, args.cfg_scale, args.shift, dtype)[0]
-        (out / f"{len(stages)}.png").unlink()
-        row = dict(stage=name)
-        if judge:
-            y = torch.arange(args.count) % cfg.num_classes
-            row["accuracy"] = accuracy(judge, generate(m, its_ae, y, [args.seed + i for i in range(args.count)], 25, args.cfg_scale, shift=args.shift, dtype=dtype), y)
-        if m is not base:
-            gaps[name] = layer_gap(m, base, zv[:64], zv_base[:64], y_val[:64])
-            row["gap"], row["val_loss"] = sum(gaps[name]) / len(gaps[name]), validation_loss(m, zv, y_val, dtype)
-        stages.append((row, images))
-        print("  " + ", ".join(f"{k} {v:.3f}" if isinstance(v, float) else str(v) for k, v in row.items()))
-
-    def noisy(rows, g):
-        z, y = cache.batch(rows)
-        z, y = z[target.name].to(device), drop_labels(model, y.to(device), args.label_dropout, g)
-        t = sample_t(len(y), g, args.t_sampling, args.shift).to(device)
-        return z, t, y, torch.randn(z.shape, generator=g).to(device)
-
-    def flow_loss(rows, g):
-        z, t, y, x0 = noisy(rows, g)
-        return flow_matching_loss(model, z, t, y, x0)[0].mean(), {}
-
-    def pair(rows):
-        z, _ = cache.batch(rows)                                      # means, not draws: the target should not be noise
-        return z[target.name].to(device), z[base.cfg.ae].to(device)
-
-    look("base", base, ae[base.cfg.ae])
-    look("new latent, not aligned", model, ae[target.name])
-
-    # stage 1
-    embedder = [(k, q) for k, q in model.named_parameters() if k.startswith(model.EMBEDDER)]
-    clock = time.perf_counter()
-    if args.solver == "closed-form":
-        if args.match != "downsample":
-            raise ValueError(f"--match {args.match} has no closed form here; use --solver adamw")
-        sums = solve_embedder(model, base, (pair(r) for r in torch.arange(len(cache)).split(256)), args.ridge)
-        print(f"stage 1 in closed form: loss {sums.loss(*sums.solve(args.ridge)):.5f} over {sums.n} cells, {time.perf_counter() - clock:.1f} s")
-    else:
-        s1 = recipe["stage1"]
-        logs["stage 1"] = train(out, model, embedder, lambda rows, g: (embedding_loss(model, base, *pair(rows), args.match), {}), len(cache), args.stage1_steps or s1["steps"],
-                                batch=args.batch or s1["batch"], lr=args.lr1 or s1["lr"], info=info, name="stage1", seed=args.seed, dtype=torch.float32, save_every=args.save_every)
-        print(f"stage 1 by AdamW: loss {logs['stage 1'][-1]['loss']:.5f}, {time.perf_counter() - clock:.1f} s")
-    model.requires_grad_(False)
-    look("after stage 1", model, ae[target.name])
-
-    # stage 2
-    picked = (model.EMBEDDER, model.HEAD, *(("final_layer.adaLN_modulation.",) if args.final_adaln else ()))
-    both = [(k, q) for k, q in model.named_parameters() if k.startswith(picked)]
-    clock, s2 = time.perf_counter(), recipe["stage2"]
-    fresh = not (out / "stage2.train").exists()
-    if args.solver == "closed-form" and fresh:
-        rows = torch.arange(args.head_samples) % len(cache)
-        sums = solve_head(model, (noisy(r, torch.Generator().manual_seed(args.seed * 1_000_003 + i)) for i, r in enumerate(rows.split(256))), args.ridge, dtype)
-        print(f"head in closed form: loss {sums.loss(*sums.solve(args.ridge)):.4f} over {args.head_samples} samples, {time.perf_counter() - clock:.1f} s")
-        look("head in closed form", model, ae[target.name])
-    steps2 = s2["steps"] if args.stage2_steps is None else args.stage2_steps
-    if args.final_adaln:                                              # the base shares these tensors and must not move
-        for q in model.final_layer.adaLN_modulation.parameters():
-            q.data = q.data.clone()
-    logs["stage 2"] = train(out, model, both, flow_loss, len(cache), steps2, batch=args.batch or s2["batch"], lr=args.lr2 or s2["lr"], info=info, name="stage2", seed=args.seed + 1, dtype=dtype,
-                            clip=None if args.clip < 0 else args.clip, save_every=args.save_every, watch=lambda step: {"val_loss": validation_loss(model, zv, y_val, dtype)})
-    model.requires_grad_(False)
-    look("after stage 2", model, ae[target.name])
-
-    print("\n" + gap_table(gaps))
-    print("[|| g - pool(h) || / || pool(h) - its mean || per layer, clean latents of 64 unseen pictures; 0 = the base's own features]\n")
-    info |= dict(kind="align", model=config_dict(cfg), shift=args.shift, classes=list(source.classes), steps=str(steps2), stages=[r for r, _ in stages], gaps=gaps)
-    write_run(out, args, info, both, [dict(stage=k, **row) for k, log in logs.items() for row in log] + [r for r, _ in stages], state="stage2")
-    names = [str(source.classes[k]) if k < len(source.classes) else str(int(k)) for k in shown]
-    save_grid(out / "samples.png", [(r["stage"].replace(", ", "\n").replace(" in ", "\nin ") + (f"\n{r['accuracy']:.0%} right" if "accuracy" in r else ""), x) for r, x in stages], names,
-              {"seed": str(args.seed), "cfg_scale": str(args.cfg_scale)})
-    plot_gap(out / "gap.png", gaps)
-    plot_curves(out / "curves.png", {k: v for k, v in logs.items() if v})
-    print(f"{(time.perf_counter() - begun) / 60:.1f} min, peak memory {peak_gib(device):.1f} GiB; wrote {out}/ (model.safetensors, metrics.jsonl, samples.png, gap.png, curves.png)")
-
-
 def plot_gap(file: Path, gaps: dict[str, list[float]]):
     import matplotlib
     matplotlib.use("Agg")
@@ -492,6 +416,117 @@ def peak_gib(device) -> float:
         return torch.cuda.max_memory_allocated() / 2**30
     import resource
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # kilobytes on Linux
+
+
+# ---- main --------------------------------------------------------------------------------------------------------------------------
+
+def main(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_model_args(p)
+    add_data_args(p)
+    p.add_argument("--solver", default="closed-form", choices=("closed-form", "adamw"), help="how stage 1, and the head before stage 2, find their optimum (default closed-form)")
+    p.add_argument("--ridge", type=float, default=1e-6, help="closed form: relative ridge (default 1e-6)")
+    p.add_argument("--head-samples", type=int, default=8192, help="closed form: noisy samples for the head; 0 = leave it random (default 8192)")
+    p.add_argument("--match", default="downsample", choices=MATCHES, help="stage 1 by AdamW: how embeddings are compared (default downsample)")
+    p.add_argument("--stage1-steps", type=int, help="AdamW steps of stage 1 (default: the recipe's)")
+    p.add_argument("--stage2-steps", type=int, help="AdamW steps of embedder and head together (default: the recipe's; 0 = none)")
+    p.add_argument("--lr1", type=float, help="stage 1 learning rate (default: the recipe's)")
+    p.add_argument("--lr2", type=float, help="stage 2 learning rate (default: the recipe's)")
+    p.add_argument("--batch", type=int, help="pictures a step, both stages (default: the recipe's)")
+    p.add_argument("--clip", type=float, default=-1, help="stage 2 gradient norm limit; -1 = never (default; the authors' guides use 0.1)")
+    p.add_argument("--final-adaln", action="store_true", help="stage 2 trains DiT's final modulation too (the authors do)")
+    p.add_argument("--shift", type=float, default=1.0, help="resolution shift of the times, saved with the run; 1 = off (default 1)")
+    p.add_argument("--count", type=int, default=128, help="pictures a stage for the class accuracy; 0 = none (default 128)")
+    p.add_argument("--out", metavar="DIR", help="the run's folder (default: runs/align-BASE-N, the next N)")
+    args = p.parse_args(argv)
+
+    closed = args.solver == "closed-form"
+    if closed and args.match != "downsample":
+        raise ValueError(f"--match {args.match} has no closed form here; use --solver adamw")
+    begun, recipe, dtype, device = time.perf_counter(), RECIPES.get(args.base, RECIPES["dit-xl"]), dtype_of(args), torch.device(args.device)
+    base, info = load_base(args.base, args.weights, device)
+    old, new = base.cfg.ae, ae_config(args.ae or recipe["ae"]).name
+    cfg = replace(to_deep_latent(base.cfg, ae_config(new), "epsilon" if args.objective == "ddpm" else "velocity", args.pos_step), res=args.res or base.cfg.res)
+    if args.objective == "ddpm" and cfg.clock != "ddpm":
+        raise ValueError(f"--objective ddpm is for bases on DDPM's clock; {args.base} runs on the flow's")
+    out = new_run("align", args)
+    ae, source, cache, (z_val, y_val) = prepare(args, recipe, {old: args.base_ae_weights, new: args.ae_weights}, cfg.res, device)
+    z_dc, z_base, y_val = z_val[new].to(device), z_val[old].to(device), y_val.to(device)
+    torch.manual_seed(args.seed)
+    model = deepen(base, cfg).to(device)
+    tokens = lambda m, z: z.shape[-1] * z.shape[-2] // m.cfg.patch_size**2
+    print(f"{args.base}: {old} patch {base.cfg.patch_size}, {tokens(base, z_base)} tokens -> {new} patch 1, {tokens(model, z_dc)} tokens; {len(cache)} pictures, {dtype} -> {out}")
+    judge = load_classifier() if args.count and not args.images else None   # the shipped judge knows the procedural shapes only
+    stages, gaps, logs = [], {}, {}
+
+    def look(name: str, m):
+        """A stage's pictures, class accuracy, gap to the base and validation loss."""
+        images, y = draw(m, ae[m.cfg.ae], max(8, args.count if judge else 8), args.seed, args.cfg_scale, args.shift, dtype)
+        row = dict(stage=name) | ({"accuracy": accuracy(judge, images, y)} if judge else {})
+        if m is model:
+            gaps[name] = layer_gap(m, base, z_dc[:64], z_base[:64], y_val[:64])
+            row |= dict(gap=sum(gaps[name]) / len(gaps[name]), val_loss=validation_loss(m, z_dc, y_val, dtype))
+        stages.append((row, images[:8]))
+        print("  " + ", ".join(f"{k} {v:.3f}" if isinstance(v, float) else v for k, v in row.items()), flush=True)
+
+    def pair(rows):                                                   # means, not draws: a target should not be noise
+        z, _ = cache.batch(rows)
+        return z[new].to(device), z[old].to(device)
+
+    objective = dict(objective=args.objective, t_sampling=args.t_sampling, shift=args.shift, label_dropout=args.label_dropout)
+
+    def flow_loss(rows, g):
+        z, y = cache.batch(rows)
+        return sample_loss(model, z[new].to(device), y.to(device), g, **objective)
+
+    def noisy(rows, g):
+        z, y = cache.batch(rows)
+        z = z[new].to(device)
+        return z, sample_t(len(z), g, args.t_sampling, args.shift).to(device), drop_labels(model, y.to(device), args.label_dropout, g), torch.randn(z.shape, generator=g).to(device)
+
+    look("base", base)
+    look("not aligned", model)
+
+    # stage 1: the embedder
+    clock = time.perf_counter()
+    if closed:
+        sums = solve_embedder(model, base, (pair(r) for r in torch.arange(len(cache)).split(256)), args.ridge)
+        print(f"stage 1 in closed form: loss {sums.mse:.5f} over {sums.n} cells, {time.perf_counter() - clock:.1f} s")
+    else:
+        s1 = recipe["stage1"]
+        logs["stage 1"] = train(out, model, pick(model, (model.EMBEDDER,)), lambda rows, g: (embedding_loss(model, base, *pair(rows), args.match), {}), len(cache),
+                                s1["steps"] if args.stage1_steps is None else args.stage1_steps, batch=args.batch or s1["batch"], lr=args.lr1 or s1["lr"], info=info,
+                                name="stage1", seed=args.seed, save_every=args.save_every)
+        print(f"stage 1 by AdamW: loss {logs['stage 1'][-1]['loss']:.5f}, {time.perf_counter() - clock:.1f} s")
+    look("stage 1: embedder", model)
+
+    # stage 2: embedder and head
+    if args.final_adaln:                                              # the base shares these tensors, and must not move
+        model.final_layer.adaLN_modulation = copy.deepcopy(model.final_layer.adaLN_modulation)
+    both = pick(model, (model.EMBEDDER, model.HEAD, *(["final_layer.adaLN_modulation."] if args.final_adaln else [])))
+    clock, s2 = time.perf_counter(), recipe["stage2"]
+    if closed and args.head_samples and args.objective == "flow":
+        rows = torch.arange(args.head_samples) % len(cache)
+        sums = solve_head(model, (noisy(r, torch.Generator().manual_seed(args.seed * 1_000_003 + i)) for i, r in enumerate(rows.split(256))), args.ridge, dtype)
+        print(f"head in closed form: loss {sums.mse:.4f} over {args.head_samples} samples, {time.perf_counter() - clock:.1f} s")
+        look("head in closed form", model)
+    steps, clock = s2["steps"] if args.stage2_steps is None else args.stage2_steps, time.perf_counter()
+    logs["stage 2"] = train(out, model, both, flow_loss, len(cache), steps, batch=args.batch or s2["batch"], lr=args.lr2 or s2["lr"], info=info, name="stage2", seed=args.seed + 1, dtype=dtype,
+                            clip=None if args.clip < 0 else args.clip, save_every=args.save_every, watch=lambda step: {"val_loss": validation_loss(model, z_dc, y_val, dtype)}, watch_every=max(1, steps // 8))
+    print(f"stage 2: {steps} steps, {time.perf_counter() - clock:.1f} s")
+    look("stage 2: both", model)
+
+    print("\n" + gap_table(gaps))
+    print("[|| g - pool(h) || / || pool(h) - its mean || per layer, clean latents of 64 unseen pictures; 0 = the base's own features]\n")
+    rows = [row for row, _ in stages]
+    info |= dict(kind="align", model=config_dict(cfg), shift=args.shift, classes=list(source.classes), ae_weights=args.ae_weights, objective=args.objective, steps=steps, stages=rows, gaps=gaps)
+    write_run(out, info, both, [dict(stage=k, **row) for k, log in logs.items() for row in log] + rows, state="stage2")
+    names = [str(source.classes[k]) if k < len(source.classes) else str(k) for k in (torch.arange(8) % cfg.num_classes).tolist()]
+    save_grid(out / "samples.png", [(r["stage"].replace(": ", "\n").replace(" in ", "\nin ") + (f"\n{r['accuracy']:.0%} right" if "accuracy" in r else ""), x) for r, x in stages], names,
+              {"seed": str(args.seed), "cfg_scale": str(args.cfg_scale)})
+    plot_gap(out / "gap.png", gaps)
+    plot_curves(out / "curves.png", {k: v for k, v in logs.items() if v})
+    print(f"{(time.perf_counter() - begun) / 60:.1f} min, peak memory {peak_gib(device):.1f} GiB; wrote {out}/ (model.safetensors, metrics.jsonl, samples.png, gap.png, curves.png)")
 
 
 if __name__ == "__main__":

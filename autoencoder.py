@@ -3,7 +3,7 @@
     encode  (B,3,fH,fW) in [-1,1] -> z (B,C,H,W), already shifted and scaled: what a diffusion model sees
     decode  z -> (B,3,fH,fW)
 
-The scale and the shift of a latent space are applied in these two methods and nowhere else in the project.
+The scale and the shift of a latent space are applied in these two and nowhere else in the project.
 "Deeply compressed" means fewer tokens; DC-AE spends channels instead of places (arXiv 2410.10733):
 
     tokens at       512     1K      2K      4K
@@ -120,17 +120,22 @@ class Autoencoder(nn.Module):
         # an autoencoder in use is frozen, and BatchNorm in train mode would rewrite its statistics at every picture
         return super().train(mode and any(p.requires_grad for p in self.parameters()))
 
-    def encode(self, x: Tensor, sample: bool = False, generator=None) -> Tensor:
-        """Image (B,3,H,W) in [-1,1] -> normalised latent (B,C,H/f,W/f): the posterior's mean, or a draw from it.
-        H and W must divide by f (ValueError)."""
+    def posterior(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Image (B,3,H,W) in [-1,1] -> mean and standard deviation of its normalised latent (B,C,H/f,W/f); no deviation
+        (None) for DC-AE, which is deterministic. H and W must divide by f (ValueError)."""
         f, (H, W) = self.cfg.f, x.shape[-2:]
         if H % f or W % f:
             raise ValueError(f"a picture of {W}x{H}: {self.cfg.name} needs sides that divide by {f}; "
                              f"try {max(f, round(W / f) * f)}x{max(f, round(H / f) * f)}")
         mean, logvar = self.moments(x)
-        if sample and logvar is not None:
-            mean = mean + (0.5 * logvar).exp() * torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
-        return (mean - self.cfg.shift) * self._scale()
+        return (mean - self.cfg.shift) * self._scale(), None if logvar is None else (0.5 * logvar).exp() * self._scale()
+
+    def encode(self, x: Tensor, sample: bool = False, generator=None) -> Tensor:
+        """Image -> normalised latent: the posterior's mean, or a draw from it."""
+        mean, std = self.posterior(x)
+        if not sample or std is None:
+            return mean
+        return mean + std * torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
 
     def decode(self, z: Tensor) -> Tensor:
         """Normalised latent (B,C,H,W) -> image (B,3,fH,fW), nominally in [-1,1], not clamped."""

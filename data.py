@@ -1,7 +1,7 @@
 """Pictures in, batches out: procedural shapes, image folders, and the cache of paired latents.
 
-    image (B,3,S,S) in [-1,1], class (B,)          shapes(), ImageFolder
-    z_base, z_dc of the very same pixels, class    cache_latents() once, LatentCache afterwards
+    image (B,3,S,S) in [-1,1], class (B,)          ShapesSource, ImageFolder
+    z_base, z_dc of the very same pixels, class    LatentCache: filled once, read afterwards
 
 A source of pictures is anything with len(), .classes (names) and .batch(indices) -> images, labels. Autoencoders come
 in as arguments; nothing of ours is imported here.
@@ -11,11 +11,12 @@ import hashlib
 import json
 import math
 import os
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
@@ -142,9 +143,8 @@ def load_image(path, size: int) -> Tensor:
     try:
         with Image.open(path) as im:
             im = ImageOps.exif_transpose(im)
-            if im.mode.startswith("I") or im.mode == "F":            # 16 bits a channel: convert("RGB") would clip at 255
-                deep = np.asarray(im).astype(np.float32)
-                im = Image.fromarray((deep / (65535.0 if deep.max() > 255 else 255.0) * 255.0).clip(0, 255).astype(np.uint8))
+            if im.mode.startswith("I"):                              # 16 bits a channel: convert("RGB") would clip at 255
+                im = Image.fromarray((np.asarray(im) / 257.0).round().clip(0, 255).astype(np.uint8))
             if im.mode in ("RGBA", "LA", "PA") or "transparency" in im.info:
                 im = im.convert("RGBA")
                 im = Image.alpha_composite(Image.new("RGBA", im.size, "white"), im)
@@ -155,46 +155,54 @@ def load_image(path, size: int) -> Tensor:
 
 
 class ImageFolder:
-    """Pictures of a folder, cropped to a centred square. Class subfolders give classes; a flat folder gives captions
-    from the .txt file beside each picture (a missing one is a ValueError that names it).
+    """Pictures of a folder, cropped to a centred square. Subfolders give classes; a flat folder gives captions from the
+    .txt file beside each picture (a missing one is a ValueError that names it), or nothing with captions=False.
 
-    Broken files are listed once and left out, unless they are more than max_broken (ValueError): a wrong folder should
-    not become a small data set. A picture is checked by decoding it, when the cache is made or here with check=True."""
+    Broken files are listed and left out, unless they are more than max_broken (ValueError): a wrong folder should not
+    become a small data set. Most show when they are opened, here; of one that does only when it is decoded, the place
+    is taken by the next picture, with its label and caption."""
 
-    def __init__(self, root, size: int, split: str = "all", check: bool = True, max_broken: float = 0.05):
-        root = Path(root)
-        if not root.is_dir():
+    def __init__(self, root, size: int, split: str = "all", max_broken: float = 0.05, captions: bool = True):
+        self.root, self.size, self.broken = Path(root), size, []
+        if not self.root.is_dir():
             raise ValueError(f"--images {root}: no such folder")
-        files = sorted(p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES)
+        files = sorted(p for p in self.root.rglob("*") if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
         if not files:
             raise ValueError(f"--images {root}: no pictures in it ({', '.join(SUFFIXES)})")
-        folders = sorted({p.parent.name for p in files if p.parent != root})
-        self.classes = tuple(folders)
-        if not folders:
+        folder = lambda p: p.parent.relative_to(self.root).as_posix()
+        self.classes = tuple(sorted({folder(p) for p in files} - {"."}))
+        if self.classes and (loose := [p for p in files if p.parent == self.root]):
+            raise ValueError(f"{loose[0]} lies beside class folders and has no class; move it into one of them")
+        if captions and not self.classes:
             for p in files:
                 if not p.with_suffix(".txt").is_file():
                     raise ValueError(f"{p} has no caption: put one in {p.with_suffix('.txt').name}, or sort the pictures into class folders")
         if split != "all":                                           # every 20th picture is for validation
             files = [p for i, p in enumerate(files) if (i % 20 == 19) == (split == "val")]
-        self.size, self.broken = size, []
-        if check:
-            from PIL import Image
-            whole = []
-            for p in tqdm(files, desc=f"checking {root.name}", disable=len(files) < 500):
-                try:
-                    with Image.open(p) as im:
-                        im.verify()
-                    whole.append(p)
-                except Exception as e:
-                    self.broken.append(p)
-                    print(f"left out, not a readable picture: {p} ({type(e).__name__})")
-            if len(self.broken) > max_broken * len(files):
-                raise ValueError(f"--images {root}: {len(self.broken)} of {len(files)} pictures do not open, more than {max_broken:.0%}; mend or remove them")
-            files = whole
-        self.files = files
-        self.labels = torch.tensor([folders.index(p.parent.name) if folders else 0 for p in files])
-        listing = "\n".join(f"{p.relative_to(root)} {p.stat().st_size} {p.stat().st_mtime_ns}" for p in files)
-        self.identity = f"folder {root.name} size={size} crop=centre " + hashlib.sha256(listing.encode()).hexdigest()[:16]
+            if not files:
+                raise ValueError(f"--images {root}: fewer than 20 pictures, and every 20th is kept for validation; add some")
+        self.total, self.max_broken = len(files), max_broken
+        self.files = [p for p in tqdm(files, desc=f"opening {self.root.name}", disable=len(files) < 5000) if self._opens(p)]
+        self.labels = torch.tensor([self.classes.index(folder(p)) if self.classes else 0 for p in self.files])
+        listing = "\n".join(f"{p.relative_to(self.root)} {p.stat().st_size} {p.stat().st_mtime_ns}" for p in self.files)
+        self.identity = f"folder {self.root.name} size={size} crop=centre " + hashlib.sha256(listing.encode()).hexdigest()[:16]
+
+    def _opens(self, path) -> bool:
+        from PIL import Image
+        try:
+            with Image.open(path) as im:
+                im.verify()
+        except Exception as e:
+            self._leave_out(path, f"{type(e).__name__}: {e}")
+            return False
+        return True
+
+    def _leave_out(self, path, why):
+        if path not in self.broken:
+            self.broken.append(path)
+            print(f"left out: {path} ({why})")
+        if len(self.broken) > self.max_broken * self.total:
+            raise ValueError(f"--images {self.root}: {len(self.broken)} of {self.total} pictures are broken, more than {self.max_broken:.0%}; mend or remove them, the last was {path}")
 
     def __len__(self):
         return len(self.files)
@@ -202,8 +210,21 @@ class ImageFolder:
     def caption(self, index: int) -> str:
         return self.files[index].with_suffix(".txt").read_text(encoding="utf-8").strip()
 
+    def _picture(self, i: int) -> Tensor:
+        for k in range(len(self)):
+            j = (i + k) % len(self)
+            try:
+                picture = load_image(self.files[j], self.size)
+            except ValueError as e:
+                self._leave_out(self.files[j], e)
+                continue
+            self.files[i], self.labels[i] = self.files[j], self.labels[j]
+            return picture
+
     def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.stack([load_image(self.files[i], self.size) for i in indices.tolist()]), self.labels[indices]
+        with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:   # decoding releases Python's lock
+            pictures = list(pool.map(self._picture, indices.tolist()))
+        return torch.stack(pictures), self.labels[indices]
 
 
 def open_source(images: str | None, res: int, split: str = "train"):
@@ -213,12 +234,17 @@ def open_source(images: str | None, res: int, split: str = "train"):
 
 # ---- the order of a run ------------------------------------------------------------------------------------------------------
 
+@lru_cache(maxsize=2)                                                 # a batch may lie across an epoch's end
+def _permutation(epoch: int, length: int, seed: int) -> Tensor:
+    return torch.randperm(length, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+
+
 def order(step: int, batch: int, length: int, seed: int) -> Tensor:
     """The indices of training step `step`: every epoch a new permutation. A function of the step alone, so a resumed
     run reads what the killed one would have read, across an epoch's end too."""
     places = torch.arange(step * batch, (step + 1) * batch)
-    epochs = {int(e): torch.randperm(length, generator=torch.Generator().manual_seed(seed * 1_000_003 + int(e))) for e in (places // length).unique()}
-    return torch.stack([epochs[int(p) // length][int(p) % length] for p in places])
+    epoch, place = places // length, places % length
+    return torch.cat([_permutation(e, length, seed)[place[epoch == e]] for e in epoch.unique().tolist()])
 
 
 # ---- paired latents, cached on disk --------------------------------------------------------------------------------------------
@@ -240,67 +266,63 @@ class LatentCache:
 
     The folder's name is a hash of what it holds; meta.json spells it out and says how many rows are whole."""
 
-    def __init__(self, root, source, autoencoders: list, n: int | None = None, flip: bool = False, batch: int = 32, device="cpu"):
+    def __init__(self, root, source, autoencoders: list, n: int | None = None, flip: bool = False, batch: int | None = None, device="cpu"):
         n = min(n or len(source), len(source))
-        self.names = [ae.cfg.name for ae in autoencoders]
+        drawn = [ae.cfg.name for ae in autoencoders if hasattr(ae.cfg, "quant_conv")]       # a KL-VAE's posterior
         what = dict(source=source.identity, n=n, flip=flip, dtype="float16",
                     autoencoders=[dict(name=ae.cfg.name, f=ae.cfg.f, channels=ae.cfg.channels, scale=ae.cfg.scale, shift=ae.cfg.shift, weights=fingerprint(ae)) for ae in autoencoders])
         key = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]
         self.dir, self.length = Path(root) / f"latents-{key}", n * (2 if flip else 1)
         meta = self.dir / "meta.json"
-        done = 0
-        if meta.exists():
-            said = json.loads(meta.read_text())
-            if said["what"] != what:
-                raise ValueError(f"{self.dir} was made from something else ({said['what']}); delete it")
-            done = said["rows"]
+        done = json.loads(meta.read_text())["rows"] if meta.exists() else 0
         if done < self.length:
-            self._fill(source, autoencoders, what, done, batch, device)
-        self._open()
+            batch = batch or max(1, min(32, 2**23 // source.size**2))  # 32 pictures up to 512 px, 8 of 1K, 1 of 4K
+            self._fill(source, autoencoders, drawn, what, done, batch, device)
+        self.labels = torch.from_numpy(np.array(self._array("labels")))
+        self.mean = {ae.cfg.name: self._array(ae.cfg.name) for ae in autoencoders}
+        self.std = {k: self._array(f"{k}.std") for k in drawn}
 
-    def _open(self):
-        self.labels = torch.from_numpy(np.load(self.dir / "labels.npy"))
-        self.mean = {k: np.load(self.dir / f"{k}.npy", mmap_mode="r") for k in self.names}
-        self.std = {k: np.load(p, mmap_mode="r") for k in self.names if (p := self.dir / f"{k}.std.npy").exists()}
-        short = [k for k in self.names if len(self.mean[k]) != self.length]
-        if short:
-            raise ValueError(f"{self.dir}: {short} hold fewer rows than meta.json says; delete the folder and run again")
+    def _array(self, name: str, mode: str = "r") -> np.ndarray:
+        """One of the cache's files, memory-mapped; ValueError with the reason if it is missing or short."""
+        file = self.dir / f"{name}.npy"
+        try:
+            array = np.load(file, mmap_mode=mode)
+        except (OSError, ValueError, EOFError) as e:
+            raise ValueError(f"{file} is missing or not whole ({e}); delete the folder and run again") from None
+        if len(array) != self.length:
+            raise ValueError(f"{file} has {len(array)} rows instead of {self.length}; delete the folder and run again")
+        return array
 
-    def _fill(self, source, autoencoders, what, done, batch, device):
+    def _fill(self, source, autoencoders, drawn, what, done, batch, device):
         self.dir.mkdir(parents=True, exist_ok=True)
         n, files = what["n"], {}
 
-        def array(name, shape):
-            path = self.dir / f"{name}.npy"
-            mode = "r+" if done and path.exists() else "w+"
-            files[name] = np.lib.format.open_memmap(path, mode, np.int64 if name == "labels" else np.float16, (self.length, *shape))
+        def add(name, *shape):
+            files[name] = self._array(name, "r+") if done else \
+                np.lib.format.open_memmap(self.dir / f"{name}.npy", "w+", np.int64 if name == "labels" else np.float16, (self.length, *shape))
 
-        array("labels", ())
+        add("labels")
         for ae in autoencoders:
-            side = source.size // ae.cfg.f
-            array(ae.cfg.name, (ae.cfg.channels, side, side))
-            if hasattr(ae.cfg, "quant_conv"):                        # a posterior, not a point
-                array(f"{ae.cfg.name}.std", (ae.cfg.channels, side, side))
+            name, side = ae.cfg.name, source.size // ae.cfg.f
+            for file in (name, f"{name}.std")[: 2 if name in drawn else 1]:
+                add(file, ae.cfg.channels, side, side)
         for at in tqdm(range(done, self.length, batch), desc=f"encoding {self.length} pictures", leave=False):
-            rows = torch.arange(at, min(at + batch, self.length))
+            rows = torch.arange(at, end := min(at + batch, self.length))
             images, labels = source.batch(rows % n)
             images = torch.where((rows >= n).view(-1, 1, 1, 1), images.flip(-1), images).to(device)
-            files["labels"][at : at + len(rows)] = labels.numpy()
+            files["labels"][at:end] = labels.numpy()
             for ae in autoencoders:
                 with torch.no_grad():
-                    mean, logvar = ae.moments(images.to(memory_format=torch.channels_last))
-                files[ae.cfg.name][at : at + len(rows)] = ((mean - ae.cfg.shift) * ae.cfg.scale).float().cpu().numpy()
-                if logvar is not None:
-                    files[f"{ae.cfg.name}.std"][at : at + len(rows)] = ((0.5 * logvar).exp() * ae.cfg.scale).float().cpu().numpy()
-            if (at // batch) % 50 == 49 or at + len(rows) == self.length:
+                    mean, std = ae.posterior(images.to(memory_format=torch.channels_last))
+                files[ae.cfg.name][at:end] = mean.float().cpu().numpy()
+                if std is not None:
+                    files[f"{ae.cfg.name}.std"][at:end] = std.float().cpu().numpy()
+            if (at // batch) % 50 == 49 or end == self.length:
+                for ae in autoencoders:                              # before meta.json says so: a second try must not pass
+                    check_scale(ae.cfg, files[ae.cfg.name][:end], self.dir if end == self.length else None)
                 for f in files.values():
                     f.flush()
-                write_json(self.dir / "meta.json", dict(what=what, rows=at + len(rows)))
-        for ae in autoencoders:
-            z = files[ae.cfg.name][: min(2048, self.length)].astype(np.float32)
-            print(f"{ae.cfg.name}: latents of mean {z.mean():+.3f}, standard deviation {z.std():.3f} -> {self.dir}")
-            if not 0.6 < z.std() < 1.6:
-                raise ValueError(f"{ae.cfg.name}: latents of standard deviation {z.std():.2f} where about 1 is expected; is its scale {ae.cfg.scale} right for these weights?")
+                write_json(self.dir / "meta.json", dict(what=what, rows=end))
 
     def __len__(self):
         return self.length
@@ -314,6 +336,16 @@ class LatentCache:
             for k, s in self.std.items():
                 z[k] = z[k] + torch.from_numpy(s[rows].astype(np.float32)) * torch.randn(z[k].shape, generator=generator)
         return z, self.labels[indices]
+
+
+def check_scale(cfg, latents: np.ndarray, report=None):
+    """ValueError unless some of these latents (N,C,H,W) spread by about 1: a scale forgotten, doubled or of another
+    autoencoder trains to a finite loss, and ruins the run."""
+    z = latents[:: max(1, len(latents) // 2048)].astype(np.float32)
+    if report:
+        print(f"{cfg.name}: latents of mean {z.mean():+.3f}, standard deviation {z.std():.3f} -> {report}")
+    if not 0.6 < z.std() < 1.6:
+        raise ValueError(f"{cfg.name}: latents of standard deviation {z.std():.2f} where about 1 is expected; is its scale {cfg.scale} right for these weights?")
 
 
 def write_json(path: Path, value):

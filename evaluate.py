@@ -3,7 +3,8 @@
     python evaluate.py                                 base, aligned, fine-tuned, not aligned: the newest run of each kind
     python evaluate.py runs/finetune-tiny-1 --count 1024
     python evaluate.py --train-classifier              the small judge of the embedded pictures, again from scratch
-    python evaluate.py --fid IMAGES --reference IMAGES --inception FILE      real pictures, Inception features
+    python evaluate.py --train-classifier --images DIR --classifier FILE      a judge of your own pictures
+    python evaluate.py --fid DIR --reference DIR --inception FILE             real pictures, Inception features
 
 On the embedded pictures a small convolutional network judges: its answers give the class accuracy, its features the
 Frechet distance. It never saw a generated picture. A distance means something only beside another one made from the
@@ -12,7 +13,6 @@ same number of pictures, the same features and the same reference; so every scor
 
 import argparse
 import json
-import math
 from pathlib import Path
 
 import torch
@@ -23,9 +23,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from autoencoder import load_autoencoder
-from data import ImageFolder, LatentCache, ShapesSource, open_source
-from model import HERE, find_weights, read_tensors, run, write_tensors
-from sample import add_model_args, dtype_of, generate, load_base, load_run, newest_run, path, to_uint8
+from data import SHAPES, ImageFolder, open_source, order
+from model import HERE, find_weights, read_config, read_tensors, run, write_tensors
+from sample import add_model_args, dtype_of, generate, load_base, load_run, newest_run, path, run_file, to_uint8
 
 
 # ---- the gap between two models' representations (Fig. 4a) ----------------------------------------------------------------------
@@ -87,10 +87,15 @@ class Classifier(nn.Module):
 CLASSIFIER = "weights/tiny-classifier.safetensors"
 
 
-def load_classifier(path=None) -> Classifier:
-    tensors = read_tensors(find_weights("the classifier", CLASSIFIER, path))
-    judge = Classifier(len(tensors["out.bias"]))
+def load_classifier(file=None) -> Classifier:
+    """The judge in this file (default: the shipped one), its class names in .classes. ValueError if it is none."""
+    file = find_weights("the classifier", CLASSIFIER, file)
+    tensors, names = read_tensors(file), read_config(file).get("classes")
+    if names is None or "out.bias" not in tensors:
+        raise ValueError(f"{file} is not a classifier of --train-classifier")
+    judge = Classifier(len(names))
     judge.load_state_dict({k: v.float() for k, v in tensors.items()})
+    judge.classes = tuple(names)
     return judge.requires_grad_(False).eval()
 
 
@@ -113,30 +118,43 @@ def train_classifier(out: str, source, val, steps: int = 1500, batch: int = 64, 
         plan.step()
         if step % 50 == 0:
             bar.set_postfix(loss=f"{loss.item():.3f}")
-    x, y = val.batch(torch.arange(min(1024, len(val))))
-    score = accuracy(judge.eval(), x, y)
+    features, y = judged_source(judge.eval(), val, 1024)
+    score = share_right(judge, features, y)
     write_tensors(out, {k: v.bfloat16() for k, v in judge.state_dict().items()}, dict(classes=list(source.classes)))
     print(f"wrote {out}; accuracy on {len(y)} unseen pictures {score:.1%}")
     return score
 
 
 @torch.no_grad()
-def judged(judge: Classifier, images: Tensor, batch: int = 256) -> tuple[Tensor, Tensor]:
-    """Features (B,D) and class scores (B,K) of pictures in [-1,1]."""
-    f = torch.cat([judge.features(x) for x in images.split(batch)])
-    return f, judge.out(f)
+def judged(judge: Classifier, images: Tensor, batch: int = 256) -> Tensor:
+    """Features (B,D) of pictures (B,3,H,W) in [-1,1]."""
+    return torch.cat([judge.features(x) for x in images.split(batch)])
+
+
+def judged_source(judge: Classifier, source, n: int) -> tuple[Tensor, Tensor]:
+    """Features (n,D) and classes (n,) of n pictures of a source, any n: a folder is sorted by class."""
+    rows = order(0, min(n, len(source)), len(source), seed=0)
+    features, labels = zip(*((judged(judge, x), y) for x, y in map(source.batch, rows.split(64))))
+    return torch.cat(features), torch.cat(labels)
+
+
+@torch.no_grad()
+def share_right(judge: Classifier, features: Tensor, y: Tensor) -> float:
+    return float((judge.out(features).argmax(dim=1) == y).float().mean())
 
 
 def accuracy(judge: Classifier, images: Tensor, y: Tensor) -> float:
     """Share of the pictures that show the class they were asked to show."""
-    return float((judged(judge, images)[1].argmax(dim=1) == y).float().mean())
+    return share_right(judge, judged(judge, images), y)
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
     """|| m1 - m2 ||^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) of two sets of features (N,D), in float64. (arXiv 1706.08500)"""
     a, b = a.double(), b.double()
     s1, s2 = torch.cov(a.T), torch.cov(b.T)
-    root = torch.linalg.eigvals(s1 @ s2).real.clamp(min=0).sqrt().sum()
+    w, u = torch.linalg.eigh(s1)
+    r1 = (u * w.clamp(min=0).sqrt()) @ u.T                           # S1 S2 has the eigenvalues of r1 S2 r1, which is symmetric
+    root = torch.linalg.eigvalsh(r1 @ s2 @ r1).clamp(min=0).sqrt().sum()
     return float((a.mean(0) - b.mean(0)).square().sum() + s1.trace() + s2.trace() - 2 * root)
 
 
@@ -148,97 +166,140 @@ def inception_score(logits: Tensor) -> float:
 
 # ---- real pictures: Inception features --------------------------------------------------------------------------------------------------
 
-def inception(path: str | None):
-    """Function from byte pictures (B,3,H,W) to FID's 2048 features and the Inception score's logits. The network is
-    torch-fidelity's port of the original, through torchmetrics; its weights from `path`, or downloaded by it."""
+def inception(file: str | None, device="cpu"):
+    """Function from byte pictures (B,3,H,W) to FID's features (B,2048) and the Inception score's logits (B,1008). The
+    network is torch-fidelity's port of the original; its weights from `file`, or downloaded by it."""
+    if file and not Path(file).is_file():
+        raise ValueError(f"--inception {file}: no such file")
     try:
-        from torchmetrics.image.fid import NoTrainInceptionV3
-        net = NoTrainInceptionV3(name="inception-v3-compat", features_list=["2048", "logits_unbiased"], feature_extractor_weights_path=path)
-    except ImportError:                                              # optional: only real runs need it
-        raise ValueError("FID needs the original Inception network: pip install torchmetrics torch-fidelity") from None
-    except Exception as e:
-        raise ValueError(f"the Inception weights could not be had ({type(e).__name__}); give pt_inception-2015-12-05-6726825d.pth with --inception FILE") from None
-    return lambda x: net.eval()(x)
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+        net = FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=file)
+    except ImportError:                                              # optional: only real pictures need it
+        raise ValueError("FID needs the original Inception network: pip install torch-fidelity") from None
+    except Exception as e:                                           # a download, a pickle or a state dict that failed
+        raise ValueError(f"the Inception weights {f'in {file} do not fit' if file else 'could not be downloaded'} ({type(e).__name__}); "
+                         "give weights-inception-2015-12-05-6726825d.pth of torch-fidelity with --inception FILE") from None
+    net = net.to(device).eval()
+    return lambda x: [out.float().cpu() for out in net(x.to(device))]
 
 
+@torch.no_grad()
 def folder_scores(folder: str, extract, size: int, batch: int = 32) -> tuple[Tensor, Tensor]:
-    source = ImageFolder(folder, size, check=False)
-    f, logits = [], []
-    for i in tqdm(range(0, len(source), batch), desc=f"features of {Path(folder).name}"):
-        x, _ = source.batch(torch.arange(i, min(i + batch, len(source))))
-        out = extract(torch.from_numpy(to_uint8(x)).permute(0, 3, 1, 2))
-        f.append(out[0]), logits.append(out[1])
-    return torch.cat(f), torch.cat(logits)
+    """Inception features and logits of all pictures of a folder. A broken one is an error: N is part of the score."""
+    source = ImageFolder(folder, size, max_broken=0, captions=False)
+    rows = torch.arange(len(source)).split(batch)
+    out = [extract(torch.from_numpy(to_uint8(source.batch(r)[0])).permute(0, 3, 1, 2)) for r in tqdm(rows, desc=f"features of {Path(folder).name}")]
+    return torch.cat([f for f, _ in out]), torch.cat([logits for _, logits in out])
 
 
 # ---- main ----------------------------------------------------------------------------------------------------------------------------------
 
-def score_model(model, ae, judge, reference: Tensor, count: int, cfg_scale: float, num_steps: int, shift: float, seed: int, dtype, batch: int = 64) -> dict:
-    """Accuracy and Frechet distance of `count` pictures, all classes in turn, seeds seed + i."""
-    y = torch.arange(count) % model.cfg.num_classes
-    images = generate(model, ae, y, [seed + i for i in range(count)], num_steps, cfg_scale, shift=shift, batch=batch, dtype=dtype, progress=True)
-    f, logits = judged(judge, images)
-    return dict(accuracy=float((logits.argmax(1) == y).float().mean()), frechet=frechet_distance(f, reference))
+def unfit(judge: Classifier, info: dict, num_classes: int) -> str | None:
+    """Why this judge cannot judge a model of so many classes, with these facts, or None if it can."""
+    if num_classes != len(judge.classes):
+        return f"the classifier knows {len(judge.classes)} classes, the model {num_classes}"
+    names = info.get("classes") or (SHAPES if num_classes == len(SHAPES) else judge.classes)    # a preset's are not written down
+    if tuple(names) != judge.classes:
+        return f"the classifier knows {', '.join(judge.classes[:3])} ..., the model {', '.join(names[:3])} ..."
+
+
+def missing_runs(kinds: dict[str, dict | None], base: str) -> list[str]:
+    """The commands that make the kinds of run that are not there; {kind: facts of the newest run, or None}."""
+    equal = f" --train-steps {kinds['finetune']['steps']}" if kinds["finetune"] else ""    # as many as the aligned one has had
+    how = {"align": "python align.py", "finetune": "python finetune.py", "noalign": f"python finetune.py --init base{equal}"}
+    return [f"no {kind} run of {base} yet: {command} --base {base}" for kind, command in how.items() if kinds[kind] is None]
 
 
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_args(p)
-    p.add_argument("runs", nargs="*", help="run folders (default: the newest of each kind in runs/)")
+    p.set_defaults(base=None)
+    p.add_argument("runs", nargs="*", help="run folders (default: of --base, the newest of each kind in runs/)")
+    p.add_argument("--images", metavar="DIR", help="real pictures in class folders (default: those of the newest run, else procedural ones)")
+    p.add_argument("--classifier", metavar="FILE", help="another judge (default: the shipped one, for the procedural pictures)")
     p.add_argument("--count", type=int, default=512, help="pictures a model (default 512)")
     p.add_argument("--cfg-scale", type=float, default=3.0, help="classifier-free guidance; 1 = off (default 3)")
     p.add_argument("--num-steps", type=int, default=25, help="Euler steps (default 25)")
     p.add_argument("--raw", action="store_true", help="the weights as trained, not their moving average")
     p.add_argument("--out", default="runs/evaluate.json", help="where the table goes (default runs/evaluate.json)")
-    p.add_argument("--train-classifier", action="store_true", help="train the judge of the embedded pictures")
-    p.add_argument("--images", help="with --train-classifier: a folder of class folders instead of the procedural pictures")
-    p.add_argument("--classifier", help="another judge's file (default: the shipped one)")
+    p.add_argument("--train-classifier", action="store_true", help="train a judge and write it to --classifier (default: the shipped one's place)")
     p.add_argument("--fid", metavar="DIR", help="score a folder of generated pictures by Inception features")
     p.add_argument("--reference", metavar="DIR", help="with --fid: the real pictures")
     p.add_argument("--inception", metavar="FILE", help="with --fid: the Inception network's weight file (default: torch-fidelity downloads it)")
     args = p.parse_args(argv)
 
     if args.train_classifier:
-        train_classifier(args.out if args.out.endswith(".safetensors") else str(HERE / CLASSIFIER), open_source(args.images, 64), open_source(args.images, 64, "val"))
+        if args.images and not args.classifier:
+            raise ValueError("--train-classifier --images DIR needs --classifier FILE, or it would write over the shipped judge")
+        train_classifier(args.classifier or str(HERE / CLASSIFIER), open_source(args.images, 64), open_source(args.images, 64, "val"))
         return
     if args.fid:
         if not args.reference:
             raise ValueError("--fid DIR needs --reference DIR: a distance has two ends")
-        extract, size = inception(args.inception), args.res or 256
+        extract, size = inception(args.inception, args.device), args.res or 256
         (f, logits), (r, _) = folder_scores(args.fid, extract, size), folder_scores(args.reference, extract, size)
         print(f"FID {frechet_distance(f, r):.3f}, Inception score {inception_score(logits):.2f}   [N {len(f)}, reference {args.reference} of {len(r)}, "
               f"inception-v3-compat of torch-fidelity, {size} px centre squares, bytes]")
         return
 
-    judge, dtype = load_classifier(args.classifier), dtype_of(args)
-    base, _ = load_base(args.base, args.weights, args.device)
+    dtype, seeds = dtype_of(args), [args.seed + i for i in range(args.count)]
+    if found := [Path(r) for r in args.runs]:
+        name = args.base or read_config(run_file(found[0])).get("base", "tiny")
+    else:
+        name = args.base or "tiny"
+        kinds = {k: newest_run(kinds=(f"{k}-{Path(name).name}",)) for k in ("align", "finetune", "noalign")}
+        found = [r for r in kinds.values() if r]
+        for line in missing_runs({k: r and read_config(run_file(r)) for k, r in kinds.items()}, name):
+            print(line)
+    base, base_info = load_base(name, args.weights, args.device)
+    folder = args.images or (read_config(run_file(found[-1])).get("images") if found else base_info.get("images"))
     res = args.res or base.cfg.res
-    val = ShapesSource(res, args.count, "val")
-    real, labels = val.batch(torch.arange(args.count))
-    reference = judged(judge, ShapesSource(res, max(2048, args.count), "train").batch(torch.arange(max(2048, args.count)))[0])[0]
-    ae_base = load_autoencoder(base.cfg.ae, args.base_ae_weights, device=args.device)
-    rows = [dict(name="real pictures", tokens="", steps="", gap="", accuracy=accuracy(judge, real, labels), frechet=frechet_distance(judged(judge, real)[0], reference))]
-    z_base = ae_base.encode(real[:64].to(args.device))
+    train, val = open_source(folder, res), open_source(folder, res, "val")
+    real, labels = val.batch(order(0, min(64, len(val)), len(val), seed=0))
+    real, labels = real.to(args.device), labels.to(args.device)
+    spaces = {}
 
-    def add(name, model, ae, info):
-        scores = score_model(model, ae, judge, reference, args.count, args.cfg_scale, args.num_steps, info.get("shift", 1.0), args.seed, dtype)
-        gap = "" if model.cfg.ae == base.cfg.ae or len(model.blocks) != len(base.blocks) else \
-            sum(g := layer_gap(model, base, ae.encode(real[:64].to(args.device)), z_base, labels[:64].to(args.device))) / len(g)
-        rows.append(dict(name=name, tokens=(res // ae.cfg.f // model.cfg.patch_size) ** 2, steps=info.get("steps", ""), gap=gap, **scores))
+    def ae_of(model, info):                                          # loaded once for all the models in its space
+        own = args.base_ae_weights if model.cfg.ae == base.cfg.ae else None
+        if model.cfg.ae not in spaces:
+            spaces[model.cfg.ae] = load_autoencoder(model.cfg.ae, own or info.get("ae_weights"), device=args.device)
+        return spaces[model.cfg.ae]
 
-    add(f"base {args.base}", base, ae_base, {})
-    found = [Path(r) for r in args.runs] or [r for k in ("align", "finetune", "noalign") if (r := newest_run(kinds=(f"{k}-{args.base}",)))]
-    for r in found:
-        model, info = load_run(r, args.device, ema=not args.raw)
-        add(r.name, model, load_autoencoder(model.cfg.ae, device=args.device), info)
+    judge, no_judge = load_classifier(args.classifier) if args.classifier or not folder else None, None
+    if judge is None:
+        no_judge = f"the shipped classifier knows the procedural pictures only; train one: python evaluate.py --train-classifier --images {folder} --classifier FILE"
+    elif judge.classes != tuple(train.classes):
+        no_judge = f"the classifier knows {', '.join(judge.classes[:3])} ..., the pictures are {', '.join(train.classes[:3]) or 'without classes'} ..."
+    rows, notes = [], [f"no accuracy, no Frechet distance: {no_judge}"] if no_judge else []
+    if not no_judge:
+        reference = judged_source(judge, train, max(2048, args.count))[0]
+        f, y = judged_source(judge, val, args.count)
+        rows.append(dict(name="real pictures", accuracy=share_right(judge, f, y), frechet=frechet_distance(f, reference)))
+    for r in [None, *found]:
+        model, info = load_run(r, args.device, not args.raw, args.weights) if r else (base, base_info)
+        ae, side = ae_of(model, info), args.res or model.cfg.res
+        row = dict(name=r.name if r else f"base {Path(name).name}", tokens=(side // ae.cfg.f // model.cfg.patch_size) ** 2, steps=str(info.get("steps", "")))
+        if r and side == res and model.cfg.ae != base.cfg.ae and len(model.blocks) == len(base.blocks) and labels.max() < base.cfg.num_classes:
+            gaps = layer_gap(model, base, ae.encode(real), ae_of(base, base_info).encode(real), labels)
+            row["gap"] = sum(gaps) / len(gaps)
+        if not no_judge and (why := unfit(judge, info, model.cfg.num_classes)):
+            notes.append(f"{row['name']}: no accuracy, no Frechet distance: {why}")
+        elif not no_judge:
+            y = torch.arange(args.count) % model.cfg.num_classes
+            f = judged(judge, generate(model, ae, y, seeds, args.num_steps, args.cfg_scale, shift=info.get("shift", 1.0), size=(side, side), dtype=dtype, progress=True))
+            row |= dict(accuracy=share_right(judge, f, y), frechet=frechet_distance(f, reference))
+        rows.append(row)
+
     print(f"\n{'':<26}{'tokens':>8}{'steps':>14}{'gap':>8}{'accuracy':>10}{'Frechet':>9}")
+    cell = lambda row, key, form: format(row[key], form) if key in row else "-"
     for row in rows:
-        print(f"{row['name']:<26}{row['tokens']:>8}{row['steps']!s:>14}{row['gap'] if row['gap'] == '' else format(row['gap'], '.3f'):>8}{row['accuracy']:>10.1%}{row['frechet']:>9.3f}")
+        print(f"{row['name']:<26}{row.get('tokens', ''):>8}{row.get('steps', ''):>14}{cell(row, 'gap', '.3f'):>8}{cell(row, 'accuracy', '.1%'):>10}{cell(row, 'frechet', '.3f'):>9}")
     protocol = (f"N {args.count}, all classes in turn, Euler {args.num_steps} steps, guidance {args.cfg_scale}, seeds {args.seed}+i, {'raw weights' if args.raw else 'moving average where there is one'}; "
-                f"features of the shipped classifier, reference {len(reference)} real pictures; gap: mean over layers at t = 1 on 64 pictures; {dtype}, {args.device}")
-    print(f"[{protocol}]")
+                + ("" if no_judge else f"features of {args.classifier or 'the shipped classifier'}, reference {len(reference)} real pictures; ")
+                + f"gap: mean over layers at t = 1 on {len(real)} {'pictures of ' + str(folder) if folder else 'procedural pictures'}, {res} px; {dtype}, {args.device}")
+    print(f"[{protocol}]" + "".join(f"\n{note}" for note in notes))
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-    Path(args.out).write_text(json.dumps(dict(protocol=protocol, rows=rows), indent=1))
+    Path(args.out).write_text(json.dumps(dict(protocol=protocol, notes=notes, rows=rows), indent=1))
     print(f"wrote {args.out}")
 
 

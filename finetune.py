@@ -16,18 +16,18 @@ from pathlib import Path
 
 import torch
 
-from align import (RECIPES, drop_labels, flow_matching_loss, grid_of_stages, new_run, plot_curves, prepare, train, validation_loss, write_run)
+from align import RECIPES, add_data_args, draw, new_run, pick, plot_curves, prepare, sample_loss, train, validation_loss, write_run
 from autoencoder import ae_config
-from evaluate import accuracy
 from lora import add_lora
 from model import BASES, DiT, config_dict, deepen, run, to_deep_latent
-from sample import add_model_args, dtype_of, generate, load_base, load_run, newest_run, sample_t
+from sample import add_model_args, dtype_of, load_base, load_run, newest_run, save_grid
 
 
 def trainable(model, tune: str) -> list[tuple[str, torch.nn.Parameter]]:
     """What stage 3 trains: the new embedder and head in full, and of the trunk its LoRA ("lora") or all ("full")."""
-    pick = lambda k: tune == "full" or k.startswith((model.EMBEDDER, model.HEAD)) or k.endswith((".A", ".B"))
-    return [(k, p) for k, p in model.named_parameters() if pick(k)]
+    if tune == "full":
+        return pick(model, ("",))
+    return pick(model, (model.EMBEDDER, model.HEAD)) + [(k, q) for k, q in model.named_parameters() if k.endswith((".A", ".B"))]
 
 
 def start_model(args, recipe):
@@ -42,28 +42,24 @@ def start_model(args, recipe):
     if args.init == "base":
         base, info = load_base(args.base, args.weights)
         torch.manual_seed(args.seed)
-        cfg = replace(to_deep_latent(base.cfg, ae_config(args.ae or recipe["ae"])), res=args.res or base.cfg.res)
-        return deepen(base, cfg), {**info, "kind": "noalign", "classes": info.get("classes")}
+        cfg = replace(to_deep_latent(base.cfg, ae_config(args.ae or recipe["ae"]), pos_step=args.pos_step), res=args.res or base.cfg.res)
+        return deepen(base, cfg), {**info, "kind": "noalign"}
     aligned = Path(args.init) if args.init != "align" else newest_run(kinds=(f"align-{Path(args.base).name}",))
     if aligned is None:
         raise ValueError(f"no alignment of {args.base} in runs/; first: python align.py --base {args.base}   (or --init base to go without)")
     model, info = load_run(aligned)
     print(f"starting from {aligned}")
-    return model, {**info, "kind": "finetune", "from": str(aligned)}
+    return model, {**{k: info.get(k) for k in ("base", "base_weights", "shift", "ae_weights", "steps")}, "kind": "finetune", "from": str(aligned)}
 
 
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_args(p)
+    add_data_args(p)
     p.add_argument("--init", default="align", metavar="WHAT", help="align = the newest alignment of --base (default); a run's folder; base = new embedder and head, not aligned; scratch = random weights")
     p.add_argument("--tune", default="lora", choices=("lora", "full"), help="how the trunk learns (default lora; scratch is always full)")
     p.add_argument("--rank", type=int, help="LoRA rank (default: the recipe's; paper 256)")
     p.add_argument("--alpha", type=float, help="LoRA alpha (default: the rank)")
-    p.add_argument("--ae", metavar="NAME", help="autoencoder to move to (default: the recipe's, or the aligned run's)")
-    p.add_argument("--ae-weights", metavar="FILE", help="its weight file (default: shipped, or the model hub's cache)")
-    p.add_argument("--images", metavar="DIR", help="folder of pictures (default: procedural shapes)")
-    p.add_argument("--pictures", type=int, help="use so many of them (default: the recipe's, or all of a folder)")
-    p.add_argument("--flip", action="store_true", help="mirrored pictures as well")
     p.add_argument("--num-classes", type=int, help="with --init scratch: number of classes (default: the preset's)")
     p.add_argument("--train-steps", type=int, help="optimiser steps (default: the recipe's)")
     p.add_argument("--batch", type=int, help="pictures a step (default: the recipe's)")
@@ -74,16 +70,11 @@ def main(argv=None):
     p.add_argument("--weight-decay", type=float, default=1e-3, help="AdamW's, on matrices only (default 1e-3)")
     p.add_argument("--clip", type=float, default=1.0, help="gradient norm limit; -1 = never (default 1)")
     p.add_argument("--ema", type=float, default=0.999, help="decay of the moving average; 0 = none (default 0.999)")
-    p.add_argument("--label-dropout", type=float, default=0.1, help="share of conditions replaced by the null one (default 0.1)")
-    p.add_argument("--t-sampling", default="logit-normal", choices=("logit-normal", "uniform"), help="distribution of training times (default logit-normal)")
     p.add_argument("--shift", type=float, help="resolution shift of the times, saved with the run; 1 = off (default: the aligned run's, else 1)")
     p.add_argument("--sample-every", type=int, default=-1, help="a preview grid every so many steps; -1 = only at start and end")
-    p.add_argument("--save-every", type=int, default=500, help="steps between resumable states (default 500)")
     p.add_argument("--save-dtype", default="fp32", choices=("fp32", "bf16"), help="of the finished files (default fp32)")
-    p.add_argument("--cfg-scale", type=float, default=3.0, help="guidance of the previews (default 3)")
     p.add_argument("--compile", action="store_true", help="torch.compile every block: a minute at first, then a third faster")
     p.add_argument("--out", metavar="DIR", help="the run's folder (default: runs/finetune-BASE-N, the next N)")
-    p.add_argument("--resume", action="store_true", help="go on with --out, or with the newest unfinished run of this kind")
     args = p.parse_args(argv)
 
     recipe = RECIPES.get(args.base, RECIPES["dit-xl"])
@@ -97,45 +88,46 @@ def main(argv=None):
         add_lora(model, **lora)
         info["lora"] = lora
     named = trainable(model, "full" if kind == "scratch" else args.tune)
-    ae, source, cache, val = prepare(args, recipe, [model.cfg.ae], model.cfg.res, device)
-    shift = args.shift if args.shift is not None else info.get("shift", 1.0)
-    steps = args.train_steps or recipe["stage3"]["steps"]
-    info |= dict(model=config_dict(model.cfg), shift=shift, classes=list(source.classes), ae_weights=args.ae_weights,
-                 steps=f"{info['steps']}+{steps}" if kind == "finetune" else str(steps))
-    z_val, y_val = val[0][model.cfg.ae].to(device), val[1].to(device)
-    frozen = sum(q.numel() for q in model.parameters()) - sum(q.numel() for _, q in named)
-    print(f"{kind} of {args.base} on {model.cfg.ae}: {sum(q.numel() for _, q in named) / 1e6:.2f}M trainable, {frozen / 1e6:.2f}M frozen, {dtype}, {len(cache)} pictures -> {out}")
-
+    files = {model.cfg.ae: args.ae_weights or info.get("ae_weights")}
+    ae, source, cache, (z_val, y_val) = prepare(args, recipe, files, model.cfg.res, device)
+    ae = ae[model.cfg.ae]
+    z_val, y_val = z_val[model.cfg.ae].to(device), y_val.to(device)
+    shift = args.shift or info.get("shift") or 1.0
+    stage3 = recipe["stage3"]
+    steps = args.train_steps or stage3["steps"]
+    info |= dict(model=config_dict(model.cfg), shift=shift, objective=args.objective, classes=list(source.classes), ae_weights=files[model.cfg.ae],
+                 steps=steps + (info.get("steps") or 0 if kind == "finetune" else 0))   # of all stages so far
+    count = lambda params: sum(q.numel() for q in params) / 1e6
+    print(f"{kind} of {args.base} on {model.cfg.ae}: {count(q for _, q in named):.2f}M trainable of {count(model.parameters()):.2f}M, {dtype}, {len(cache)} pictures -> {out}")
     if args.compile:
         for block in model.blocks:
             block.compile()
+    objective = dict(objective=args.objective, t_sampling=args.t_sampling, shift=shift, label_dropout=args.label_dropout)
 
     def loss_fn(rows, g):
         z, y = cache.batch(rows, g)
-        z, y = z[model.cfg.ae].to(device), y.to(device)
-        y = drop_labels(model, y, args.label_dropout, g)
-        t = sample_t(len(y), g, args.t_sampling, shift).to(device)
-        loss, pred, v = flow_matching_loss(model, z, t, y, torch.randn(z.shape, generator=g).to(device))
-        return loss.mean(), {"pred_norm": pred.detach().norm() / v.norm()}
+        return sample_loss(model, z[model.cfg.ae].to(device), y.to(device), g, **objective)
 
-    shown = torch.arange(8) % model.cfg.num_classes
+    def preview(file, name, m):
+        images, y = draw(m, ae, 8, args.seed, args.cfg_scale, shift, dtype)
+        save_grid(file, [(name, images)], [str(source.classes[k]) if k < len(source.classes) else str(k) for k in y.tolist()], {"seed": str(args.seed), "cfg_scale": str(args.cfg_scale)})
 
     def watch(step):
         model.eval()
-        grid_of_stages(out / f"samples_{step:06d}.png", [(f"step {step}", model, ae[model.cfg.ae])], shown, source.classes, args.seed, args.cfg_scale, shift, dtype)
+        preview(out / f"samples_{step:06d}.png", f"step {step}", model)
         loss = validation_loss(model, z_val, y_val, dtype)
         model.train()
         return {"val_loss": loss}
 
-    stage3, start = recipe["stage3"], time.perf_counter()
+    start = time.perf_counter()
     log = train(out, model, named, loss_fn, len(cache), steps, batch=args.batch or stage3["batch"], lr=args.lr or stage3["lr"], info=info, warmup=stage3["warmup"] if args.warmup is None else args.warmup,
                 schedule=args.schedule, weight_decay=args.weight_decay, clip=None if args.clip < 0 else args.clip, ema=args.ema or None, accumulate=args.accumulate, seed=args.seed, dtype=dtype,
                 save_every=args.save_every, watch=watch, watch_every=args.sample_every)
-    write_run(out, args, info, named, log, torch.bfloat16 if args.save_dtype == "bf16" else torch.float32)
+    write_run(out, info, named, log, torch.bfloat16 if args.save_dtype == "bf16" else torch.float32)
     plot_curves(out / "curves.png", {kind: log})
-    model, _ = load_run(out, args.device)
-    grid_of_stages(out / "samples.png", [(kind, model, ae[model.cfg.ae])], shown, source.classes, args.seed, args.cfg_scale, shift, dtype)
-    print(f"validation loss {log[0]['val_loss']:.4f} -> {log[-1]['val_loss']:.4f} in {time.perf_counter() - start:.0f} s; wrote {out}/ (weights, metrics.jsonl, samples.png, curves.png)")
+    preview(out / "samples.png", kind, load_run(out, args.device)[0])
+    print(f"validation loss {log[0]['val_loss']:.4f} -> {log[-1]['val_loss']:.4f} (as trained, without the average) in {time.perf_counter() - start:.0f} s; "
+          f"wrote {out}/ (weights, metrics.jsonl, samples.png, curves.png)")
 
 
 if __name__ == "__main__":

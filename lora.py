@@ -27,7 +27,7 @@ class LoRALinear(nn.Module):
 
     def __init__(self, base: nn.Linear | nn.Conv2d, rank: int, alpha: float):
         super().__init__()
-        if isinstance(base, nn.Conv2d) and (base.kernel_size != (1, 1) or base.groups != 1):
+        if isinstance(base, nn.Conv2d) and (base.kernel_size, base.stride, base.padding, base.groups) != ((1, 1), (1, 1), (0, 0), 1):
             raise ValueError(f"LoRA here is for linear layers and plain 1x1 convolutions, not {base}")
         cout, cin = base.weight.shape[:2]
         self.base, self.scale = base.requires_grad_(False), alpha / rank
@@ -36,9 +36,12 @@ class LoRALinear(nn.Module):
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
 
     def forward(self, x: Tensor) -> Tensor:
+        y, low = self.base(x), x.to(self.A.dtype)                    # a bf16 base needs no autocast
         if isinstance(self.base, nn.Conv2d):
-            return self.base(x) + self.scale * F.conv2d(F.conv2d(x, self.A[..., None, None]), self.B[..., None, None])
-        return self.base(x) + self.scale * F.linear(F.linear(x, self.A), self.B)
+            low = F.conv2d(F.conv2d(low, self.A[..., None, None]), self.B[..., None, None])
+        else:
+            low = F.linear(F.linear(low, self.A), self.B)
+        return y + (self.scale * low).to(y.dtype)
 
     def delta(self) -> Tensor:
         """(alpha / rank) B A in the shape of the base's weight."""
@@ -54,10 +57,8 @@ def add_lora(model: nn.Module, rank: int = 256, alpha: float | None = None, targ
     names = [n for n, m in model.named_modules() if re.fullmatch(targets, n) and isinstance(m, (nn.Linear, nn.Conv2d))]
     if not names:
         raise ValueError(f"no layer is called {targets!r}")
-    for name in names:
-        parent, _, leaf = name.rpartition(".")
-        parent = model.get_submodule(parent)
-        setattr(parent, leaf, LoRALinear(getattr(parent, leaf), rank, alpha))
+    for name, layer in [(n, LoRALinear(model.get_submodule(n), rank, alpha)) for n in names]:   # all, or none if one is refused
+        model.set_submodule(name, layer)
     return names
 
 
@@ -65,9 +66,8 @@ def merge_lora(model: nn.Module) -> nn.Module:
     """Add every LoRA to its layer and take it off, once and for all: there is no unmerging, subtraction would leave
     rounding behind. New tensors, so a base that shares the old ones does not change."""
     for name, m in [(n, m) for n, m in model.named_modules() if isinstance(m, LoRALinear)]:
-        parent, _, leaf = name.rpartition(".")
         m.base.weight = nn.Parameter((m.base.weight.float() + m.delta()).to(m.base.weight.dtype), requires_grad=False)
-        setattr(model.get_submodule(parent), leaf, m.base)
+        model.set_submodule(name, m.base)
     return model
 
 

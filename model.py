@@ -73,6 +73,7 @@ class DiTConfig:
     predict: str = "velocity"
     weights: str | None = None    # shipped file, or "repository::file" on the model hub
     guided_channels: int | None = None   # classifier-free guidance acts on the first so many (None: all)
+    pos_step: float = 1.0         # distance of neighbouring tokens in the position table
 
     @property
     def out_channels(self) -> int:
@@ -94,11 +95,12 @@ BASES = {
 }
 
 
-def to_deep_latent(cfg, ae, predict: str = "velocity"):
+def to_deep_latent(cfg, ae, predict: str = "velocity", pos_step: float = 1.0):
     """The paper's idea in one line: the same model, on the latents of a deeper autoencoder, one token per latent cell.
     ae: an autoencoder's config (autoencoder.AUTOENCODERS). DiT's old head came with a variance; the new one is trained
-    with the flow loss and does without, unless predict="epsilon" keeps the DDPM objective."""
-    return replace(cfg, in_channels=ae.channels, patch_size=1, ae=ae.name, predict=predict, guided_channels=None, weights=None)
+    with the flow loss and does without, unless predict="epsilon" keeps the DDPM objective. pos_step 1 counts the new grid by ones, as the
+    authors do; 2 spreads a grid of half the side over the places that the base knows."""
+    return replace(cfg, in_channels=ae.channels, patch_size=1, ae=ae.name, predict=predict, pos_step=pos_step, guided_channels=None, weights=None)
 
 
 # ---- small layers ----------------------------------------------------------------------------------------------------
@@ -113,12 +115,14 @@ def timestep_embedding(t: Tensor, dim: int, max_period: float = 10000.0) -> Tens
 
 
 @lru_cache(maxsize=32)
-def sincos_2d(dim: int, height: int, width: int) -> Tensor:
-    """Fixed 2-D position table of a grid with unit steps -> (HW,dim) float32; the first half encodes the column, the
-    second the row. Computed for the grid at hand and never loaded: a table of the old grid would fit by accident."""
+def sincos_2d(dim: int, height: int, width: int, step: float = 1.0) -> Tensor:
+    """Fixed 2-D position table of a grid -> (HW,dim) float32; the first half encodes the column, the second the row.
+    Place i lies at step i + (step - 1) / 2: the middle of the `step` cells of a finer grid that it covers. Computed for
+    the grid at hand and never loaded: a table of the old grid would fit by accident."""
     cpu = dict(dtype=torch.float64, device="cpu")                    # cached: never under whoever's `with torch.device`
     omega = 10000.0 ** (-torch.arange(dim // 4, **cpu) / (dim / 4))
-    rows, cols = torch.meshgrid(torch.arange(height, **cpu), torch.arange(width, **cpu), indexing="ij")
+    place = lambda n: step * torch.arange(n, **cpu) + (step - 1) / 2
+    rows, cols = torch.meshgrid(place(height), place(width), indexing="ij")
     waves = lambda pos: torch.cat([(a := pos.reshape(-1, 1) * omega).sin(), a.cos()], dim=1)
     return torch.cat([waves(cols), waves(rows)], dim=1).float()
 
@@ -281,7 +285,7 @@ class DiT(nn.Module):
         """Latent (B,C,H,W) -> patch embeddings with their positions (B,N,D), N = HW/p^2."""
         h = self.x_embedder(x)                                       # B D H/p W/p
         # in the weights' type: under autocast the residual stream, which starts here, stays float32
-        pos = sincos_2d(h.shape[1], *h.shape[-2:]).to(h.device, self.x_embedder.proj.weight.dtype)
+        pos = sincos_2d(h.shape[1], *h.shape[-2:], self.cfg.pos_step).to(h.device, self.x_embedder.proj.weight.dtype)
         return rearrange(h, "b d h w -> b (h w) d") + pos
 
     def condition(self, clock: Tensor, y: Tensor) -> Tensor:
@@ -529,6 +533,9 @@ def atomic(path):
         yield tmp
         with open(tmp, "rb+") as f:
             os.fsync(f.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(tmp, 0o666 & ~umask)                                # some writers make private files
         os.replace(tmp, path)
     finally:
         tmp.unlink(missing_ok=True)

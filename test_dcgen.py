@@ -7,11 +7,15 @@ copied across (needs diffusers), and outputs of the official code stored in ../s
 import hashlib
 import json
 import math
+import os
 import pickle
 import re
+import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn as nn
@@ -22,10 +26,17 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import autoencoder
+import evaluate
 import model
+import sample
 from autoencoder import AUTOENCODERS, DCAE, KLVAE, DCAEConfig, KLConfig, ae_class, ae_config, ae_table, in_strips, in_tiles, load_autoencoder, psnr, ssim
-from model import (BASES, DIT_TABLES, DiT, DiTConfig, build, ddpm_alphas_cumprod, ddpm_times, deepen, dit_layout, find_weights, linear_attention, load_weights,
+from data import SHAPES, ImageFolder, LatentCache, ShapesSource, load_image, open_source, order, shape_facts, shapes
+from evaluate import accuracy, frechet_distance, gap_table, inception_score, judged_source, layer_gap, load_classifier, share_right
+from lora import LoRALinear, add_lora, lora_state, merge_lora
+from model import (BASES, DIT_TABLES, DiT, DiTConfig, build, config_dict, ddpm_alphas_cumprod, ddpm_times, deepen, dit_layout, find_weights, linear_attention, load_weights,
                    map_keys, read_config, read_tensors, sincos_2d, timestep_embedding, to_deep_latent, write_tensors)
+from sample import (Chain, ddpm_loss, generate, guided, integrate, load_base, load_part, load_run, newest_run, noise, parse_classes, path, sample_t, save_png, shift_time,
+                    time_grid, to_uint8)
 
 SHARED = Path(__file__).parent / "../shared"
 
@@ -727,3 +738,980 @@ def test_training_goes_on_where_it_was_killed_and_measures_the_scale(cfg, tmp_pa
     ae.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in a.items()})
     z = ae.encode(Colours().batch(torch.arange(40))[0])
     assert z.square().mean().sqrt().item() == pytest.approx(1, abs=0.05)
+
+
+# ---- data.py -------------------------------------------------------------------------------------------------------------
+
+def test_a_procedural_picture_depends_on_its_number_alone():
+    index = torch.tensor([5, 12345, 7, 5])
+    images, labels = shapes(index, 32)
+    assert images.shape == (4, 3, 32, 32) and images.min() >= -1 and images.max() <= 1 and torch.equal(labels, index % 8)
+    assert torch.equal(images[0], images[3]) and not torch.equal(images[0], images[2])
+    for i in range(4):
+        torch.testing.assert_close(shapes(index[i : i + 1], 32)[0][0], images[i])
+    hues = torch.tensor([7800825, 5673155, 14137248]) / 2**24       # on every machine: caches and weights rely on it
+    assert torch.equal(shape_facts(torch.arange(3))["hue"], hues)
+
+
+def test_a_procedural_picture_is_the_same_at_every_resolution():
+    small, large = shapes(torch.arange(16), 32)[0], shapes(torch.arange(16), 128)[0]
+    assert (F.avg_pool2d(large, 4) - small).abs().mean() < 0.01
+
+
+def test_training_and_validation_pictures_differ():
+    train, val = ShapesSource(32), ShapesSource(32, split="val")
+    assert train.identity != val.identity
+    a, b = (set(zip(f["x"].tolist(), f["y"].tolist())) for f in (shape_facts(torch.arange(32768), seed) for seed in (0, 1)))
+    assert len(a) == len(b) == 32768 and not a & b
+    assert (train.batch(torch.arange(8))[0] - val.batch(torch.arange(8))[0]).abs().mean() > 0.1
+
+
+def test_a_procedural_picture_shows_its_facts():
+    """The shape is the only saturated thing in its picture; a shape's middle is its centre for those with a symmetry."""
+    index = torch.arange(256)
+    facts, images = shape_facts(index), (shapes(index, 96)[0] + 1) / 2
+    vivid = (images.amax(1) - images.amin(1)) / images.amax(1).clamp(min=1e-3) > 0.6                  # HSV saturation
+    area = vivid.float().mean(dim=(1, 2))
+    at = (torch.arange(96) + 0.5) / 96
+    x, y = (vivid * at).sum(dim=(1, 2)) / vivid.sum(dim=(1, 2)), (vivid * at[:, None]).sum(dim=(1, 2)) / vivid.sum(dim=(1, 2))
+    even = torch.tensor([SHAPES[k] in ("circle", "square", "ring", "cross", "bars") for k in facts["label"]])
+    assert (x - facts["x"])[even].abs().max() < 0.01 and (y - facts["y"])[even].abs().max() < 0.01
+    assert (x - facts["x"]).abs().max() < 0.14 and (y - facts["y"]).abs().max() < 0.14
+    disc = facts["label"] == SHAPES.index("circle")
+    torch.testing.assert_close(area[disc], math.pi * (0.95 * facts["radius"][disc]) ** 2, rtol=0.03, atol=0)
+    middle = images[torch.arange(256), :, (facts["y"] * 96).long(), (facts["x"] * 96).long()][disc]    # red, green, blue
+    strongest = (6 * facts["hue"][disc]).round().long() % 6
+    for rgb, k in zip(middle, strongest):
+        assert rgb[[0, 0, 1, 1, 2, 2][k] if k % 2 == 0 else [0, 1, 1, 2, 2, 0][k]] > rgb.min() + 0.2
+
+
+def save(pixels, path, mode=None, **kw):
+    from PIL import Image
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.asarray(pixels), mode).save(path, **kw) if not isinstance(pixels, Image.Image) else pixels.save(path, **kw)
+
+
+def flat_folder(root, n, text=True):
+    for i in range(n):
+        save(np.full((20, 24, 3), 10 * i % 256, np.uint8), root / f"{i:03d}.png")
+        if text:
+            (root / f"{i:03d}.txt").write_text(f" a picture, grey {i}\n")
+    return root
+
+
+def test_a_picture_is_cropped_to_its_middle_and_turned_as_its_exif_says(tmp_path):
+    from PIL import Image
+    wide = np.zeros((32, 64, 3), np.uint8)
+    wide[:, 16:32, 0] = 255                                          # the middle square: left half red
+    save(wide, tmp_path / "wide.png")
+    x = load_image(tmp_path / "wide.png", 32)
+    assert x.shape == (3, 32, 32) and x[0, :, :15].min() > 0.95 and x[0, :, 17:].max() < -0.95 and x[1:].max() < -0.95
+    exif = Image.Exif()
+    exif[0x0112] = 6                                                 # a camera held upright: turn right by 90 degrees
+    save(wide, tmp_path / "turned.jpg", exif=exif, quality=100, subsampling=0)
+    y = load_image(tmp_path / "turned.jpg", 32)
+    assert y[0, :14].min() > 0.8 and y[0, 18:].max() < -0.8
+
+
+def test_every_kind_of_picture_becomes_8_bit_rgb_on_white(tmp_path):
+    from PIL import Image
+    half = np.zeros((8, 8, 4), np.uint8)
+    half[:, :4] = (255, 0, 0, 255)                                   # opaque red; the rest is transparent black
+    save(half, tmp_path / "alpha.png")
+    palette = Image.fromarray((np.arange(64).reshape(8, 8) % 8 >= 4).astype(np.uint8), "P")
+    palette.putpalette([255, 0, 0, 0, 0, 0])
+    save(palette, tmp_path / "palette.png", transparency=1)
+    for name in ("alpha.png", "palette.png"):
+        x = load_image(tmp_path / name, 8)
+        assert torch.equal(x[:, :, 0], torch.tensor([1.0, -1.0, -1.0])[:, None].expand(3, 8)) and (x[:, :, 7] == 1).all(), name
+    save(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), tmp_path / "cmyk.jpg", quality=100)
+    torch.testing.assert_close(load_image(tmp_path / "cmyk.jpg", 8)[:, 4, 4], torch.tensor([1.0, -1.0, -1.0]), atol=0.05, rtol=0)
+    save(np.full((8, 8), 51, np.uint8), tmp_path / "grey.png")
+    assert (load_image(tmp_path / "grey.png", 8) == 51 / 127.5 - 1).all()
+    for level in (0, 300, 16384, 65535):                             # the darkest is not taken for 8 bits
+        save(np.full((8, 8), level, np.uint16), tmp_path / "deep.png")
+        assert (load_image(tmp_path / "deep.png", 8) - (level / 32767.5 - 1)).abs().max() < 0.005, level
+
+
+def test_folders_are_classes(tmp_path):
+    for name, n in (("cat", 3), ("dog", 2), ("birds/owl", 1)):
+        flat_folder(tmp_path / name, n, text=False)
+    source = ImageFolder(tmp_path, 8)
+    assert source.classes == ("birds/owl", "cat", "dog") and source.labels.tolist() == [0, 1, 1, 1, 2, 2] and len(source) == 6
+    x, y = source.batch(torch.tensor([4, 1, 5]))
+    assert x.shape == (3, 3, 8, 8) and y.tolist() == [2, 1, 2] and torch.equal(x[0], torch.full((3, 8, 8), -1.0))
+    save(np.zeros((8, 8, 3), np.uint8), tmp_path / "stray.png")
+    with pytest.raises(ValueError, match="stray.png lies beside class folders"):
+        ImageFolder(tmp_path, 8)
+
+
+def test_a_flat_folder_has_captions_and_a_missing_one_is_named(tmp_path):
+    source = ImageFolder(flat_folder(tmp_path, 40), 8)
+    assert source.caption(3) == "a picture, grey 3" and source.classes == () and source.labels.sum() == 0
+    train, val = open_source(str(tmp_path), 8), open_source(str(tmp_path), 8, "val")
+    assert [p.name for p in val.files] == ["019.png", "039.png"] and len(train) == 38 and not set(train.files) & set(val.files)
+    assert len({s.identity for s in (source, train, val, ImageFolder(tmp_path, 16))}) == 4
+    (tmp_path / "007.txt").unlink()
+    with pytest.raises(ValueError, match="007.png has no caption"):
+        ImageFolder(tmp_path, 8)
+    assert len(ImageFolder(tmp_path, 8, captions=False)) == 40
+
+
+def test_broken_pictures_are_listed_and_left_out_up_to_a_limit(tmp_path, capsys):
+    flat_folder(tmp_path, 40)
+    (tmp_path / "004.png").write_bytes(b"")
+    source = ImageFolder(tmp_path, 8)
+    assert len(source) == 39 and [p.name for p in source.broken] == ["004.png"] and "004.png" in capsys.readouterr().out
+    (tmp_path / "005.png").write_bytes(b"not a picture")
+    assert len(ImageFolder(tmp_path, 8)) == 38
+    (tmp_path / "006.png").write_bytes((tmp_path / "007.png").read_bytes()[:-40])
+    with pytest.raises(ValueError, match="3 of 40 pictures are broken, more than 5%.*006.png"):
+        ImageFolder(tmp_path, 8)
+
+
+def test_a_folder_without_enough_pictures_is_one_clear_error(tmp_path):
+    with pytest.raises(ValueError, match="no such folder"):
+        open_source(str(tmp_path / "gone"), 8)
+    with pytest.raises(ValueError, match="no pictures in it"):
+        open_source(str(tmp_path), 8)
+    with pytest.raises(ValueError, match="fewer than 20"):
+        open_source(str(flat_folder(tmp_path, 19)), 8, "val")
+
+
+def test_a_picture_that_opens_but_does_not_decode_gives_its_place_to_the_next(tmp_path, capsys):
+    """Half a JPEG passes Pillow's verify(); without this, hours of encoding end at it."""
+    flat_folder(tmp_path, 60)
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    for i in (10, 11):
+        save(noise, tmp_path / f"{i:03d}a.jpg")
+        (tmp_path / f"{i:03d}a.txt").write_text("broken")
+        (tmp_path / f"{i:03d}a.jpg").write_bytes((tmp_path / f"{i:03d}a.jpg").read_bytes()[:2000])
+    source = ImageFolder(tmp_path, 8)
+    where = [p.name for p in source.files].index("010a.jpg")
+    assert not source.broken
+    x, _ = source.batch(torch.arange(where - 1, where + 2))
+    assert torch.equal(x[1], x[2]) and not torch.equal(x[0], x[1]) and [p.name for p in source.broken] == ["010a.jpg"]
+    assert source.caption(where) == source.caption(where + 1) == "a picture, grey 11"
+    cache = LatentCache(tmp_path / "cache", source, [averages(4, 2)])
+    assert len(cache) == 62 and "010a.jpg" in capsys.readouterr().out
+    strict = ImageFolder(tmp_path, 8, max_broken=0)
+    with pytest.raises(ValueError, match="1 of 62 pictures are broken.*010a.jpg"):
+        strict.batch(torch.arange(len(strict)))
+
+
+def test_the_order_of_a_run_is_a_function_of_the_step_and_every_epoch_a_permutation():
+    steps = [order(k, 6, 20, seed=3) for k in range(20)]             # 120 pictures: 6 epochs of 20, edges inside batches
+    epochs = torch.cat(steps).view(6, 20)
+    assert torch.equal(epochs.sort(dim=1).values, torch.arange(20).expand(6, 20)) and len(epochs.unique(dim=0)) == 6
+    for k in (3, 19, 7):                                             # asked again, alone, in any order
+        assert torch.equal(order(k, 6, 20, seed=3), steps[k])
+    assert torch.equal(torch.cat([order(k, 12, 20, seed=3) for k in range(10)]), epochs.flatten())
+    assert not torch.equal(order(0, 6, 20, seed=4), steps[0])
+    assert order(1, 50, 20, seed=0).shape == (50,)                   # a batch of several epochs
+
+
+class Averages(nn.Module):
+    """An autoencoder whose latents say where they are from: the mean colour of every cell."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg, self.weight = cfg, nn.Parameter(torch.ones(()))
+
+    def posterior(self, x):
+        z = F.avg_pool2d(x, self.cfg.f) * self.cfg.scale
+        return z, (0.1 * torch.ones_like(z) if hasattr(self.cfg, "quant_conv") else None)
+
+
+def averages(f, scale=5.0):
+    return Averages(SimpleNamespace(name=f"averages-f{f}", f=f, channels=3, scale=scale, shift=0.0))
+
+
+def posterior(f, scale=5.0):
+    return Averages(SimpleNamespace(name=f"posterior-f{f}", f=f, channels=3, scale=scale, shift=0.0, quant_conv=True))
+
+
+def correlation(a, b):
+    """Of two maps (B,C,H,W), over the pictures, one number per channel and cell."""
+    a, b = a - a.mean(0), b - b.mean(0)
+    return (a * b).sum(0) / (a.norm(dim=0) * b.norm(dim=0))
+
+
+def test_both_autoencoders_see_the_very_same_pixels(tmp_path):
+    """Two independent flips or crops leave a finite loss and a ruined alignment."""
+    cache = LatentCache(tmp_path, ShapesSource(32), [posterior(4), averages(16)], n=48, flip=True)
+    z, y = cache.batch(torch.arange(len(cache)))
+    old, new = F.avg_pool2d(z["posterior-f4"], 4), z["averages-f16"]
+    assert len(cache) == 96 and correlation(old, new).min() > 0.999 and (old - new).abs().max() < 0.01
+    assert torch.equal(y[:48], y[48:]) and torch.equal(new[:48].flip(-1), new[48:]) and not torch.equal(new[:48], new[48:])
+    assert correlation(old, torch.cat([new[48:], new[:48]])).mean() < 0.7              # what one flip too many would look like
+
+
+@pytest.mark.parametrize("name", ["tiny-kl-f8c4", "tiny-dc-ae-f32c32"])
+def test_the_cache_holds_the_latents_of_the_pictures(name, tmp_path):
+    source, ae = ShapesSource(64), load_autoencoder(name)
+    cache = LatentCache(tmp_path, source, [ae], n=8, flip=True)
+    images, labels = source.batch(torch.arange(8))
+    z, y = cache.batch(torch.tensor([3, 8 + 5]))
+    close(z[name], ae.encode(torch.stack([images[3], images[5].flip(-1)])), 2e-3)      # stored in 16 bits
+    assert y.tolist() == [labels[3], labels[5]]
+
+
+def calibrated(cfg):
+    """A scrambled autoencoder whose latents of small shapes spread by 1."""
+    ae = scramble(ae_class(cfg)(cfg))
+    ae.cfg = replace(cfg, scale=1 / ae.moments(shapes(torch.arange(64), 16)[0])[0].std().item(), shift=0.0)
+    return ae
+
+
+class Killed(ShapesSource):
+    """Ends at its n-th batch, and counts them."""
+
+    def __init__(self, size, left=10**6):
+        super().__init__(size)
+        self.left = self.start = left
+
+    def batch(self, indices):
+        if self.left == 0:
+            raise KeyboardInterrupt
+        self.left -= 1
+        return super().batch(indices)
+
+
+def test_a_cache_that_was_killed_goes_on_to_the_same_bytes(tmp_path):
+    ae = calibrated(TINY_KL)
+    make = lambda root, source: LatentCache(tmp_path / root, source, [ae, averages(8)], n=70, flip=True, batch=1)
+    straight = make("straight", Killed(16))
+    with pytest.raises(KeyboardInterrupt):
+        make("killed", Killed(16, 117))
+    rest = Killed(16)
+    resumed = make("killed", rest)
+    assert rest.start - rest.left == 40                              # 100 of 140 were safe
+    for file in sorted(straight.dir.glob("*.npy")):
+        assert file.read_bytes() == (resumed.dir / file.name).read_bytes(), file.name
+    again = Killed(16, 0)
+    make("killed", again)                                            # whole: no picture is drawn
+
+
+def test_the_key_of_a_cache_covers_all_that_it_holds(tmp_path):
+    ae, source = calibrated(TINY_KL), ShapesSource(16)
+    where = lambda source=source, ae=ae, n=4, flip=False: LatentCache(tmp_path, source, [ae], n, flip).dir
+    other = calibrated(TINY_KL)
+    other.decoder.conv_out.bias += 1e-3
+    scaled = calibrated(TINY_KL)
+    scaled.cfg = replace(scaled.cfg, scale=scaled.cfg.scale * 1.01)
+    seen = [where(), where(ShapesSource(16, split="val")), where(ShapesSource(32)), where(ae=other), where(ae=scaled), where(n=5), where(flip=True)]
+    assert len(set(seen)) == 7 and where() == seen[0]
+
+
+def test_a_damaged_cache_is_refused_with_the_reason(tmp_path):
+    ae = posterior(8)
+    make = lambda: LatentCache(tmp_path, ShapesSource(16), [ae], n=64)
+    cache = make()
+    for name in ("posterior-f8", "posterior-f8.std", "labels"):
+        file, whole = cache.dir / f"{name}.npy", (cache.dir / f"{name}.npy").read_bytes()
+        for damage in (lambda: file.write_bytes(whole[:-100]), lambda: file.write_bytes(b""), file.unlink):
+            damage()
+            with pytest.raises(ValueError, match=f"{re.escape(name)}.npy is missing or not whole.*delete the folder"):
+                make()
+            file.write_bytes(whole)
+        np.save(file, np.load(file)[:-1])
+        with pytest.raises(ValueError, match="has 63 rows instead of 64"):
+            make()
+        file.write_bytes(whole)
+    make()
+
+
+def test_a_cache_gives_means_without_a_generator_and_draws_with_one(tmp_path):
+    """Noise in the target would be learnt by nobody; a frozen draw would be learnt by heart."""
+    cache, rows = LatentCache(tmp_path, ShapesSource(16), [posterior(8), averages(8)], n=8), torch.tensor([2, 7])
+    g = torch.Generator().manual_seed(0)
+    mean, draws = cache.batch(rows)[0], [cache.batch(rows, g)[0] for _ in range(500)]
+    assert torch.equal(mean["posterior-f8"], cache.batch(rows)[0]["posterior-f8"])
+    assert all(torch.equal(d["averages-f8"], mean["averages-f8"]) for d in draws)      # no posterior, no draw
+    d = torch.stack([d["posterior-f8"] for d in draws])
+    assert d[0].ne(d[1]).all() and (d.mean(0) - mean["posterior-f8"]).abs().max() < 5 * 0.1 / 500**0.5
+    torch.testing.assert_close(d.std(0).mean(), torch.tensor(0.1), rtol=0.05, atol=0)
+
+
+def test_latents_of_a_wrong_scale_are_refused_every_time(tmp_path):
+    for scale in (0.3, 25.0):
+        for _ in range(2):                                           # a second try must not find a cache that says it is whole
+            with pytest.raises(ValueError, match=f"standard deviation.*is its scale {scale} right"):
+                LatentCache(tmp_path, ShapesSource(16), [averages(8, scale)], n=8)
+
+
+# ---- lora.py -------------------------------------------------------------------------------------------------------------
+
+def with_lora(rank=4, alpha=None, targets=None, **kw):
+    """A scrambled tiny DiT and the same with a LoRA that does something."""
+    base = scramble(DiT(replace(TINY_DIT, **kw)))
+    tuned = deepen(base, base.cfg)
+    tuned.load_state_dict(base.state_dict(), assign=True)
+    names = add_lora(tuned, rank, alpha, *([targets] if targets else []))
+    return base, tuned, names
+
+
+def draw_b(model):
+    for k, v in lora_state(model).items():
+        if k.endswith(".B"):
+            v.normal_(std=0.05, generator=torch.Generator().manual_seed(1))
+    return model
+
+
+X = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([0.3, 0.8]), torch.tensor([1, 8])
+
+
+def test_lora_starts_as_identity():
+    base, tuned, _ = with_lora()
+    assert torch.equal(tuned(*X), base(*X))
+    assert all(v.eq(0).all() == k.endswith(".B") for k, v in lora_state(tuned).items())
+    assert off(draw_b(tuned)(*X), base(*X)) > 1e-3
+
+
+def test_merged_equals_unmerged_and_the_base_stays():
+    base, tuned, names = with_lora(rank=4, alpha=6)
+    before, y = hash_of(base.state_dict()), draw_b(tuned)(*X)
+    merged = merge_lora(tuned)
+    assert merged.state_dict().keys() == base.state_dict().keys() and not lora_state(merged)
+    close(merged(*X), y, 1e-6)
+    assert hash_of(base.state_dict()) == before
+    shared = {k for k, v in merged.state_dict().items() if v.data_ptr() == base.state_dict()[k].data_ptr()}
+    assert base.state_dict().keys() - shared == {f"{n}.weight" for n in names}
+
+
+def test_merging_into_a_bf16_base_rounds_no_more_than_its_storage():
+    """bf16 keeps 8 bits: what a weight loses is up to 8 % of a small delta, and a fraction of a percent of the output."""
+    base, tuned, _ = with_lora()
+    for model in (base, tuned):
+        for m in model.modules():
+            if not isinstance(m, LoRALinear):
+                for p in m.parameters(recurse=False):
+                    p.data = p.data.bfloat16()
+    assert {v.dtype for v in lora_state(tuned).values()} == {torch.float32}
+    x, t, y = X
+    with torch.autocast("cpu", torch.bfloat16):
+        unmerged = draw_b(tuned)(x.bfloat16(), t, y)
+    layer = tuned.blocks[0].mlp.fc1
+    delta, weight = layer.delta(), layer.base.weight.clone()
+    merge_lora(tuned)
+    with torch.autocast("cpu", torch.bfloat16):
+        merged = tuned(x.bfloat16(), t, y)
+    now = tuned.blocks[0].mlp.fc1.weight
+    assert now.dtype == torch.bfloat16 and torch.equal(now, (weight.float() + delta).bfloat16())
+    assert off(merged, unmerged) < 0.01
+
+
+def test_lora_runs_on_a_bf16_base_without_autocast():
+    layer = LoRALinear(nn.Linear(6, 5).bfloat16(), 2, 2)
+    layer.B.data.normal_()
+    x = torch.randn(3, 6).bfloat16()
+    y = layer(x)
+    assert y.dtype == torch.bfloat16 and layer.A.dtype == torch.float32
+    y.float().sum().backward()
+    assert layer.A.grad.dtype == torch.float32 and layer.A.grad.ne(0).any() and layer.base.weight.grad is None
+
+
+def test_lora_is_scaled_by_alpha_over_rank():
+    delta = lambda rank, alpha: draw_b(with_lora(rank, alpha)[1]).blocks[0].attn.qkv
+    layer = delta(4, None)
+    assert layer.scale == 1
+    for rank, alpha in ((4, 8), (4, 1), (2, 8)):
+        layer = delta(rank, alpha)
+        assert layer.scale == alpha / rank and layer.A.shape == (rank, 48) and layer.B.shape == (144, rank)
+        close(layer.delta(), alpha / rank * (layer.B @ layer.A), 1e-6)
+        x = torch.randn(2, 48)
+        close(layer(x) - layer.base(x), alpha / rank * x @ layer.A.T @ layer.B.T, 1e-4)
+
+
+def test_lora_on_a_pointwise_convolution_and_no_other():
+    net = nn.Sequential(nn.Conv2d(3, 5, 1), nn.Conv2d(5, 4, 3, padding=1)).requires_grad_(False)
+    x = torch.randn(2, 3, 6, 7)
+    add_lora(net, 2, 3, targets="0")
+    before = net(x)
+    draw_b(net)
+    y = net(x)
+    assert off(y, before) > 1e-3
+    close(merge_lora(net)(x), y, 1e-6)
+    for bad in (nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 1, groups=2), nn.Conv2d(4, 4, 1, stride=2)):
+        net = nn.Sequential(nn.Linear(4, 4), bad)
+        with pytest.raises(ValueError, match="plain 1x1 convolutions"):
+            add_lora(net, 2, targets=r"\d")
+        assert not lora_state(net)                                   # refused as a whole
+
+
+def test_lora_is_refused_twice_and_nowhere():
+    _, tuned, _ = with_lora()
+    with pytest.raises(ValueError, match="carries a LoRA already"):
+        add_lora(tuned, 2)
+    add_lora(merge_lora(tuned), 2)                                   # after merging there is room for the next
+    with pytest.raises(ValueError, match="no layer is called 'transformer"):
+        add_lora(DiT(TINY_DIT), targets="transformer.*")
+
+
+def test_lora_adapts_attention_and_mlp_of_the_trunk_only():
+    _, tuned, names = with_lora()
+    assert names == [f"blocks.{i}.{n}" for i in range(3) for n in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")]
+    assert [k for k, p in tuned.named_parameters() if p.requires_grad] == [f"{n}.{m}" for n in names for m in "AB"]
+
+
+# ---- sample.py -----------------------------------------------------------------------------------------------------------
+
+def test_path_is_noise_at_0_and_data_at_1():
+    x0, x1 = torch.randn(3, 4, 2, 5), torch.randn(3, 4, 2, 5)
+    xt, v = path(x0, x1, torch.tensor([0.0, 1.0, 0.25]))
+    assert torch.equal(xt[0], x0[0]) and torch.equal(xt[1], x1[1]) and torch.equal(v, x1 - x0)
+    torch.testing.assert_close(xt[2], 0.75 * x0[2] + 0.25 * x1[2])
+
+
+def test_one_euler_step_along_the_oracle_velocity_returns_the_data():
+    x0, x1 = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
+    close(integrate(lambda x, t: path(x0, x1, t)[1], x0, [0.0, 1.0]), x1, 1e-6)
+    oracle = lambda x, t: (x1 - x) / (1 - t).view(-1, 1, 1, 1)       # knows the data, not the noise
+    for times in (time_grid(1), time_grid(7), time_grid(7, 2.83)):
+        close(integrate(oracle, x0, times), x1, 1e-5)
+    assert off(integrate(lambda x, t: -oracle(x, t), x0, time_grid(1)), x1) > 1
+
+
+def test_heun_is_of_second_order():
+    """dx/dt = x cos(5t): x(1) = x(0) exp(sin(5) / 5)."""
+    x = torch.ones(1, 1, 1, 1, dtype=torch.float64)
+    error = lambda method, n: (integrate(lambda x, t: SimpleNamespace(float=lambda: x * math.cos(5 * t.double().item())), x, time_grid(n), method) - math.exp(math.sin(5) / 5)).abs().item()
+    for method, k in (("euler", 1), ("heun", 2)):
+        rate = math.log2(error(method, 64) / error(method, 128))
+        assert k - 0.2 < rate < k + 0.2, (method, rate)
+
+
+def test_the_shift_moves_noise_levels_as_published():
+    t = torch.linspace(0, 1, 101, dtype=torch.float64)
+    for r in (0.5, 1, 2.83, 8):
+        s = 1 - t
+        torch.testing.assert_close(1 - shift_time(t, r), r * s / (1 + (r - 1) * s))
+    u = torch.rand(10000)
+    assert torch.equal(shift_time(u, 1.0), u)
+    for n, r in ((1, 3), (20, 2.8284), (7, 1 / 3)):
+        grid = time_grid(n, r)
+        assert len(grid) == n + 1 and grid[0] == 0 and grid[-1] == 1 and grid == sorted(grid)
+
+
+def test_time_grids_are_the_official_schedules():
+    file = SHARED / "parity/dcgen_schedules.a.json"
+    if not file.exists():
+        pytest.skip("needs ../shared/parity")
+    for s in json.loads(file.read_text())["schedules"]:
+        shift = s["r"] if s["kind"] == "flux2_r" else math.exp(s["mu"])
+        got = [1 - t for t in time_grid(s["steps"], shift)]
+        assert max(abs(a - b) for a, b in zip(got, s["sigmas"], strict=True)) < 1e-6, s["size"]
+
+
+@pytest.mark.parametrize("shift", [1.0, 2.83])
+def test_training_times_are_distributed_as_the_sampling_grid(shift):
+    g = torch.Generator().manual_seed(0)
+    t = sample_t(100_000, g, "uniform", shift).sort().values
+    grid = torch.tensor(time_grid(99_999, shift)).float()
+    assert (t - grid).abs().max() < 0.01
+    z = torch.logit(sample_t(100_000, g, "logit-normal", 1.0).double())
+    assert abs(z.mean()) < 0.02 and abs(z.std() - 1) < 0.02
+    shifted = torch.logit(sample_t(100_000, g, "logit-normal", shift).double())      # the shift is a translation of the logit
+    assert abs(shifted.mean() + math.log(shift)) < 0.02 and abs(shifted.std() - 1) < 0.02
+
+
+class Toy(nn.Module):
+    """Answers with its input, scaled by 1 + the class number: guidance is exact arithmetic."""
+
+    def __init__(self, channels, out=None, guided_channels=None):
+        super().__init__()
+        self.cfg, self.calls = SimpleNamespace(in_channels=channels, guided_channels=guided_channels), []
+        self.out = out or channels
+
+    def null_condition(self, y):
+        return torch.full_like(y, 9)
+
+    def forward(self, x, t, y):
+        self.calls.append((len(x), t.tolist(), y.tolist()))
+        return x.repeat(1, self.out // x.shape[1], 1, 1) * (1 + y).view(-1, 1, 1, 1)
+
+
+def test_guidance_extrapolates_from_the_null_class_and_scale_1_is_one_pass():
+    net, x, t, y = Toy(4), torch.randn(2, 4, 3, 3), torch.tensor([0.2, 0.4]), torch.tensor([0, 3])
+    assert torch.equal(guided(net, x, t, y, 1.0), net(x, t, y)) and net.calls[0][0] == 2
+    cond, null = net(x, t, y), 10 * x
+    for scale in (0.0, 2.0, 3.5):
+        close(guided(net, x, t, y, scale), null + scale * (cond - null), 1e-6)
+    assert net.calls[-1] == (4, pytest.approx([0.2, 0.4, 0.2, 0.4]), [0, 3, 9, 9])
+    close(guided(net, x, t, y, 2.0, null=torch.tensor([1, 1])), 2 * cond - 2 * x, 1e-6)
+
+
+def test_dit_as_published_guides_three_channels_and_a_converted_one_all_but_its_variance():
+    x, t, y = torch.randn(2, 4, 3, 3), torch.zeros(2), torch.tensor([0, 3])
+    for net, k in ((Toy(4, guided_channels=3), 3), (Toy(4, out=8, guided_channels=3), 3), (Toy(4), 4), (Toy(4, out=8), 4)):
+        got, cond = guided(net, x, t, y, 3.0), net(x, t, y)
+        null = net(x, t, net.null_condition(y))
+        close(got[:, :k], (3 * cond - 2 * null)[:, :k], 1e-6)
+        assert torch.equal(got[:, k:], cond[:, k:])
+    assert BASES["dit-xl"].guided_channels == 3 and to_deep_latent(BASES["dit-xl"], ae_config("dc-ae-f32c32-in-1.0")).guided_channels is None
+
+
+def official_dit(name):
+    config, weights, x, out = fixture(name)
+    net = load_weights(dit_of(config), weights, DIT_TABLES[dit_layout(weights)])
+    net.cfg = replace(net.cfg, guided_channels=3)
+    return net.eval(), x, out, json.loads((SHARED / f"parity/{name}.a.json").read_text())
+
+
+@pytest.mark.parametrize("name", ["dit", "dit_patch1"])
+def test_guidance_matches_the_official_code(name):
+    net, x, out, _ = official_dit(name)
+    half = lambda k: x[k].chunk(2)
+    got = guided(net, half("cfg_x")[0], half("cfg_t")[0], half("cfg_y")[0], 3.0, null=half("cfg_y")[1], call=net.network)
+    close(got, out["forward_with_cfg"].chunk(2)[0])
+    assert torch.equal(net.null_condition(half("cfg_y")[0]), half("cfg_y")[1])
+
+
+@pytest.mark.parametrize("name", ["dit", "dit_patch1"])
+def test_the_ddpm_chain_matches_the_official_code(name):
+    net, x, out, _ = official_dit(name)
+    chain = Chain()
+    close(chain.ab, out["alphas_cumprod"], 1e-6), close(chain.log_var, out["posterior_log_variance_clipped"], 1e-6)
+    close(chain.add_noise(x["loss_x0"], x["loss_noise"], x["loss_t"]), out["loss_xt"], 1e-6)
+    mean, log_var, x1 = chain.predict(net.network(x["pmv_x"], x["pmv_t"], x["pmv_y"]), x["pmv_x"], x["pmv_t"])
+    close(mean, out["pmv_mean"]), close(log_var, out["pmv_log_variance"]), close(log_var.exp(), out["pmv_variance"]), close(x1, out["pmv_pred_xstart"])
+
+
+@pytest.mark.parametrize("name", ["dit", "dit_patch1"])
+def test_the_ddpm_loss_matches_the_official_code(name):
+    net, x, out, _ = official_dit(name)
+    assert 0 in x["loss_t"]                                          # the decoder's term is among them
+    mse, bound = ddpm_loss(net, Chain(), x["loss_x0"], x["loss_t"], x["loss_y"], x["loss_noise"])
+    close(mse, out["loss_mse"]), close(bound, out["loss_vb"]), close(mse + bound, out["loss_loss"])
+
+
+def test_the_variational_bound_teaches_the_variance_only():
+    net = scramble(DiT(OLD_DIT)).requires_grad_(True)
+    z, x0, i, y = torch.randn(4, 4, 8, 8), torch.randn(4, 4, 8, 8), torch.tensor([0, 3, 500, 999]), torch.tensor([0, 1, 2, 8])
+    last = net.final_layer.linear
+    grad = lambda loss: torch.autograd.grad(loss.sum(), last.bias, retain_graph=True)[0].view(4, 2, 4)       # patch, epsilon or variance, channel
+    mse, bound = ddpm_loss(net, Chain(), z, i, y, x0)
+    assert grad(mse)[:, 0].ne(0).all() and grad(mse)[:, 1].eq(0).all()
+    assert grad(bound)[:, 0].eq(0).all() and grad(bound)[:, 1].ne(0).all()
+
+
+@pytest.mark.parametrize("name", ["dit", "dit_patch1"])
+@pytest.mark.parametrize("kind", ["even8", "stride8"])
+def test_ddim_sampling_matches_the_official_code(name, kind):
+    net, x, out, info = official_dit(name)
+    chain, steps = Chain.spaced(8, ddim=kind == "stride8"), []
+    assert chain.steps == info["respacing"]["ddim8" if kind == "stride8" else "8"]
+    chain.sample(lambda x_, clock: guided(net, x_, clock, x["ddim_y"], info["cfg_scale"], call=net.network), x["ddim_xT"], ddim=True, each=steps.append)
+    for got, want in zip(steps, out[f"ddim_{kind}_steps"], strict=True):
+        close(got, want, 1e-4)
+
+
+def test_spaced_chains_keep_the_official_steps_and_their_noise_levels():
+    file = SHARED / "parity/dit.a.json"
+    if file.exists():
+        lists = json.loads(file.read_text())["timestep_lists_other"]
+        even, ddim = Chain.spaced(250).steps, Chain.spaced(50, ddim=True).steps
+        assert even[:10] == lists["250_first10"] and even[-3:] == lists["250_last3"] and ddim[:5] == lists["ddim50_first5"] and ddim[-1] == lists["ddim50_last"]
+    assert Chain.spaced(7, ddim=True).steps == list(range(0, 1000, 143)) and Chain.spaced(1).steps == [0]
+    for n in (1, 2, 3, 250, 1000):
+        chain = Chain.spaced(n)
+        assert len(chain.steps) == n == len(set(chain.steps)) and torch.equal(chain.ab, ddpm_alphas_cumprod()[chain.steps]) and chain.log_var.isfinite().all() and len(chain.log_var) == n
+    for n, ddim, match in ((300, True, "--num-steps 300.*nearest is 250"), (0, False, "1 .. 1000"), (1001, False, "1 .. 1000")):
+        with pytest.raises(ValueError, match=match):
+            Chain.spaced(n, ddim)
+
+
+def test_ancestral_sampling_draws_the_distribution_it_was_trained_on():
+    """With the exact epsilon of data N(1, 0.5^2), and the lower bound as variance."""
+    chain, generators = Chain(), [torch.Generator().manual_seed(s) for s in range(4)]
+
+    def network(x, clock):
+        ab = chain.ab[int(clock[0])].item()
+        data = 1 + (0.25 * ab**0.5) / (0.25 * ab + 1 - ab) * (x - ab**0.5)
+        return torch.cat([(x - ab**0.5 * data) / (1 - ab) ** 0.5, torch.zeros_like(x)], dim=1)
+
+    x = chain.sample(network, noise(generators, (4, 16, 16)), False, generators)
+    assert abs(x.mean() - 1) < 0.05 and abs(x.std() - 0.5) < 0.05
+
+
+@pytest.mark.parametrize("sampler", ["euler", "heun", "ddim", "ddpm"])
+def test_a_picture_depends_on_its_seed_and_not_on_its_batch(sampler):
+    net, ae = scramble(DiT(OLD_DIT)), scramble(KLVAE(TINY_KL))
+    y = torch.tensor([0, 5, 2, 7])
+    draw = lambda y, seeds, batch=64: generate(net, ae, y, seeds, 4, 2.0, sampler, size=(16, 24), batch=batch)
+    four = draw(y, [7, 8, 9, 10])
+    assert four.shape == (4, 3, 16, 24) and four.abs().max() <= 1
+    for i in range(4):
+        close(draw(y[i : i + 1], [7 + i])[0], four[i], 1e-4)
+    close(draw(y, [7, 8, 9, 10], batch=3), four, 1e-4)
+    assert off(draw(y, [7, 8, 9, 11])[3], four[3]) > 0.01
+
+
+def test_the_noise_of_ancestral_steps_is_not_the_first_noise_again():
+    g = [torch.Generator().manual_seed(0)]
+    a, b = noise(g, (4, 8, 8)), noise(g, (4, 8, 8))
+    assert abs((a * b).mean()) < 0.2
+    used = []
+    chain = Chain.spaced(3)
+    chain.predict = lambda out, x, i: (used.append(x), (torch.zeros_like(x), torch.zeros_like(x), x))[1]
+    g = [torch.Generator().manual_seed(0)]
+    chain.sample(lambda x, clock: torch.cat([x, x], dim=1), noise(g, (4, 8, 8)), False, g)
+    assert torch.equal(used[0], a) and torch.equal(used[1], b) and abs((used[1] * used[2]).mean()) < 0.2
+
+
+def test_pixels_are_rounded_and_survive_a_round_trip(tmp_path):
+    levels = torch.arange(256).view(1, 1, 16, 16).expand(1, 3, 16, 16)
+    assert torch.equal(torch.from_numpy(to_uint8(levels / 127.5 - 1)).permute(0, 3, 1, 2), levels.byte())
+    x = torch.rand(1, 3, 64, 64) * 2 - 1
+    y = torch.from_numpy(to_uint8(x)).permute(0, 3, 1, 2).double() / 127.5 - 1
+    assert (x - y).abs().max() <= 0.5 / 127.5 + 1e-6 and abs((x - y).mean()) < 2e-4   # truncation would be off by 4e-3 on average
+    assert to_uint8(torch.tensor([-9.0, 9.0, 0.0]).view(1, 3, 1, 1)).flatten().tolist() == [0, 255, 128]
+    save_png(tmp_path / "a/b.png", to_uint8(levels / 127.5 - 1)[0], {"class": "stern", "seed": "7", "dcgen": {"sampler": "euler", "cfg_scale": 3.0}})
+    from PIL import Image
+    with Image.open(tmp_path / "a/b.png") as im:
+        assert im.info["class"] == "stern" and im.info["seed"] == "7" and json.loads(im.info["dcgen"]) == {"sampler": "euler", "cfg_scale": 3.0}
+    assert torch.equal(load_image(tmp_path / "a/b.png", 16), levels[0] / 127.5 - 1)
+
+
+def test_a_size_that_does_not_divide_names_those_that_do():
+    net, ae = on_meta(DiT, TINY_DIT), on_meta(KLVAE, TINY_KL)        # cells of 4 pixels, patches of 2
+    draw = lambda size: generate(net, ae, torch.tensor([0]), [0], 1, size=size)
+    for size, said in (((100, 100), "--res 100: test-kl with patch 2 needs a multiple of 8; try 96 or 104"), ((96, 100), "--res 100x96.*try 96 or 104x96"), ((5, 5), "try 8$")):
+        with pytest.raises(ValueError, match=said):
+            draw(size)
+
+
+def test_samplers_that_do_not_fit_the_model_are_refused():
+    net, ae = on_meta(DiT, TINY_DIT), on_meta(KLVAE, TINY_KL)
+    for sampler in ("ddim", "ddpm"):
+        with pytest.raises(ValueError, match=f"--sampler {sampler} is for a model that predicts epsilon.*use euler or heun"):
+            generate(net, ae, torch.tensor([0]), [0], sampler=sampler)
+    with pytest.raises(ValueError, match="--num-steps 0"):
+        generate(net, ae, torch.tensor([0]), [0], 0)
+
+
+def test_classes_are_names_or_numbers():
+    assert parse_classes(None, SHAPES, 10).tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 0, 1]
+    assert parse_classes(["star", "2"], SHAPES, 5).tolist() == [5, 2, 5, 2, 5] and parse_classes(["1", "2", "3"], SHAPES, 1).tolist() == [1, 2, 3]
+    assert parse_classes(["7"], ("3", "7", "1"), 1).tolist() == [1]  # a folder's name goes first
+    for bad, match in (("moon", "--classes moon: not a class; give 0 .. 7 or circle, square"), ("8", "0 .. 7"), ("-1", "0 .. 7"), ("²", "0 .. 7")):
+        with pytest.raises(ValueError, match=match):
+            parse_classes([bad], SHAPES, 1)
+    with pytest.raises(ValueError, match="--count 0"):
+        parse_classes(None, SHAPES, 0)
+
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch):
+    """A scrambled base called "test" with a file of its own, and a working folder."""
+    monkeypatch.chdir(tmp_path)
+    base = scramble(DiT(TINY_DIT))
+    write_tensors(tmp_path / "base.safetensors", base.state_dict())
+    monkeypatch.setitem(BASES, "test", replace(TINY_DIT, weights=str(tmp_path / "base.safetensors")))
+    return base
+
+
+DEEP = to_deep_latent(TINY_DIT, AUTOENCODERS["tiny-dc-ae-f32c32"])
+
+
+def write_run(folder, model, names, **info):
+    """A run's file that holds the tensors of these names (a predicate)."""
+    facts = dict(base="test", base_weights=None, kind="align", model=config_dict(model.cfg), classes=list(SHAPES), shift=1.0) | info
+    write_tensors(Path("runs") / folder / "model.safetensors", {k: v for k, v in model.state_dict().items() if names(k)}, facts)
+    return Path("runs") / folder
+
+
+def trained_part(k):
+    return k.startswith((DiT.EMBEDDER, DiT.HEAD)) or k.endswith((".A", ".B"))
+
+
+def deep(base, seed=1):
+    """The base on deep latents, with another embedder and head for every seed; its trunk is the base's own."""
+    model, g = deepen(base, DEEP), torch.Generator().manual_seed(seed)
+    for k, v in model.state_dict().items():
+        if trained_part(k):
+            v.normal_(std=0.2, generator=g)
+    return model
+
+
+Z = torch.randn(2, 32, 2, 2, generator=torch.Generator().manual_seed(0)), torch.tensor([0.3, 0.8]), torch.tensor([1, 8])
+
+
+def test_a_run_loads_as_the_model_that_was_saved(tiny):
+    aligned = deep(tiny)
+    part = write_run("align-test-1", aligned, trained_part)
+    tuned = deep(tiny, 2)
+    add_lora(tuned, rank=2, alpha=3)
+    draw_b(tuned)
+    lora = write_run("finetune-test-1", tuned, trained_part, kind="finetune", lora=dict(rank=2, alpha=3))
+    new = scramble(DiT(DEEP), seed=5)
+    full = write_run("finetune-test-2", new, lambda k: True, kind="finetune")
+    for run, net in ((part, aligned), (lora, tuned), (full, new)):
+        got, info = load_run(run)
+        assert all(torch.equal(v, net.state_dict()[k]) for k, v in got.state_dict().items()) and not got.training and info["base"] == "test"
+        close(got(*Z), net(*Z), 1e-6)                                # memory of another alignment may round differently
+    base, info = load_base(str(lora))                                # a finished run is a base, its LoRA merged
+    close(base(*Z), tuned(*Z), 1e-5)
+    assert not lora_state(base) and "lora" not in info and info["base"] == str(lora) and info["classes"] == list(SHAPES)
+    again = write_run("align-next-1", deep(base, 9), trained_part, **info)         # and the next stage starts from it
+    assert off(load_run(again)[0](*Z), tuned(*Z)) > 1e-3
+
+
+def test_sampling_takes_the_moving_average_unless_told(tiny):
+    run = write_run("align-test-1", deep(tiny, 1), trained_part)
+    average = deep(tiny, 2)
+    write_tensors(run / "ema.safetensors", {k: v for k, v in average.state_dict().items() if trained_part(k)}, read_config(run / "model.safetensors"))
+    embedder = lambda **kw: load_run(run, **kw)[0].x_embedder.proj.weight
+    assert torch.equal(embedder(), average.x_embedder.proj.weight) and not torch.equal(embedder(ema=False), embedder())
+    assert torch.equal(load_run(run / "model.safetensors")[0].x_embedder.proj.weight, embedder(ema=False))
+
+
+def test_a_part_of_a_model_is_loaded_strictly(tiny):
+    """A LoRA without its embedder and head means nothing in the new latent space, and draws rubbish without an error."""
+    model = add_lora(tuned := deepen(tiny, DEEP), rank=2) and tuned
+    whole = {k: v for k, v in model.state_dict().items() if trained_part(k)}
+    load_part(model, whole)
+    for gone in ("x_embedder.proj.bias", "final_layer.linear.weight", "blocks.1.mlp.fc2.B", "blocks.0.attn.qkv.A"):
+        with pytest.raises(ValueError, match=f"1 tensors missing.*{gone}"):
+            load_part(model, {k: v for k, v in whole.items() if k != gone})
+    with pytest.raises(ValueError, match="does not have in that shape: blocks.9.x"):
+        load_part(model, whole | {"blocks.9.x": torch.zeros(1)})
+    with pytest.raises(ValueError, match="in that shape: x_embedder.proj.bias"):
+        load_part(model, whole | {"x_embedder.proj.bias": torch.zeros(3)})
+    run = write_run("finetune-test-1", model, lambda k: k.endswith((".A", ".B")), lora=dict(rank=2, alpha=2))
+    with pytest.raises(ValueError, match="4 tensors missing that no base has"):
+        load_run(run)
+
+
+def test_a_run_knows_its_base(tiny, tmp_path):
+    _, info = load_base("test")
+    run = write_run("align-test-1", deepen(tiny, DEEP), trained_part, **info)
+    load_run(run)
+    moved = tmp_path / "elsewhere.safetensors"
+    Path("base.safetensors").rename(moved)
+    with pytest.raises(ValueError, match="should come with this repository|no such"):
+        load_run(run)
+    load_run(run, base_weights=str(moved))
+    write_tensors("base.safetensors", scramble(DiT(TINY_DIT), seed=3).state_dict())
+    with pytest.raises(ValueError, match="was trained from another test than the one found now"):
+        load_run(run)
+
+
+def test_a_model_that_cannot_be_found_is_one_clear_error(tiny):
+    with pytest.raises(ValueError, match="--base dit-xll: not a preset .tiny, dit-xl, .*not the folder of a run"):
+        load_base("dit-xll")
+    Path("runs/align-test-9").mkdir(parents=True)
+    with pytest.raises(ValueError, match="align-test-9 holds no finished run"):
+        load_run("runs/align-test-9")
+    for missing in ("runs/gone", "runs/gone.safetensors"):
+        with pytest.raises(ValueError, match="gone.*no such"):
+            load_run(missing)
+    with pytest.raises(ValueError, match="base.safetensors is not a run's file; an official weight file goes to --weights"):
+        load_run("base.safetensors")
+    with pytest.raises(ValueError, match="give one of them"):
+        sample.main(["--base", "test", "--ckpt", "runs/align-test-9"])
+
+
+def test_the_newest_run_is_found_by_its_facts(tiny):
+    """dit-xl-512 is a base of its own, and no run of dit-xl: the folder names of the two look alike."""
+    net = deep(tiny)
+    assert newest_run() is None
+    for k, (folder, facts) in enumerate((("align-test-1", {}), ("mine", dict(kind="finetune")), ("align-test-512-1", dict(base="test-512")), ("noalign-test-1", dict(kind="noalign")))):
+        file = write_run(folder, net, trained_part, **facts) / "model.safetensors"
+        os.utime(file, (1e9 + k, 1e9 + k))
+    (Path("runs/align-test-7")).mkdir()                              # unfinished
+    find = lambda *kinds: newest_run(kinds=kinds) and newest_run(kinds=kinds).name
+    assert find("align-test") == "align-test-1" and find("align") == "align-test-512-1" and find("finetune-test") == "mine" and find("scratch") is None
+    assert newest_run().name == "align-test-512-1"
+
+
+def test_sample_writes_pictures_that_say_how_they_were_made(tiny, capsys):
+    from PIL import Image
+    sample.main(["--base", "test", "--count", "3", "--num-steps", "2", "--classes", "star", "circle", "--seed", "5", "--batch", "2", "--device", "cpu", "--dtype", "fp32", "--weights", "base.safetensors"])
+    files = sorted(p.name for p in Path("runs/samples-test").iterdir())
+    assert files == ["00000_seed5.png", "00001_seed6.png", "00002_seed7.png"] and Path("runs/samples-test-grid.png").is_file()
+    with Image.open(f"runs/samples-test/{files[1]}") as im:
+        assert im.size == (64, 64) and im.info["class"] == "circle" and im.info["seed"] == "6"
+        assert json.loads(im.info["dcgen"]) | {"model": None} == dict(sampler="euler", num_steps=2, cfg_scale=3.0, shift=1.0, weights="test", model=None)
+    # the newest run is the default; --out and a run's classes cannot lead a file name astray
+    write_run("align-test-1", deep(tiny), trained_part, classes=["../../x", *SHAPES[1:]], shift=2.0)
+    sample.main(["--count", "1", "--num-steps", "1", "--device", "cpu", "--dtype", "fp32"])
+    assert [p.name for p in Path("runs/align-test-1/samples").iterdir()] == ["00000_seed0.png"]
+    assert "weights as trained, base test, latents of tiny-dc-ae-f32c32" in capsys.readouterr().out
+    with Image.open("runs/align-test-1/samples/00000_seed0.png") as im:
+        assert im.info["class"] == "../../x" and json.loads(im.info["dcgen"])["shift"] == 2.0
+    sample.main(["--base", "runs/align-test-1", "--count", "1", "--num-steps", "1", "--device", "cpu", "--dtype", "fp32"])
+    assert Path("runs/samples-align-test-1/00000_seed0.png").is_file()
+    assert {p.suffix for p in Path(".").rglob("*") if p.is_file()} == {".png", ".safetensors"} and not list(Path("..").glob("x*"))
+
+
+# ---- evaluate.py ---------------------------------------------------------------------------------------------------------
+
+def test_the_gap_of_a_model_to_itself_is_0_and_of_a_random_embedder_about_1(tiny):
+    z, y = torch.randn(16, 4, 8, 8), torch.arange(16) % 8
+    assert layer_gap(tiny, tiny, z, z, y) == [0, 0, 0, 0]
+    same = layer_gap(tiny, tiny, z, z, y, t=0.5)                     # each with noise of its own
+    assert all(0.1 < g < 2 for g in same)
+    other = deepen(tiny, TINY_DIT)
+    other.x_embedder.proj.weight.copy_(scramble(DiT(TINY_DIT), seed=7).x_embedder.proj.weight)
+    assert layer_gap(other, tiny, z, z, y)[0] > 0.9
+    half = deepen(tiny, replace(TINY_DIT, patch_size=1))             # on half the grid
+    gaps = layer_gap(half, tiny, F.avg_pool2d(z, 4), z, y)
+    assert len(gaps) == 4 and all(g > 0.5 for g in gaps)
+    half.embed = lambda _: F.avg_pool2d(tiny.embed(z).transpose(1, 2).unflatten(2, (4, 4)), 2).flatten(2).transpose(1, 2)
+    assert layer_gap(half, tiny, F.avg_pool2d(z, 4), z, y)[0] < 1e-6  # what stage 1 aims at
+    table = gap_table({"base": [0.0] * 4, "new": gaps}).splitlines()
+    assert len(table) == 6 and table[1].startswith("embedder") and table[4].startswith("block 3") and f"{sum(gaps) / 4:.3f}" in table[5]
+
+
+def test_the_gap_of_the_average_feature_is_1(tiny):
+    z, y = torch.randn(64, 4, 8, 8), torch.zeros(64, dtype=torch.long)
+    flat = deepen(tiny, TINY_DIT)
+    flat.x_embedder.proj.weight.zero_()
+    mean = tiny.embed(z).mean(dim=(0, 1))
+    flat.x_embedder.proj.bias.copy_(mean)
+    flat.embed = lambda z: mean.expand(len(z), 16, -1)
+    assert layer_gap(flat, tiny, z, z, y)[0] == pytest.approx(1, abs=1e-4)
+
+
+def test_frechet_distance_of_gaussians_is_the_closed_form():
+    g = torch.Generator().manual_seed(0)
+    a = torch.randn(20000, 3, generator=g, dtype=torch.float64)
+    a = (a - a.mean(0)) @ torch.linalg.inv(torch.linalg.cholesky(torch.cov(a.T))).T                    # mean 0, covariance 1, exactly
+    b = a * torch.tensor([1.0, 2.0, 0.5]) + torch.tensor([1.0, 0.0, -2.0])
+    assert abs(frechet_distance(a, a)) < 1e-8
+    assert frechet_distance(a, b) == pytest.approx(5 + 1 + 0.25, abs=1e-6) == frechet_distance(b, a)   # |m|^2 + sum (s - 1)^2
+    turn = torch.linalg.qr(torch.randn(3, 3, generator=g, dtype=torch.float64))[0]
+    assert frechet_distance(a @ turn, b @ turn) == pytest.approx(6.25, abs=1e-6)
+    few = torch.randn(10, 64, generator=g)                           # fewer pictures than features
+    assert abs(frechet_distance(few, few)) < 1e-3
+
+
+def test_inception_score_is_1_without_variety_and_the_number_of_classes_at_best():
+    assert inception_score(torch.zeros(40, 8)) == pytest.approx(1)
+    assert inception_score(100 * F.one_hot(torch.arange(40) % 8, 8).float()) == pytest.approx(8)
+    assert inception_score(100 * F.one_hot(torch.zeros(40, dtype=torch.long), 8).float()) == pytest.approx(1)       # sure, and all the same
+
+
+def test_the_shipped_judge_knows_unseen_shapes_and_not_noise():
+    judge, val = load_classifier(), ShapesSource(128, split="val")
+    assert judge.classes == SHAPES
+    f, y = judged_source(judge, val, 400)
+    assert f.shape == (400, 128) and set(y.tolist()) == set(range(8)) and share_right(judge, f, y) > 0.95
+    images, y = val.batch(torch.arange(80))
+    assert accuracy(judge, images, y) > 0.95 and accuracy(judge, torch.rand(80, 3, 64, 64) * 2 - 1, y) < 0.4
+
+
+def test_a_file_that_is_no_judge_is_one_clear_error(tmp_path):
+    write_tensors(tmp_path / "w.safetensors", {"x": torch.zeros(1)})
+    with pytest.raises(ValueError, match="w.safetensors is not a classifier"):
+        load_classifier(str(tmp_path / "w.safetensors"))
+    with pytest.raises(ValueError, match="no such file"):
+        load_classifier(str(tmp_path / "gone.safetensors"))
+    with pytest.raises(ValueError, match="write over the shipped judge"):
+        evaluate.main(["--train-classifier", "--images", str(tmp_path)])
+
+
+FAST = ["--count", "16", "--num-steps", "1", "--device", "cpu", "--dtype", "fp32"]
+
+
+def table_of(said):
+    return {row["name"]: row for row in json.loads(Path("runs/evaluate.json").read_text())["rows"]}, said.splitlines()
+
+
+def test_evaluate_compares_the_newest_runs_and_says_how_to_make_the_missing(tiny, capsys, monkeypatch):
+    write_run("align-test-1", deep(tiny, 1), trained_part, steps=400)
+    write_run("finetune-test-1", scramble(DiT(DEEP), seed=2), lambda k: True, kind="finetune", steps=1600)
+    evaluate.main(["--base", "test", *FAST])
+    rows, said = table_of(capsys.readouterr().out)
+    assert said[0] == "no noalign run of test yet: python finetune.py --init base --train-steps 1600 --base test"
+    assert list(rows) == ["real pictures", "base test", "align-test-1", "finetune-test-1"]
+    assert rows["real pictures"]["accuracy"] > 0.9 and rows["base test"]["tokens"] == 16 and rows["align-test-1"]["tokens"] == 4
+    assert rows["real pictures"]["frechet"] < rows["base test"]["frechet"] and "gap" not in rows["base test"] and rows["align-test-1"]["gap"] > 0.5
+    assert rows["finetune-test-1"]["steps"] == "1600"
+    protocol = next(line for line in said if line.startswith("["))
+    for fact in ("N 16", "Euler 1 steps", "guidance 3.0", "shipped classifier", "2048 real pictures", "64 procedural pictures, 64 px", "float32"):
+        assert fact in protocol, fact
+    evaluate.main(["runs/finetune-test-1", *FAST])                   # its base is written in it
+    assert list(table_of(capsys.readouterr().out)[0]) == ["real pictures", "base test", "finetune-test-1"]
+
+
+def test_evaluate_leaves_out_what_its_judge_cannot_judge(tiny, capsys, monkeypatch):
+    for name in ("cat", "dog"):
+        flat_folder(Path("pictures") / name, 30, text=False)
+    write_run("align-test-1", deep(tiny, 1), trained_part, images="pictures", classes=["cat", "dog"])
+    evaluate.main(["--base", "test", *FAST])
+    rows, said = table_of(capsys.readouterr().out)
+    assert list(rows) == ["base test", "align-test-1"] and "accuracy" not in rows["align-test-1"] and rows["align-test-1"]["gap"] > 0.5
+    assert said[-2].startswith("no accuracy, no Frechet distance: the shipped classifier knows the procedural pictures only; train one: python evaluate.py --train-classifier --images pictures")
+    assert "3 pictures of pictures" in "".join(said)
+    # a judge of these classes, for a base of eight: the number differs
+    judge = evaluate.Classifier(2)
+    write_tensors("judge.safetensors", judge.state_dict(), dict(classes=["cat", "dog"]))
+    evaluate.main(["--base", "test", "--classifier", "judge.safetensors", *FAST])
+    rows, said = table_of(capsys.readouterr().out)
+    assert "accuracy" in rows["real pictures"] and "accuracy" not in rows["align-test-1"]
+    assert "align-test-1: no accuracy, no Frechet distance: the classifier knows 2 classes, the model 8" in said
+    # eight classes of other names
+    write_tensors("judge.safetensors", evaluate.Classifier(8).state_dict(), dict(classes=list("abcdefgh")))
+    evaluate.main(["--base", "test", "--classifier", "judge.safetensors", *FAST])
+    assert "the classifier knows a, b, c ..., the pictures are cat, dog ..." in capsys.readouterr().out
+    assert evaluate.unfit(evaluate.load_classifier("judge.safetensors"), {}, 8) and not evaluate.unfit(load_classifier(), {}, 8)
+    assert evaluate.unfit(load_classifier(), {"classes": list("abcdefgh")}, 8)
+
+
+def test_a_judge_can_be_trained(tmp_path, capsys):
+    for level, name in ((40, "dark"), (220, "light")):
+        for i in range(20):
+            save(np.full((8, 8, 3), level + i, np.uint8), tmp_path / "pictures" / name / f"{i}.png")
+    source = ImageFolder(tmp_path / "pictures", 64)
+    score = evaluate.train_classifier(str(tmp_path / "j.safetensors"), source, source, steps=12, batch=8)
+    judge = load_classifier(str(tmp_path / "j.safetensors"))
+    assert judge.classes == ("dark", "light") and f"{score:.1%}" in capsys.readouterr().out and score > 0.9
+
+
+class FakeInception:
+    """Three features and two logits of a picture, in the place of the real network."""
+
+    def __init__(self, name, features_list, feature_extractor_weights_path=None):
+        assert features_list == ["2048", "logits_unbiased"]
+        if feature_extractor_weights_path:
+            torch.load(feature_extractor_weights_path, weights_only=True)
+
+    def to(self, device):
+        return self
+
+    eval = lambda self: self
+
+    def __call__(self, x):
+        assert x.dtype == torch.uint8 and x.shape[1:] == (3, 16, 16)
+        return x.float().mean(dim=(2, 3)), x.float().mean(dim=(2, 3))[:, :2]
+
+
+def test_fid_of_a_folder_with_itself_is_0_and_the_protocol_is_printed(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", SimpleNamespace(FeatureExtractorInceptionV3=FakeInception))
+    monkeypatch.setitem(sys.modules, "torch_fidelity", SimpleNamespace())
+    folder = str(flat_folder(tmp_path / "a", 30, text=False))        # samples have no captions
+    evaluate.main(["--fid", folder, "--reference", folder, "--res", "16", "--device", "cpu"])
+    said = capsys.readouterr().out
+    assert re.match(r"FID -?0\.000, Inception score \d+\.\d\d   \[N 30, reference .* of 30, inception-v3-compat of torch-fidelity, 16 px centre squares, bytes\]", said)
+    (tmp_path / "a/000.png").write_bytes(b"")
+    with pytest.raises(ValueError, match="1 of 30 pictures are broken"):
+        evaluate.main(["--fid", folder, "--reference", folder, "--res", "16"])
+    with pytest.raises(ValueError, match="needs --reference"):
+        evaluate.main(["--fid", folder])
+
+
+def test_inception_that_cannot_be_had_is_one_clear_error(tmp_path, monkeypatch):
+    ask = lambda *more: evaluate.main(["--fid", "a", "--reference", "b", *more])
+    monkeypatch.setitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", None)
+    monkeypatch.setitem(sys.modules, "torch_fidelity", None)         # not installed
+    with pytest.raises(ValueError, match="pip install torch-fidelity"):
+        ask()
+    with pytest.raises(ValueError, match="--inception gone.pth: no such file"):
+        ask("--inception", "gone.pth")
+    monkeypatch.setitem(sys.modules, "torch_fidelity", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", SimpleNamespace(FeatureExtractorInceptionV3=FakeInception))
+    (tmp_path / "wrong.pth").write_bytes(b"rubbish")
+    with pytest.raises(ValueError, match="the Inception weights in .*wrong.pth do not fit .*weights-inception-2015-12-05-6726825d.pth"):
+        ask("--inception", str(tmp_path / "wrong.pth"))
