@@ -17,7 +17,6 @@ Both are linear least squares in what they train (a 1x1 map and its bias; stage 
 """
 
 import argparse
-import copy
 import json
 import math
 import signal
@@ -82,6 +81,11 @@ def flow_matching_loss(model, z: Tensor, t: Tensor, y: Tensor, x0: Tensor) -> tu
     xt, v = path(x0, z, t)
     pred = model(xt, t, y).float()
     return (pred - v).square().mean(dim=(1, 2, 3)), pred, v
+
+
+def ends(model, final_adaln: bool = True) -> tuple[str, str]:
+    """Names of what stages 2 and 3 train in full: the embedder, and the head with or without its modulation."""
+    return model.EMBEDDER, model.HEAD_TRAINED if final_adaln else model.HEAD
 
 
 def drop_labels(model, y: Tensor, p: float, generator) -> Tensor:
@@ -297,11 +301,12 @@ def train(out: Path, model: nn.Module, named: list[tuple[str, nn.Parameter]], lo
 
 # ---- what the scripts share: recipes, runs, pictures ---------------------------------------------------------------------------------
 
-# Table 7 of the paper. "tiny" is the same recipe in minutes: larger learning rates, fewer steps, a smaller rank.
+# Table 7 of the paper. "tiny" is the same recipe in minutes: larger learning rates that end at zero, fewer steps, a
+# smaller rank. DiT's head is its whole final layer, modulation included, as in the authors' code.
 RECIPES = {
     "tiny": dict(ae="tiny-dc-ae-f32c32", pictures=4096, rank=32,
-                 stage1=dict(steps=400, lr=1e-2, batch=64), stage2=dict(steps=400, lr=1e-3, batch=64),
-                 stage3=dict(steps=1200, lr=5e-4, batch=64, warmup=50)),
+                 stage1=dict(steps=400, lr=1e-2, batch=64), stage2=dict(steps=1000, lr=5e-3, batch=64, schedule="cosine"),
+                 stage3=dict(steps=2000, lr=1e-3, batch=64, warmup=50, schedule="cosine")),
     "dit-xl": dict(ae="dc-ae-f32c32-in-1.0", pictures=None, rank=256,
                    stage1=dict(steps=50_000, lr=1e-4, batch=64), stage2=dict(steps=20_000, lr=2e-4, batch=1024),
                    stage3=dict(steps=500_000, lr=2e-4, batch=1024, warmup=2000)),
@@ -371,6 +376,8 @@ def add_data_args(p: argparse.ArgumentParser):
                    help="flow matching, or DDPM's epsilon with a learned variance (DiT bases only; default flow)")
     p.add_argument("--pos-step", type=float, default=2.0,
                    help="distance of neighbouring tokens in the new position table; 1 = as the authors, 2 = spread over the base's places (default 2)")
+    p.add_argument("--final-adaln", action=argparse.BooleanOptionalAction, default=True,
+                   help="stages 2 and 3 train DiT's final modulation as a part of the head, as the authors do (default yes)")
     p.add_argument("--label-dropout", type=float, default=0.1, help="share of conditions replaced by the null one (default 0.1)")
     p.add_argument("--t-sampling", default="logit-normal", choices=("logit-normal", "uniform"), help="distribution of training times (default logit-normal)")
     p.add_argument("--cfg-scale", type=float, default=3.0, help="guidance of the preview pictures (default 3)")
@@ -383,6 +390,11 @@ def draw(model, ae, count: int, seed: int, cfg_scale: float, shift: float, dtype
     y = torch.arange(count) % model.cfg.num_classes
     sampler = "ddim" if model.cfg.predict == "epsilon" else "euler"
     return generate(model, ae, y, [seed + i for i in range(count)], 25, cfg_scale, sampler, shift, dtype=dtype), y
+
+
+def class_names(names, y: list[int]) -> list[str]:
+    """Titles of pictures of these classes; a folder may name fewer classes than the model has."""
+    return [str(names[k]) if k < len(names) else str(k) for k in y]
 
 
 def write_run(out: Path, info: dict, named, log: list[dict], dtype=torch.float32, state: str = "train", carried=()):
@@ -453,7 +465,6 @@ def main(argv=None):
     p.add_argument("--batch", type=int, help="pictures a step, both stages (default: the recipe's)")
     p.add_argument("--schedule", choices=("constant", "cosine"), help="of stage 2's learning rate (default: the recipe's)")
     p.add_argument("--clip", type=float, default=-1, help="stage 2 gradient norm limit; -1 = never (default; the authors' guides use 0.1)")
-    p.add_argument("--final-adaln", action="store_true", help="stage 2 trains DiT's final modulation too (the authors do)")
     p.add_argument("--shift", type=float, default=1.0, help="resolution shift of the times, saved with the run; 1 = off (default 1)")
     p.add_argument("--count", type=int, default=128, help="pictures a stage for the class accuracy; 0 = none (default 128)")
     p.add_argument("--out", metavar="DIR", help="the run's folder (default: runs/align-BASE-N, the next N)")
@@ -465,7 +476,8 @@ def main(argv=None):
     begun, recipe, dtype, device = time.perf_counter(), RECIPES.get(args.base, RECIPES["dit-xl"]), dtype_of(args), torch.device(args.device)
     base, info = load_base(args.base, args.weights, device)
     old, new = base.cfg.ae, ae_config(args.ae or recipe["ae"]).name
-    cfg = replace(to_deep_latent(base.cfg, ae_config(new), "epsilon" if args.objective == "ddpm" else "velocity", args.pos_step), res=args.res or base.cfg.res)
+    predict = "epsilon" if args.objective == "ddpm" else "velocity"
+    cfg = replace(to_deep_latent(base.cfg, ae_config(new), predict, args.pos_step), res=args.res or base.cfg.res)
     if args.objective == "ddpm" and cfg.clock != "ddpm":
         raise ValueError(f"--objective ddpm is for bases on DDPM's clock; {args.base} runs on the flow's")
     out = new_run("align", args)
@@ -522,9 +534,7 @@ def main(argv=None):
     look("stage 1: embedder", model)
 
     # stage 2: embedder and head
-    if args.final_adaln:                                              # the base shares these tensors, and must not move
-        model.final_layer.adaLN_modulation = copy.deepcopy(model.final_layer.adaLN_modulation)
-    both = pick(model, (model.EMBEDDER, model.HEAD, *(["final_layer.adaLN_modulation."] if args.final_adaln else [])))
+    both = pick(model, ends(model, args.final_adaln))
     clock, s2 = time.perf_counter(), recipe["stage2"]
     batch2, head_steps = args.batch or s2["batch"], 0
     if closed and args.head_samples and args.objective == "flow":
@@ -547,12 +557,13 @@ def main(argv=None):
     info |= dict(kind="align", model=config_dict(cfg), shift=args.shift, classes=list(source.classes), images=args.images, ae_weights=args.ae_weights,
                  objective=args.objective, steps=steps1 + head_steps + steps, stages=rows, gaps=gaps)
     write_run(out, info, both, [dict(stage=k, **row) for k, log in logs.items() for row in log] + rows, state="stage2")
-    names = [str(source.classes[k]) if k < len(source.classes) else str(k) for k in (torch.arange(8) % cfg.num_classes).tolist()]
+    names = class_names(source.classes, (torch.arange(8) % cfg.num_classes).tolist())
     title = lambda r: r["stage"].replace(": ", "\n").replace(" in ", "\nin ") + (f"\n{r['accuracy']:.0%} right" if "accuracy" in r else "")
     save_grid(out / "samples.png", [(title(r), x) for r, x in stages], names, {"seed": str(args.seed), "cfg_scale": str(args.cfg_scale)})
     plot_gap(out / "gap.png", gaps)
     plot_curves(out / "curves.png", {k: v for k, v in logs.items() if v})
-    print(f"{(time.perf_counter() - begun) / 60:.1f} min, peak memory {peak_gib(device):.1f} GiB; wrote {out}/ (model.safetensors, metrics.jsonl, samples.png, gap.png, curves.png)")
+    print(f"{(time.perf_counter() - begun) / 60:.1f} min, peak memory {peak_gib(device):.1f} GiB; "
+          f"wrote {out}/ (model.safetensors, metrics.jsonl, samples.png, gap.png, curves.png)")
 
 
 if __name__ == "__main__":

@@ -16,18 +16,19 @@ from pathlib import Path
 
 import torch
 
-from align import RECIPES, add_data_args, draw, new_run, pick, plot_curves, prepare, sample_loss, train, validation_loss, write_run
+from align import (RECIPES, add_data_args, class_names, draw, ends, new_run, pick, plot_curves, prepare, sample_loss, train,
+                   validation_loss, write_run)
 from autoencoder import ae_config
 from lora import add_lora, merge_lora
 from model import BASES, DiT, config_dict, deepen, read_tensors, run, to_deep_latent
 from sample import add_model_args, dtype_of, load_base, load_run, newest_run, run_file, save_grid
 
 
-def trainable(model, tune: str) -> list[tuple[str, torch.nn.Parameter]]:
+def trainable(model, tune: str, final_adaln: bool = True) -> list[tuple[str, torch.nn.Parameter]]:
     """What stage 3 trains: the new embedder and head in full, and of the trunk its LoRA ("lora") or all ("full")."""
     if tune == "full":
         return pick(model, ("",))
-    return pick(model, (model.EMBEDDER, model.HEAD)) + [(k, q) for k, q in model.named_parameters() if k.endswith((".A", ".B"))]
+    return pick(model, ends(model, final_adaln)) + [(k, q) for k, q in model.named_parameters() if k.endswith((".A", ".B"))]
 
 
 def start_model(args, recipe):
@@ -36,13 +37,15 @@ def start_model(args, recipe):
         cfg = BASES[args.base]
         if args.ae and args.ae != cfg.ae:
             cfg = to_deep_latent(cfg, ae_config(args.ae))
-        cfg = replace(cfg, res=args.res or cfg.res, num_classes=args.num_classes or cfg.num_classes, clock="flow", predict="velocity", guided_channels=None)
+        cfg = replace(cfg, res=args.res or cfg.res, num_classes=args.num_classes or cfg.num_classes, clock="flow", predict="velocity",
+                      guided_channels=None)
         torch.manual_seed(args.seed)
         return DiT(cfg).initialise(), {"base": args.base, "base_weights": None, "kind": "scratch"}, []
     if args.init == "base":
         base, info = load_base(args.base, args.weights)
         torch.manual_seed(args.seed)
-        cfg = replace(to_deep_latent(base.cfg, ae_config(args.ae or recipe["ae"]), pos_step=args.pos_step), res=args.res or base.cfg.res)
+        cfg = to_deep_latent(base.cfg, ae_config(args.ae or recipe["ae"]), pos_step=args.pos_step)
+        cfg = replace(cfg, res=args.res or base.cfg.res)
         return deepen(base, cfg), {**info, "kind": "noalign"}, []
     aligned = Path(args.init) if args.init != "align" else newest_run(kinds=(f"align-{Path(args.base).name}",))
     if aligned is None:
@@ -56,14 +59,16 @@ def start_model(args, recipe):
     if args.merge:
         merge_lora(model)
         info, own = {k: v for k, v in info.items() if k != "lora"}, model.state_dict().keys()
-    return model, {**{k: info[k] for k in kept if k in info}, "kind": "finetune", "from": str(aligned)}, [q for k, q in model.named_parameters() if k in own]
+    facts = {**{k: info[k] for k in kept if k in info}, "kind": "finetune", "from": str(aligned)}
+    return model, facts, [q for k, q in model.named_parameters() if k in own]
 
 
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_args(p)
     add_data_args(p)
-    p.add_argument("--init", default="align", metavar="WHAT", help="align = the newest alignment of --base (default); a run's folder; base = new embedder and head, not aligned; scratch = random weights")
+    p.add_argument("--init", default="align", metavar="WHAT", help="align = the newest alignment of --base (default); a run's folder; "
+                   "base = new embedder and head, not aligned; scratch = random weights")
     p.add_argument("--tune", default="lora", choices=("lora", "full"), help="how the trunk learns (default lora; scratch is always full)")
     p.add_argument("--rank", type=int, help="LoRA rank (default: the recipe's; paper 256)")
     p.add_argument("--alpha", type=float, help="LoRA alpha (default: the rank)")
@@ -74,7 +79,7 @@ def main(argv=None):
     p.add_argument("--accumulate", type=int, default=1, help="split each batch into so many passes (default 1)")
     p.add_argument("--lr", type=float, help="learning rate (default: the recipe's)")
     p.add_argument("--warmup", type=int, help="steps of linear warm-up (default: the recipe's)")
-    p.add_argument("--schedule", default="constant", choices=("constant", "cosine"), help="after the warm-up (default constant)")
+    p.add_argument("--schedule", choices=("constant", "cosine"), help="after the warm-up (default: the recipe's)")
     p.add_argument("--weight-decay", type=float, default=1e-3, help="AdamW's, on matrices only (default 1e-3)")
     p.add_argument("--clip", type=float, default=1.0, help="gradient norm limit; -1 = never (default 1)")
     p.add_argument("--ema", type=float, default=0.999, help="decay of the moving average; 0 = none (default 0.999)")
@@ -91,13 +96,14 @@ def main(argv=None):
     out = new_run(kind, args)
     model = model.to(device).train()
     if info.get("lora") and (args.tune == "full" or args.rank or args.alpha):
-        raise ValueError(f"{info['from']} carries a LoRA of its own, which goes on learning as it is; for another one, or full tuning, add --merge")
+        raise ValueError(f"{info['from']} carries a LoRA of its own, which goes on learning as it is; "
+                         "for another one, or full tuning, add --merge")
     if kind != "scratch" and args.tune == "lora" and not info.get("lora"):
         lora = dict(rank=args.rank or recipe["rank"], alpha=args.alpha or args.rank or recipe["rank"])
         torch.manual_seed(args.seed + 1)
         add_lora(model, **lora)
         info["lora"] = lora
-    named = trainable(model, "full" if kind == "scratch" else args.tune)
+    named = trainable(model, "full" if kind == "scratch" else args.tune, args.final_adaln)
     carried = [(k, q) for k, q in model.named_parameters() if any(q is o for o in own) and k not in dict(named)]
     args.images = args.images or info.get("images")
     files = {model.cfg.ae: args.ae_weights or info.get("ae_weights")}
@@ -123,8 +129,7 @@ def main(argv=None):
 
     def preview(file, name, m):
         images, y = draw(m, ae, 8, args.seed, args.cfg_scale, shift, dtype)
-        names = [str(source.classes[k]) if k < len(source.classes) else str(k) for k in y.tolist()]
-        save_grid(file, [(name, images)], names, {"seed": str(args.seed), "cfg_scale": str(args.cfg_scale)})
+        save_grid(file, [(name, images)], class_names(source.classes, y.tolist()), {"seed": str(args.seed), "cfg_scale": str(args.cfg_scale)})
 
     def watch(step):
         model.eval()
@@ -135,7 +140,7 @@ def main(argv=None):
 
     start = time.perf_counter()
     log = train(out, model, named, loss_fn, len(cache), steps, batch=args.batch or stage3["batch"], lr=args.lr or stage3["lr"], info=info,
-                warmup=stage3["warmup"] if args.warmup is None else args.warmup, schedule=args.schedule, weight_decay=args.weight_decay,
+                warmup=stage3["warmup"] if args.warmup is None else args.warmup, schedule=args.schedule or stage3.get("schedule", "constant"), weight_decay=args.weight_decay,
                 clip=None if args.clip < 0 else args.clip, ema=args.ema or None, accumulate=args.accumulate, seed=args.seed, dtype=dtype,
                 save_every=args.save_every, watch=watch, watch_every=args.sample_every)
     write_run(out, info, named, log, torch.bfloat16 if args.save_dtype == "bf16" else torch.float32, carried=carried)

@@ -268,8 +268,9 @@ class FinalLayer(nn.Module):
 class DiT(nn.Module):
     """DiT on any latent and any grid whose sides divide by the patch size. Module names are the official file's."""
 
-    # what is bound to the latent space, and so new after a change of it; the final adaLN reads only (t, y) and stays
-    EMBEDDER, HEAD = "x_embedder.", "final_layer.linear."
+    # What is bound to the latent space, and so new after a change of it. The final adaLN reads only (t, y): it keeps the
+    # base's weights, and goes on learning with the new head.
+    EMBEDDER, HEAD, HEAD_TRAINED = "x_embedder.", "final_layer.linear.", "final_layer."
 
     def __init__(self, cfg: DiTConfig):
         super().__init__()
@@ -593,11 +594,11 @@ def build(cfg: DiTConfig, weights=None, dtype: torch.dtype | None = torch.float3
 
 def deepen(base: DiT, cfg: DiTConfig) -> DiT:
     """The base's trunk under a new embedder and head (Sec. 3.1.1: the two parts that bind to a latent space). Shares
-    the trunk's tensors with the base; only the new parts are new."""
+    the trunk's tensors with the base; the rest of the head is a copy, for it will learn too."""
     with torch.device("meta"):
         model = DiT(cfg)
     own = lambda k: k.startswith((DiT.EMBEDDER, DiT.HEAD))
-    state = {k: v for k, v in base.state_dict().items() if not own(k)}
+    state = {k: v.clone() if k.startswith(DiT.HEAD_TRAINED) else v for k, v in base.state_dict().items() if not own(k)}
     state |= {k: torch.empty(v.shape, dtype=torch.float32, device=next(iter(base.parameters())).device) for k, v in model.state_dict().items() if own(k)}
     model.load_state_dict(state, assign=True)
     return model.requires_grad_(False).new_embedder_and_head()

@@ -1991,7 +1991,8 @@ def test_align_writes_a_whole_run(aligned):
     assert {"config.json", "model.safetensors", "metrics.jsonl", "samples.png", "gap.png", "curves.png"} <= {p.name for p in run.iterdir()}
     model, info = sample.load_run(run)
     assert info["kind"] == "align" and model.cfg.ae == "tiny-dc-ae-f32c32" and model.cfg.patch_size == 1
-    assert set(read_tensors(run / "model.safetensors")) == {"x_embedder.proj.weight", "x_embedder.proj.bias", "final_layer.linear.weight", "final_layer.linear.bias"}
+    assert set(read_tensors(run / "model.safetensors")) == {"x_embedder.proj.weight", "x_embedder.proj.bias", "final_layer.linear.weight", "final_layer.linear.bias",
+                                                            "final_layer.adaLN_modulation.1.weight", "final_layer.adaLN_modulation.1.bias"}
     assert info["stages"][1]["gap"] > info["stages"][2]["gap"]                   # stage 1 closes the gap
 
 
