@@ -457,6 +457,7 @@ def main(argv=None):
                    help="how stage 1, and the head before stage 2, find their optimum (default closed-form)")
     p.add_argument("--ridge", type=float, default=1e-6, help="closed form: relative ridge (default 1e-6)")
     p.add_argument("--head-samples", type=int, default=8192, help="closed form: noisy samples for the head; 0 = leave it random (default 8192)")
+    p.add_argument("--head-only", action="store_true", help="stage 2 leaves the embedder alone, as the closed form does: to compare the two")
     p.add_argument("--match", default="downsample", choices=MATCHES, help="stage 1 by AdamW: how embeddings are compared (default downsample)")
     p.add_argument("--stage1-steps", type=int, help="AdamW steps of stage 1 (default: the recipe's)")
     p.add_argument("--stage2-steps", type=int, help="AdamW steps of embedder and head together (default: the recipe's; 0 = none)")
@@ -534,7 +535,7 @@ def main(argv=None):
     look("stage 1: embedder", model)
 
     # stage 2: embedder and head
-    both = pick(model, ends(model, args.final_adaln))
+    both = pick(model, ends(model, args.final_adaln)[args.head_only:])
     clock, s2 = time.perf_counter(), recipe["stage2"]
     batch2, head_steps = args.batch or s2["batch"], 0
     if closed and args.head_samples and args.objective == "flow":
