@@ -1770,6 +1770,16 @@ def test_every_way_of_matching_embeddings_is_zero_for_equal_embedders(match):
         align.embedding_loss(base, base, z, z, "nearest")
 
 
+def test_the_ways_of_matching_embeddings_measure_what_their_names_say():
+    base, model, z_dc, z_base, _ = small_pair()
+    z_dc = z_dc[:, :, ::2, ::2]
+    new, old = align.grid_tokens(model, z_dc), align.grid_tokens(base, z_base)
+    loss = {m: align.embedding_loss(model, base, z_dc, z_base, m) for m in align.MATCHES}
+    assert_close(loss["average"], (new.mean(dim=(2, 3)) - old.mean(dim=(2, 3))).square().mean())
+    assert_close(loss["mixed"], loss["downsample"] + loss["average"])
+    assert_close(loss["upsample"], (torch.nn.functional.interpolate(new, (8, 4), mode="bilinear") - old).square().mean())
+
+
 def test_least_squares_is_the_exact_optimum_and_shards_add_up():
     g = torch.Generator().manual_seed(0)
     x, w = torch.randn(500, 7, generator=g), torch.randn(3, 7, generator=g)
