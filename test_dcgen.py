@@ -2023,6 +2023,23 @@ def test_finetune_trains_saves_and_draws(aligned, monkeypatch, flags, kind):
         finetune.main([*flags, "--out", str(out)])
 
 
+def test_a_run_carries_on_what_the_run_before_it_had_trained(aligned, monkeypatch):
+    """Alignment has moved the final modulation, which no base has; then LoRA on top, merged, and a second LoRA."""
+    monkeypatch.chdir(aligned)
+    flags = ["--pictures", "64", "--train-steps", "2", "--batch", "8", "--lr", "1e-2", "--ema", "0", "--device", "cpu", "--dtype", "fp32"]
+    finetune.main(["--init", "runs/align-tiny-1", "--no-final-adaln", "--out", "runs/carry-1", *flags])
+    before, after = (read_tensors(f"runs/{r}/model.safetensors") for r in ("align-tiny-1", "carry-1"))
+    key = "final_layer.adaLN_modulation.1.weight"
+    assert torch.equal(before[key], after[key])
+    with pytest.raises(ValueError, match="--merge"):
+        finetune.main(["--init", "runs/carry-1", "--rank", "4", "--out", "runs/carry-2", *flags])
+    finetune.main(["--init", "runs/carry-1", "--merge", "--rank", "4", "--out", "runs/carry-2", *flags])
+    first, second = (sample.load_run(f"runs/{r}")[0] for r in ("carry-1", "carry-2"))
+    trunk = first.blocks[0].attn.qkv
+    assert_close(second.blocks[0].attn.qkv.base.weight, trunk.base.weight + trunk.delta())
+    assert second.blocks[0].attn.qkv.A.shape[0] == 4
+
+
 def test_sample_draws_from_the_newest_run_and_evaluate_scores_it(aligned, monkeypatch, capsys):
     monkeypatch.chdir(aligned)
     sample.main(["--count", "2", "--num-steps", "2", "--ckpt", "runs/align-tiny-1", "--device", "cpu"])
