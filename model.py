@@ -548,32 +548,50 @@ def write_tensors(path, tensors: dict[str, Tensor], config: dict | None = None):
         save_file(plain, tmp, metadata={"config": json.dumps(config or {})})
 
 
-def find_weights(name: str, spec: str | None, path: str | None = None) -> Path:
-    """Where a preset's weights are: the path given, the file shipped here, or the model hub's cache, downloading if
-    need be (huggingface_hub, optional). Raises ValueError in two lines: what was wanted, where, what to do."""
+# what a part of a pipeline folder is made of; the other precisions that some repositories keep beside it are left there
+PART_FILES, OTHER_PRECISIONS = ("*.json", "*.safetensors", "*.model", "*.txt"), ("*.fp16.*", "*.fp16-*", "*.bf16.*", "*.bf16-*")
+
+
+def find_weights(name: str, spec: str | None, path: str | None = None, parts: tuple[str, ...] = ("transformer",), flag: str = "--weights") -> Path:
+    """Where the weights of `name` are: the path given; the file shipped here; or the model hub's cache, downloading if
+    need be (huggingface_hub, optional). A spec is "file", "repository::file" or "repository::folder/", a pipeline folder
+    ("repository::" if that is the repository itself); of a folder only the named parts are fetched, and the folder comes back.
+    A connection that breaks goes on at its byte, and no whole file is fetched twice; the environment's HF_TOKEN,
+    HF_ENDPOINT, HF_HUB_OFFLINE and HF_HOME hold. Raises ValueError in two lines: what was wanted and where, what to do."""
     if path:
-        if not Path(path).is_file():
-            raise ValueError(f"--weights {path}: no such file")
+        if not Path(path).exists():
+            raise ValueError(f"{flag} {path}: no such file")
         return Path(path)
     if spec is None:
-        raise ValueError(f"{name} has no published weights; train it (finetune.py --init scratch) or give a file with --weights PATH")
+        raise ValueError(f"{name} has no published weights; train it (finetune.py --init scratch) or give a file with {flag} PATH")
     if "::" not in spec:
         shipped = HERE / spec
         if not shipped.is_file():
-            raise ValueError(f"{name}: {shipped} should come with this repository and is missing; restore it with git, or give --weights PATH")
+            raise ValueError(f"{name}: {shipped} should come with this repository and is missing; restore it with git, or give {flag} PATH")
         return shipped
     repo, file = spec.split("::")
+    folder = not file or file.endswith("/")
+    wanted = f"{name} wants {f'{file}{{{chr(44).join(parts)}}}' if folder else file} of {repo}"
+    local = f"With it at hand, give {flag} " + ("DIR (a folder with these parts)" if folder else "PATH (either published layout, .safetensors, .bin or .pt)")
     try:
-        from huggingface_hub import hf_hub_download
+        import huggingface_hub as hub
+        from huggingface_hub import constants, errors
     except ImportError:
-        raise ValueError(f"{name} wants {file} of {repo}, and downloading needs: pip install huggingface_hub\n"
-                         "With the file at hand, give it as --weights PATH (either published layout, .safetensors, .bin or .pt)") from None
+        raise ValueError(f"{wanted}, and downloading needs: pip install huggingface_hub\n{local}") from None
     try:
-        return Path(hf_hub_download(repo, file))
-    except Exception as e:                                           # the hub's own errors are many and long
-        from huggingface_hub.constants import HF_HUB_CACHE
-        raise ValueError(f"{name} wants {file} of {repo}; it is not in {HF_HUB_CACHE} and could not be downloaded ({type(e).__name__})\n"
-                         "With the file at hand, give it as --weights PATH (either published layout, .safetensors, .bin or .pt)") from None
+        if not folder:
+            return Path(hub.hf_hub_download(repo, file))
+        patterns = [f"{file}{part}/{files}" for part in parts for files in PART_FILES]
+        found = Path(hub.snapshot_download(repo, allow_patterns=patterns, ignore_patterns=list(OTHER_PRECISIONS))) / file
+    except errors.GatedRepoError:
+        raise ValueError(f"{wanted}, which its owners give to those who accept their licence: do that at {constants.ENDPOINT}/{repo}, "
+                         f"and set HF_TOKEN to a token of that account\n{local}") from None
+    except Exception as e:                                           # the hub's own errors are many and long; the type says which
+        why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{constants.ENDPOINT}: {type(e).__name__}"
+        raise ValueError(f"{wanted}; it is not in {constants.HF_HUB_CACHE} and could not be downloaded ({why})\n{local}") from None
+    if missing := [part for part in parts if not (found / part).is_dir()]:
+        raise ValueError(f"{wanted}; {constants.ENDPOINT}/{repo} and {constants.HF_HUB_CACHE} have no {', '.join(missing)}\n{local}")
+    return found
 
 
 def build(cfg: DiTConfig, weights=None, dtype: torch.dtype | None = torch.float32) -> DiT:

@@ -10,10 +10,14 @@ import math
 import os
 import pickle
 import re
+import subprocess
 import sys
+import threading
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
+from urllib.parse import unquote, urlparse
 
 import numpy as np
 import pytest
@@ -1715,3 +1719,118 @@ def test_inception_that_cannot_be_had_is_one_clear_error(tmp_path, monkeypatch):
     (tmp_path / "wrong.pth").write_bytes(b"rubbish")
     with pytest.raises(ValueError, match="the Inception weights in .*wrong.pth do not fit .*weights-inception-2015-12-05-6726825d.pth"):
         ask("--inception", str(tmp_path / "wrong.pth"))
+
+
+# ---- the model hub, played by a server of the test's own -------------------------------------------------------------------
+
+class Hub(ThreadingHTTPServer):
+    """Repositories {name: {path: bytes}} as the hub serves them, for one commit. A path in `cut` breaks off in the middle
+    once, one in `short` always ends early, a repository in `gated` is closed to all but the holder of a token it knows."""
+    commit = "c" * 40
+
+    def __init__(self, repos, cut=(), short=(), gated=()):
+        self.repos, self.cut, self.short, self.gated, self.asked = repos, set(cut), set(short), set(gated), []
+        super().__init__(("127.0.0.1", 0), HubRequest)
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.shutdown(), self.server_close()
+
+
+class HubRequest(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_):
+        pass
+
+    def answer(self, status, body=b"", sent=None, **headers):
+        self.send_response(status)
+        for k, v in ({"Content-Length": str(len(body)), "X-Repo-Commit": Hub.commit} | {k.replace("_", "-"): v for k, v in headers.items()}).items():
+            self.send_header(k, v)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body[:sent])
+        self.close_connection = sent is not None
+
+    def do_GET(self):
+        hub, where = self.server, unquote(urlparse(self.path).path)
+        hub.asked.append((self.command, where, self.headers.get("Range"), self.headers.get("Authorization")))
+        if match := re.match(r"/api/models/(\w+/\w+)/(revision|tree)/", where):
+            files = hub.repos[match[1]]
+            answer = dict(id=match[1], sha=hub.commit, siblings=[dict(rfilename=f) for f in files]) if match[2] == "revision" else \
+                [dict(type="file", path=f, size=len(b), oid=hashlib.sha1(b).hexdigest()) for f, b in files.items()]
+            return self.answer(200, json.dumps(answer).encode(), Content_Type="application/json")
+        if not (match := re.match(r"/(\w+/\w+)/resolve/\w+/(.+)", where)):
+            return self.answer(404)
+        repo, file = match.groups()
+        if repo in hub.gated and self.headers.get("Authorization") != "Bearer hf_member":
+            return self.answer(403, X_Error_Code="GatedRepo")
+        if file not in hub.repos.get(repo, {}):
+            return self.answer(404, X_Error_Code="EntryNotFound")
+        body, start = hub.repos[repo][file], int((self.headers.get("Range") or "bytes=0-")[6:].split("-")[0])
+        tag = dict(ETag=f'"{hashlib.sha1(body).hexdigest()}"')
+        if file in hub.short and self.command == "GET":
+            return self.answer(200, body[: len(body) // 2], **tag)
+        sent = len(body) // 2 if file in hub.cut and self.command == "GET" else None
+        hub.cut -= {file} if sent else set()
+        if start:
+            return self.answer(206, body[start:], Content_Range=f"bytes {start}-{len(body) - 1}/{len(body)}", **tag)
+        self.answer(200, body, sent, **tag)
+
+    do_HEAD = do_GET
+
+
+def ask_hub(tmp_path, endpoint, calls, **env):
+    """find_weights with these arguments in a process of its own, because the hub's library reads its environment when it
+    is imported -> what each gave: a path or an error; and all that the process said."""
+    code = ("import json, sys\nfrom model import find_weights\n"
+            "for args in json.loads(sys.argv[1]):\n"
+            "    try: print('RESULT', json.dumps(str(find_weights(*args))))\n"
+            "    except ValueError as e: print('RESULT', json.dumps('error: ' + str(e)))\n")
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))} | {"HF_HOME": str(tmp_path / "hub"), "HF_ENDPOINT": endpoint} | env
+    done = subprocess.run([sys.executable, "-c", code, json.dumps(calls)], cwd=model.HERE, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line[7:]) for line in done.stdout.splitlines() if line.startswith("RESULT")], done.stdout + done.stderr
+
+
+def test_weights_come_from_the_hub_whole_and_once(tmp_path):
+    """Complete, interrupted, missing, of the wrong size, gated; then the same cache without a network."""
+    pytest.importorskip("huggingface_hub")
+    blob = lambda n: np.random.default_rng(n).bytes(24 * 10**6 if n == 2 else 999)      # goes on in steps of ten million bytes
+    pipe = {"sub/transformer/config.json": b"{}", "sub/transformer/model-00001-of-00002.safetensors": blob(1), "sub/transformer/model.fp16.safetensors": b"no",
+            "sub/transformer/model.bin": b"no", "sub/vae/config.json": b"{}", "sub/scheduler/scheduler_config.json": b"no", "sub/tokenizer/spiece.model": b"s", "other.safetensors": b"no"}
+    repos = {"a/b": {"w.safetensors": blob(0), "cut.safetensors": blob(2), "short.safetensors": blob(4)}, "a/pipe": pipe, "a/gated": {"w.safetensors": b"w"}}
+    with Hub(repos, cut={"cut.safetensors"}, short={"short.safetensors"}, gated={"a/gated"}) as hub:
+        url = f"http://127.0.0.1:{hub.server_port}"
+        calls = [("m", "a/b::w.safetensors"), ("m", "a/b::cut.safetensors"), ("m", "a/b::none.safetensors"), ("m", "a/b::short.safetensors"), ("m", "a/gated::w.safetensors"),
+                 ("m", "a/pipe::sub/", None, ["transformer", "tokenizer"]), ("m", "a/pipe::sub/", None, ["unet"])]
+        got, said = ask_hub(tmp_path, url, calls, HF_TOKEN="hf_secret")
+        whole, cut, none, short, gated, folder, part = got
+        assert Path(whole).read_bytes() == blob(0) and Path(cut).read_bytes() == blob(2)
+        ranges = [r for method, where, r, _ in hub.asked if method == "GET" and "cut" in where]
+        assert ranges[0] is None and len(ranges) == 2 and 0 < int(ranges[1][6:-1]) <= 12 * 10**6     # not from the start
+        assert none.startswith("error: m wants none.safetensors of a/b; it is not in ") and f"({url}: RemoteEntryNotFoundError)\nWith it at hand, give --weights PATH" in none
+        assert "could not be downloaded" in short and "OSError" in short and not list((tmp_path / "hub").rglob("*short*"))
+        assert f"accept their licence: do that at {url}/a/gated, and set HF_TOKEN" in gated
+        assert sorted(str(f.relative_to(folder)) for f in Path(folder).rglob("*") if f.is_file()) == ["tokenizer/spiece.model", "transformer/config.json", "transformer/model-00001-of-00002.safetensors"]
+        assert folder.endswith("/sub") and "have no unet\nWith it at hand, give --weights DIR" in part
+        assert all(e.count("\n") == 1 for e in (none, short, gated, part))
+        assert all(auth == "Bearer hf_secret" for _, where, _, auth in hub.asked if "a/" in where) and "hf_secret" not in said
+        asked = len(hub.asked)
+        again, _ = ask_hub(tmp_path, url, calls[:2] + calls[4:6], HF_TOKEN="hf_member")
+        assert again[:2] == [whole, cut] and Path(again[2]).read_bytes() == b"w" and again[3] == folder
+        assert not [w for method, w, *_ in hub.asked[asked:] if method == "GET" and "/resolve/" in w and "gated" not in w]       # no file twice
+        asked = len(hub.asked)
+        offline, _ = ask_hub(tmp_path, url, [*calls[:1], ("m", "a/b::none.safetensors"), calls[5], ("m", "new/repo::x/")], HF_HUB_OFFLINE="1")
+        assert [offline[0], offline[2]] == [whole, folder] and "(HF_HUB_OFFLINE is set)\n" in offline[1] and "(HF_HUB_OFFLINE is set)\n" in offline[3] and len(hub.asked) == asked
+    dead, _ = ask_hub(tmp_path, url, [("m", "a/b::w.safetensors"), ("m", "new/repo::x.bin")], HF_HUB_ETAG_TIMEOUT="1")
+    assert dead[0] == whole and f"m wants x.bin of new/repo; it is not in {tmp_path / 'hub/hub'} and could not be downloaded ({url}: LocalEntryNotFoundError)" in dead[1]
+
+
+def test_without_the_hubs_package_the_error_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(ValueError, match=r"m wants x/\{transformer,vae\} of a/b, and downloading needs: pip install huggingface_hub\nWith it at hand, give --weights DIR"):
+        find_weights("m", "a/b::x/", parts=("transformer", "vae"))
