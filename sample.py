@@ -277,7 +277,7 @@ def generate(model, ae, cond, seeds: list[int], num_steps: int = 25, cfg_scale: 
     size = size or (model.cfg.res,) * 2
     h, w = latent_size(model.cfg, ae.cfg, size)
     if sampler in ("ddim", "ddpm") and model.cfg.predict != "epsilon":
-        raise ValueError(f"--sampler {sampler} is for a model that predicts epsilon on DDPM's clock; this one predicts a velocity: use {', '.join(SOLVERS[:-1])} or {SOLVERS[-1]}")
+        raise ValueError(f"--sampler {sampler} is for a model that predicts epsilon on DDPM's clock; this one predicts a velocity: use euler or heun, or dpm")
     if num_steps < 1:
         raise ValueError(f"--num-steps {num_steps}: at least 1")
     shift = resolve_shift(shift, model.cfg.in_channels, h, w, model.cfg.patch_size)
