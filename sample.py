@@ -24,7 +24,7 @@ from tqdm import tqdm
 from autoencoder import load_autoencoder
 from data import SHAPES, fingerprint
 from lora import add_lora, merge_lora
-from model import BASES, DiTConfig, build, config_dict, ddpm_alphas_cumprod, deepen, fast_bf16, find_weights, read_config, read_tensors, run
+from model import BASES, build, cat_conditions, config_dict, config_of, ddpm_alphas_cumprod, deepen, fast_bf16, find_weights, read_config, read_tensors, run
 
 
 # ---- the path and its ODE ------------------------------------------------------------------------------------------------
@@ -69,7 +69,7 @@ def guided(model, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float, null: Tenso
     if cfg_scale == 1.0:
         return call(x, t, y)
     null = model.null_condition(y) if null is None else null
-    cond, uncond = call(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, null])).chunk(2)
+    cond, uncond = call(torch.cat([x, x]), torch.cat([t, t]), cat_conditions([y, null])).chunk(2)
     out = uncond + cfg_scale * (cond - uncond)
     k = model.cfg.guided_channels or model.cfg.in_channels           # DiT as published guides three of its four channels
     return torch.cat([out[:, :k], cond[:, k:]], dim=1)
@@ -298,8 +298,8 @@ def load_run(path, device="cpu", ema: bool = True, base_weights: str | None = No
     tensors, info = read_tensors(path), read_config(path)
     if "model" not in info:
         raise ValueError(f"{path} is not a run's file; an official weight file goes to --weights, with --base naming its model")
-    cfg = DiTConfig(**{k: v for k, v in info["model"].items() if k != "family"})
-    if info.get("lora") or not any(k.startswith("blocks.") for k in tensors):
+    cfg = config_of(info["model"])
+    if info.get("lora") or not any("blocks." in k for k in tensors):
         base, found = load_base(info["base"], base_weights or info["base_weights"])
         if info.get("base_print", found["base_print"]) != found["base_print"]:
             raise ValueError(f"{path} was trained from another {info['base']} than the one found now; give that one's file with --weights")
