@@ -37,7 +37,7 @@ from tqdm import tqdm
 from autoencoder import AUTOENCODERS, ae_config, load_autoencoder
 from data import LatentCache, open_source, order, write_json
 from evaluate import accuracy, gap_table, layer_gap, load_classifier
-from model import atomic, config_dict, deepen, run, to_deep_latent, write_tensors
+from model import atomic, choose_conditions, config_dict, deepen, run, to_deep_latent, write_tensors
 from sample import Chain, add_model_args, ddpm_loss, dtype_of, generate, load_base, path, sample_t, save_grid
 
 
@@ -87,7 +87,7 @@ def flow_matching_loss(model, z: Tensor, t: Tensor, y: Tensor, x0: Tensor) -> tu
 def drop_labels(model, y: Tensor, p: float, generator) -> Tensor:
     """Replace a share p of the conditions by the null condition, so that the model stays able to be guided."""
     drop = torch.rand(len(y), generator=generator) < p
-    return torch.where(drop.to(y.device), model.null_condition(y), y)
+    return choose_conditions(drop, model.null_condition(y), y)
 
 
 @torch.no_grad()
@@ -163,7 +163,7 @@ def solve_head(model, batches, ridge: float = 1e-6, dtype=torch.float32) -> Leas
         xt, v = path(x0, z, t)
         with torch.autocast(z.device.type, dtype, enabled=dtype != torch.float32):
             x, clock = model.own_clock(xt, t)
-            c = model.condition(clock, y)
+            c = model.condition(clock, y, xt.shape[-2:])
             h = model.head_features(model.trunk(model.embed(x), c), c)
         v = model.patchify(v)
         sums = sums or LeastSquares(h.shape[-1], v.shape[-1], h.device)

@@ -31,7 +31,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data import open_source
-from model import ChannelRMSNorm, GLUMBConv, atomic, fast_bf16, find_weights, linear_attention, load_weights, read_config, read_tensors, run, write_tensors
+from model import ChannelRMSNorm, GLUMBConv, Turn, atomic, fast_bf16, find_weights, linear_attention, load_weights, read_config, read_tensors, run, write_tensors
 
 
 # ---- configs -----------------------------------------------------------------------------------------------------------
@@ -522,7 +522,7 @@ def in_tiles(fn, x: Tensor, tile: int, unit: int, ratio: float, overlap: float =
     return out / weight
 
 
-# ---- weights (rows as in model.py: theirs, ours[, transform]) ------------------------------------------------------------
+# ---- weights (rows as in model.py: theirs, ours[, turn]) -----------------------------------------------------------------
 
 def _linear(w: Tensor) -> Tensor:                                     # a 1x1 convolution's weight as a linear map's
     return w.reshape(w.shape[0], -1) if w.dim() == 4 else w
@@ -532,9 +532,12 @@ def _conv1x1(w: Tensor) -> Tensor:
     return w[:, :, None, None]
 
 
+LINEAR, CONV = Turn(_linear), Turn(_conv1x1, _linear)
+
+
 KL_DIFFUSERS = [("*", "*")]
 KL_DIFFUSERS_OLD = [                                                  # attention names before 2023: SD's published file
-    *[(f"*.mid_block.attentions.0.{old}.*", f"*.mid_block.attentions.0.{new}.*", _linear)
+    *[(f"*.mid_block.attentions.0.{old}.*", f"*.mid_block.attentions.0.{new}.*", LINEAR)
       for old, new in (("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0"))],
     ("*", "*"),
 ]
@@ -550,17 +553,17 @@ def kl_original(levels: int) -> list[tuple]:
     for half in ("encoder", "decoder"):
         rows += [(f"{half}.mid.block_{i + 1}.*", f"{half}.mid_block.resnets.{i}.*") for i in (0, 1)]
         rows += [(f"{half}.mid.attn_1.norm.*", f"{half}.mid_block.attentions.0.group_norm.*")]
-        rows += [(f"{half}.mid.attn_1.{a}.*", f"{half}.mid_block.attentions.0.{b}.*", _linear)
+        rows += [(f"{half}.mid.attn_1.{a}.*", f"{half}.mid_block.attentions.0.{b}.*", LINEAR)
                  for a, b in (("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("proj_out", "to_out.0"))]
         rows += [(f"{half}.norm_out.*", f"{half}.conv_norm_out.*")]
     return [*rows, ("*", "*")]
 
 
 DCAE_DIFFUSERS = [
-    (tuple(f"*.attn.to_{x}.weight" for x in "qkv"), "*.attn.qkv.weight", _conv1x1),
+    (tuple(f"*.attn.to_{x}.weight" for x in "qkv"), "*.attn.qkv.weight", CONV),
     ("*.attn.to_qkv_multiscale.0.proj_in.weight", "*.attn.multiscale.0.weight"),
     ("*.attn.to_qkv_multiscale.0.proj_out.weight", "*.attn.multiscale.1.weight"),
-    ("*.attn.to_out.weight", "*.attn.proj.weight", _conv1x1),
+    ("*.attn.to_out.weight", "*.attn.proj.weight", CONV),
     ("*.attn.norm_out.*", "*.attn.norm.*"),
     ("*", "*"),
 ]

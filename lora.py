@@ -17,8 +17,13 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-# both linears of attention and MLP; not the modulations, not the embedders of time and class (the authors' choice)
-TARGETS = r"blocks\.\d+\.(attn\.(qkv|proj)|mlp\.fc[12])"
+# The maps of attention and MLP; not the modulations, not the embedders of time, class, text and guidance (the authors'
+# choice). Where q, k, v are one matrix they share A.
+TARGETS = "|".join((
+    r"blocks\.\d+\.(attn\.(qkv|proj)|mlp\.fc[12])",                                                    # DiT
+    r"double_blocks\.\d+\.(img|txt)_(attn\.(qkv|proj)|mlp\.[02])", r"single_blocks\.\d+\.linear[12]",    # FLUX
+    r"blocks\.\d+\.(cross_attn\.(q_linear|kv_linear|proj)|mlp\.conv_(inverted|point))",               # SANA, besides attn
+))
 
 
 class LoRALinear(nn.Module):

@@ -34,7 +34,7 @@ from tqdm import tqdm
 from autoencoder import ae_class, ae_config, load_autoencoder
 from data import SHAPES, TEXT_ENCODERS, encode_prompts, fingerprint, null_prompt, read_prompts, text_parts
 from lora import add_lora, merge_lora
-from model import (BASES, FAMILIES, DiTConfig, FluxConfig, Text, build, cat_conditions, config_dict, config_of, ddpm_alphas_cumprod, deepen, fast_bf16, find_weights, read_config,
+from model import (BASES, FAMILIES, FluxConfig, Text, build, cat_conditions, config_dict, config_of, ddpm_alphas_cumprod, deepen, fast_bf16, find_weights, read_config,
                    read_tensors, run)
 
 
