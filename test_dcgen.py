@@ -42,8 +42,8 @@ from lora import LoRALinear, add_lora, lora_state, merge_lora
 from model import (BASES, DIT_TABLES, FAMILIES, TABLES, DiT, DiTConfig, Flux, FluxConfig, Sana, SanaConfig, Text, build, cat_conditions, choose_conditions, config_dict,
                    config_facts, ddpm_alphas_cumprod, ddpm_times, deepen, find_weights, fit_config, linear_attention, load_weights, map_keys, read_config, read_tensors, recognise,
                    sincos_2d, timestep_embedding, to_deep_latent, unmap_keys, write_tensors)
-from sample import (Chain, ddpm_loss, generate, guided, integrate, load_base, load_part, load_run, newest_run, noise, parse_classes, path, sample_t, save_png, shift_time,
-                    time_grid, to_uint8)
+from sample import (Chain, ddpm_loss, generate, guided, integrate, load_base, load_part, load_run, newest_run, noise, parse_classes, parse_size, path, resolve_shift, sample_t,
+                    save_png, shift_time, time_grid, to_uint8)
 
 SHARED = Path(__file__).parent / "../shared"
 
@@ -2274,3 +2274,99 @@ def test_prompt_files_have_a_prompt_a_line(tmp_path):
     for name, said in (("empty.txt", "no prompts in it"), ("bytes.txt", "not a readable text file"), ("gone.txt", "not a readable text file .FileNotFound")):
         with pytest.raises(ValueError, match=f"--prompts .*{name}: {said}"):
             read_prompts(tmp_path / name)
+
+
+# ---- text models: schedules, solvers, the whole loop ---------------------------------------------------------------------------
+
+def stored_facts(name):
+    file = SHARED / f"parity/{name}.a.json"
+    if not file.exists():
+        pytest.skip("needs ../shared/parity")
+    return json.loads(file.read_text())
+
+
+def test_shifts_follow_from_the_size_as_published():
+    seen = set()
+    for s in stored_facts("dcgen_schedules")["schedules"]:
+        rule = {"flux2_r": "flux2", "flowmatch_mu": "mu"}[s["kind"]]
+        f = round(math.sqrt(s["height"] * s["width"] / s["tokens"]))
+        times = time_grid(s["steps"], resolve_shift(rule, s["channels"], s["height"] // f, s["width"] // f, 1))
+        assert max(abs(1 - t - sigma) for t, sigma in zip(times, s["sigmas"], strict=True)) < 1e-6, (s["size"], rule)
+        seen.add((rule, s["tokens"], s["channels"]))
+    assert len(seen) > 5
+    _, _, _, out = fixture("flux_bfl")
+    for tokens, steps, want in ((256, 4, "4steps_seq256"), (4096, 4, "4steps_seq4096"), (16384, 4, "4steps_seq16384"), (1024, 20, "20steps_seq1024")):
+        side = math.isqrt(tokens) * 2                                # packed two by two
+        times = torch.tensor(time_grid(steps, resolve_shift("mu", 16, side, side, 2)))
+        close(1 - times, out[f"schedule_{want}"], 1e-6)
+    assert resolve_shift("flux2", 32, 32, 32, 1) == resolve_shift("flux2", 8, 64, 64, 2) == math.sqrt(8)       # packing does not count
+    assert resolve_shift(3, 1, 1, 1, 1) == resolve_shift("3.0", 1, 1, 1, 1) == 3.0
+    for bad in ("flux3", "0", "-1", 0.0):
+        with pytest.raises(ValueError, match=f"--shift {bad}: give a positive number, or one of mu, flux2"):
+            resolve_shift(bad, 16, 8, 8, 1)
+
+
+def test_sanas_times_are_the_official_ones():
+    _, _, _, out = fixture("sana_dcgen")
+    close(1000 * (1 - torch.tensor(time_grid(8, 3.0, sample.START["dpm"])[:-1])), out["dpms_model_t"], 1e-6)
+
+
+def test_dpm_solver_matches_diffusers():
+    """On a velocity that bends, with the grid of its own: steps few and many, where it chooses the orders differently."""
+    diffusers = pytest.importorskip("diffusers")
+    g = torch.Generator().manual_seed(0)
+    x0, w = torch.randn(2, 4, 8, 8, generator=g), torch.randn(4, 4, generator=g)
+    velocity = lambda x, t: torch.einsum("bchw,cd->bdhw", x, w).tanh() * (1 + t.view(-1, 1, 1, 1)) - x
+    for steps, shift in ((1, 3.0), (4, 1.0), (8, 3.0), (20, 3.0), (30, 2.83)):
+        official, x = diffusers.DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift), x0
+        official.set_timesteps(steps)
+        for k, t in enumerate(official.timesteps):
+            x = official.step(-velocity(x, 1 - official.sigmas[k].expand(2)), t, x).prev_sample
+        mine = integrate(velocity, x0, time_grid(steps, shift, sample.START["dpm"]), "dpm")
+        close(mine, x, 2e-5)
+        assert steps < 3 or off(integrate(velocity, x0, time_grid(steps, shift, sample.START["dpm"])), x) > 1e-3        # which Euler is not
+
+
+def test_dpm_solver_is_of_second_order_and_starts_anywhere():
+    """dx/dt = x cos(5t): x(b) = x(a) exp((sin(5b) - sin(5a)) / 5). Away from both ends, where log(t / (1-t)) is infinite."""
+    x, inner = torch.ones(1, 1, 1, 1, dtype=torch.float64), lambda n: [0.1 + 0.8 * t for t in time_grid(n)]
+    bend = lambda x, t: SimpleNamespace(float=lambda: x * math.cos(5 * t.double().item()))
+    error = lambda n: (integrate(bend, x, inner(n), "dpm") - math.exp((math.sin(4.5) - math.sin(0.5)) / 5)).abs().item()
+    assert 1.7 < math.log2(error(64) / error(128)) < 2.3
+    got = integrate(lambda x, t: torch.full_like(x, 2.0), torch.zeros(1, 1, 1, 1), time_grid(5), "dpm")
+    close(got, torch.full((1, 1, 1, 1), 2.0), 1e-6)                  # a straight path is exact, also from 0
+
+
+def test_sana_with_its_solver_matches_the_official_loop():
+    """Eight steps with guidance 4.5. The official model cuts its clock to whole steps, and its null caption keeps the mask."""
+    config, weights, x, out = fixture("sana_dcgen")
+    cfg = replace(BASES["sana-1.6b"], in_channels=config["in_channels"], hidden_size=config["hidden_size"], depth=config["depth"], num_heads=config["num_heads"],
+                  mlp_ratio=config["mlp_ratio"], caption_channels=config["caption_channels"], integer_time=True)
+    net = load_weights(Sana(cfg), weights, TABLES[Sana][recognise(weights)[1]]).eval()
+    cond, net.null = Text(x["y"][:, 0], x["mask"].bool()), Text(weights["y_embedder.y_embedding"][None])
+    times = time_grid(config["sampler_steps"], config["flow_shift"], sample.START["dpm"])
+    close(integrate(lambda z, t: guided(net, z, t, cond, config["cfg_scale"]), x["sample_noise"], times, "dpm"), out["dpms_sample"], 1e-4)
+
+
+@pytest.mark.parametrize("name, rule", [("flowmatch", "mu"), ("flux2", "flux2")])
+def test_dc_gen_flux_draws_the_official_picture(name, rule, monkeypatch):
+    """The authors' whole text-to-image loop: both schedules, every step, and the decoded picture."""
+    config, weights, x, out = fixture("dcgen_pipeline")
+    part = lambda prefix: {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
+    t, vae = config["transformer"], part("vae.")
+    cfg = FluxConfig(t["in_channels"], t["patch_size"], "test", hidden_size=t["attention_head_dim"] * t["num_attention_heads"], depth=t["num_layers"],
+                     depth_single=t["num_single_layers"], num_heads=t["num_attention_heads"], axes_dim=tuple(t["axes_dims_rope"]), context_in_dim=t["joint_attention_dim"],
+                     vec_in_dim=t["pooled_projection_dim"])
+    net = load_weights(Flux(cfg), part("transformer."), TABLES[Flux]["diffusers"]).eval()
+    v = config["vae"]
+    ae_cfg = DCAEConfig("test", v["latent_channels"], v["scaling_factor"], tuple(v["encoder_block_out_channels"]), tuple(v["encoder_layers_per_block"]),
+                        tuple(v["decoder_layers_per_block"]), 9, 9)
+    ae = load_weights(DCAE(ae_cfg), vae, ae_table(ae_cfg, vae)).eval()
+    cond = Text(x["prompt_embeds"], None, x["pooled_prompt_embeds"], torch.full((2,), config["guidance_scale"]))
+    steps, follow = [], sample.integrate
+    monkeypatch.setattr(sample, "noise", lambda generators, shape: x["noise"])
+    monkeypatch.setattr(sample, "integrate", lambda *args: follow(*args, each=lambda z: steps.append(net.patchify(z))))
+    picture = generate(net, ae, cond, [0, 1], config["steps"], 1.0, "euler", rule, (config["height"], config["width"]))
+    for got, want in zip(steps, out[f"{name}_steps"], strict=True):
+        close(got, want, 1e-4)
+    close((picture + 1) / 2, out[f"{name}_image"], 1e-4)
