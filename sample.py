@@ -247,13 +247,13 @@ def latent_size(cfg, ae_cfg, size: tuple[int, int]) -> tuple[int, int]:
 
 @contextmanager
 def visiting(module: torch.nn.Module, device):
-    """The module on the device, and back where it was afterwards. Its own tensors wait meanwhile: coming home copies nothing."""
-    home = [(p, p.data) for p in module.parameters()]
+    """The module on the device, and where it was again afterwards. Its own tensors wait there: coming home copies nothing."""
+    home = [(store, name, t, t.data) for m in module.modules() for store in (m._parameters, m._buffers) for name, t in store.items() if t is not None]
     module.to(device)
     yield module
-    for p, data in home:
-        p.data = data
-    module.to(home[0][1].device)                                     # what is left are buffers
+    for store, name, t, data in home:
+        t.data = data
+        store[name] = t
 
 
 @contextmanager
@@ -301,24 +301,25 @@ def generate(model, ae, cond, seeds: list[int], num_steps: int = 25, cfg_scale: 
 # ---- what it costs, without a single weight ------------------------------------------------------------------------------------
 
 class Cost(TorchDispatchMode):
-    """Counts while code runs on the meta device: the most bytes alive at one time, beyond the parameters."""
+    """Counts while code runs on the meta device: the most bytes alive at one time, of what the code itself made."""
 
     def __init__(self):
         super().__init__()
-        self.alive, self.now, self.peak = {}, 0, 0
+        self.now = self.peak = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        for t in tree_leaves(out):
-            if isinstance(t, Tensor) and (key := id(storage := t.untyped_storage())) not in self.alive:
-                self.alive[key] = weakref.finalize(storage, self.gone, key, storage.nbytes())
+        storages = lambda tree: {id(s): s for t in tree_leaves(tree) if isinstance(t, Tensor) for s in [t.untyped_storage()]}
+        given = storages((args, kwargs))                             # a view of what was there makes nothing
+        for key, storage in storages(out).items():
+            if key not in given:
                 self.now += storage.nbytes()
+                weakref.finalize(storage, self.gone, storage.nbytes())
         self.peak = max(self.peak, self.now)
         return out
 
-    def gone(self, key, size):
+    def gone(self, size: int):
         self.now -= size
-        del self.alive[key]
 
 
 class FusedAttention(TorchFunctionMode):
@@ -448,14 +449,14 @@ def run_file(path, ema: bool = True) -> Path:
     return next(f for f in files if f.exists())
 
 
-def load_run(path, device="cpu", ema: bool = True, base_weights: str | None = None):
+def load_run(path, device="cpu", ema: bool = True, base_weights: str | None = None, dtype: torch.dtype = torch.float32):
     """A run's folder or file -> model in eval mode (LoRA attached), the facts written with it. A run keeps what it
     trained; the rest comes from its base, which is loaded first unless everything was trained (base_weights: where its
     file is now). ValueError if this is not a run, or its base is another one than it was trained from."""
     path = run_file(path, ema)
     (cfg, info), tensors = run_facts(path), read_tensors(path)
     if info.get("lora") or not any("blocks." in k for k in tensors):
-        base, found = load_base(info["base"], base_weights or info["base_weights"])
+        base, found = load_base(info["base"], base_weights or info["base_weights"], dtype=None)     # its print is of the file's own numbers
         if info.get("base_print", found["base_print"]) != found["base_print"]:
             raise ValueError(f"{path} was trained from another {info['base']} than the one found now; give that one's file with --weights")
         model = deepen(base, cfg)
@@ -464,7 +465,7 @@ def load_run(path, device="cpu", ema: bool = True, base_weights: str | None = No
         load_part(model, tensors, path)
     else:
         model = build(cfg, path)
-    return model.float().requires_grad_(False).to(device).eval(), info | {"file": str(path)}
+    return model.requires_grad_(False).to(device, dtype).eval(), info | {"file": str(path)}
 
 
 def load_part(model, tensors: dict[str, Tensor], source="the file"):
@@ -570,21 +571,29 @@ def text_folder(name: str, family: str, spec: str, given: str | None, weights: s
     return find_weights(f"{name}'s text encoder", spec, given, parts, "--text-encoders")
 
 
-def report(cfg, own: dict, size: tuple[int, int], count: int, dtype: torch.dtype, text_tokens: int | None) -> str:
+def ae_folder(name: str, cfg, weights: str | None) -> Path | None:
+    """The pipeline folder that a model came from, if it did: its own autoencoder lies there, with its scale."""
+    if weights:
+        return Path(weights) if (Path(weights) / "vae").is_dir() else None
+    if cfg.weights and cfg.weights.endswith(("/", "::")):
+        return find_weights(f"{name}'s autoencoder", cfg.weights, None, ("vae",), "--base-ae-weights")
+
+
+def report(cfg, own: dict, size: tuple[int, int], count: int, dtype: torch.dtype, text_tokens: int | None, offload: bool) -> str:
     """What drawing takes, in a few lines, from the configurations alone."""
     ae_cfg, batch = ae_config(cfg.ae), min(own["batch"], count)
     with torch.device("meta"):
         cond = torch.zeros(batch, dtype=torch.long) if not own["encoders"] else example_text(cfg, batch, text_tokens)
     e = estimate(cfg, ae_cfg, cond, size, own["num_steps"], 1 if own["cfg_scale"] == 1 else 2, dtype)
+    model, decoder = e["weights_bytes"], e["decoder_parameters"] * 4
     gb, encoders = lambda n: f"{n / 1e9:.2f} GB", TEXT_ENCODERS.get(own["encoders"], ())
-    rows = [("model", f"{e['parameters'] / 1e6:,.1f}M parameters, {gb(e['weights_bytes'])} in {str(dtype).removeprefix('torch.')}"),
+    rows = [("model", f"{e['parameters'] / 1e6:,.1f}M parameters, {gb(model)} in {str(dtype).removeprefix('torch.')}"),
             *((cls, f"{millions:,}M parameters, {gb(millions * 1e6 * dtype.itemsize)}, loaded before the model and freed") for *_, cls, _, millions in encoders),
-            (cfg.ae, f"decoder {e['decoder_parameters'] / 1e6:,.1f}M parameters, {gb(e['decoder_parameters'] * 4)} in float32"),
+            (cfg.ae, f"decoder {e['decoder_parameters'] / 1e6:,.1f}M parameters, {gb(decoder)} in float32"),
             ("picture", f"{size[1]}x{size[0]}, latent {'x'.join(map(str, e['latent']))}, {e['tokens']:,} tokens" + (f" and {text_tokens} of text" if encoders else "")),
             ("arithmetic", f"{e['step_flops'] / 1e12:,.2f} TFLOPs a step of {batch}, {own['num_steps']} steps; {e['decode_flops'] / 1e12:,.2f} to decode; {e['total_flops'] / 1e12:,.1f} in all"),
-            ("memory", f"about {gb(e['weights_bytes'] + e['step_bytes'])} while denoising, {gb(e['decoder_parameters'] * 4 + e['decode_bytes'])} while decoding"
-                       " (with --offload; the sum of both parts without)")]
-    return "\n".join(f"{name:16}{text}" for name, text in rows)
+            ("memory", f"about {gb(model + e['step_bytes'] + (0 if offload else decoder))} while denoising, {gb(decoder + e['decode_bytes'] + (0 if offload else model))} while decoding")]
+    return "\n".join(f"{name:22}{text}" for name, text in rows)
 
 
 def example_text(cfg, rows: int, tokens: int) -> Text:
@@ -634,9 +643,10 @@ def main(argv=None):
                    shift=args.shift if args.shift is not None else info.get("shift"), batch=args.batch)
     size, length = parse_size(args.res, cfg.res), args.text_tokens or getattr(cfg, "text_tokens", None)
     resolve_shift(own["shift"], cfg.in_channels, *latent_size(cfg, ae_config(cfg.ae), size), cfg.patch_size)      # errors before anything is loaded
+    distilled = getattr(cfg, "guidance_embed", False)                 # told its guidance as a number
     if own["encoders"]:
         reject(args.classes, "--classes", f"{name} draws prompts, not classes: use --prompt")
-        reject(args.guidance is not None and not getattr(cfg, "guidance_embed", False), "--guidance", f"{name} is not a distilled model that is told its guidance: use --cfg-scale")
+        reject(args.guidance is not None and not distilled, "--guidance", f"{name} is not a distilled model that is told its guidance: use --cfg-scale")
         reject(args.negative and own["cfg_scale"] == 1, "--negative", "a negative prompt acts in classifier-free guidance: give --cfg-scale above 1")
         shown_as = prompts = pick_prompts(args.prompt or (["nothing"] if args.dry_run and not args.prompts else None), args.prompts, args.count)
     else:
@@ -646,27 +656,27 @@ def main(argv=None):
         cond = parse_classes(args.classes, classes, 8 if args.count is None else args.count)
         shown_as = [classes[k] for k in cond]
     if args.dry_run:
-        print(report(cfg, own, size, len(shown_as), dtype, length))
+        print(report(cfg, own, size, len(shown_as), dtype, length, args.offload))
         return
     if own["encoders"]:                                               # before the model: 10 GB of encoders are gone when it comes
         with timed(seconds, "text", args.device):
             cond, null = encode(own["encoders"], text_folder(name, own["encoders"], own["text"], args.text_encoders, args.weights), prompts, args.negative,
-                                own["guidance"] if cfg.guidance_embed else None, length, dtype, args.device)
-    home = "cpu" if args.offload else args.device
+                                own["guidance"] if distilled else None, length, dtype, args.device)
+    home, weights_dtype = "cpu" if args.offload else args.device, dtype if own["encoders"] else torch.float32
     if ckpt:
-        model, info = load_run(ckpt, home, not args.raw, args.weights)
+        model, info = load_run(ckpt, home, not args.raw, args.weights, weights_dtype)
         print(f"{info['file']}: {'moving average' if Path(info['file']).name.startswith('ema') else 'weights as trained'}, base {info['base']}, latents of {model.cfg.ae}")
     else:
-        model, info = load_base(name, args.weights, home, dtype if own["encoders"] else torch.float32)
+        model, info = load_base(name, args.weights, home, weights_dtype)
     if own["encoders"]:
         model.null = null
-    ae = load_autoencoder(model.cfg.ae, args.ae_weights or args.base_ae_weights or info.get("ae_weights"), device=home)
+    ae = load_autoencoder(model.cfg.ae, args.ae_weights or args.base_ae_weights or info.get("ae_weights") or ae_folder(name, cfg, args.weights), device=home)
     seeds = [args.seed + i for i in range(len(cond))]
     out = Path(args.out or (Path(info["file"]).parent / "samples" if ckpt else f"runs/samples-{Path(name).name}"))
     grid = out.with_name(f"{out.name}-grid.png")                      # beside the folder, which so holds samples only
     facts = {k: own[k] for k in ("sampler", "num_steps", "cfg_scale", "shift")} | dict(weights=str(info.get("file", name)), model=config_dict(model.cfg))
     if own["encoders"]:
-        facts |= dict(guidance=own["guidance"] if cfg.guidance_embed else None, text_tokens=length)
+        facts |= dict(guidance=own["guidance"] if distilled else None, text_tokens=length)
     said = {"prompt": shown_as, "negative": [args.negative] * len(cond)} if own["encoders"] else {"class": shown_as}
     shown, start = [], time.perf_counter()
     for rows in torch.arange(len(cond)).split(own["batch"]):          # written as they come: 50 000 do not fit in memory

@@ -2370,3 +2370,132 @@ def test_dc_gen_flux_draws_the_official_picture(name, rule, monkeypatch):
     for got, want in zip(steps, out[f"{name}_steps"], strict=True):
         close(got, want, 1e-4)
     close((picture + 1) / 2, out[f"{name}_image"], 1e-4)
+
+
+@pytest.fixture
+def text_bases(encoders, tmp_path, monkeypatch):
+    """Scrambled bases "test-flux" and "test-sana" with files of their own, in a working folder; the flags that draw little."""
+    monkeypatch.chdir(tmp_path)
+    for name, cls in (("flux", Flux), ("sana", Sana)):
+        cfg = replace(BASES[f"tiny-{name}"], res=64, depth=1, weights=str(tmp_path / f"{name}.safetensors"), **(dict(depth_single=1) if name == "flux" else {}))
+        write_tensors(cfg.weights, scramble(cls(cfg)).state_dict())
+        monkeypatch.setitem(BASES, f"test-{name}", cfg)
+    return lambda name: ["--base", f"test-{name}", "--text-encoders", str(encoders / name), "--num-steps", "2", "--device", "cpu", "--dtype", "fp32"]
+
+
+def pictures(folder):
+    from PIL import Image
+    return {f.name: np.array(Image.open(f)) for f in sorted(Path(folder).iterdir())}
+
+
+@pytest.mark.parametrize("name, extra", [("flux", ["--guidance", "2.5"]), ("sana", ["--negative", "a dog"]), ("flux", ["--negative", "a dog", "--cfg-scale", "2", "--sampler", "heun"])])
+def test_prompts_become_pictures_that_say_how_they_were_made(name, extra, text_bases, capsys):
+    from PIL import Image
+    Path("p.txt").write_text("two blue squares\n# no\n")
+    sample.main([*text_bases(name), "--prompt", "a red cat", "--prompts", "p.txt", "--count", "3", "--seed", "5", "--res", "96x48", "--shift", "2", *extra])
+    folder = f"runs/samples-test-{name}"
+    assert sorted(p.name for p in Path(folder).iterdir()) == ["00000_seed5.png", "00001_seed6.png", "00002_seed7.png"] and Path(f"{folder}-grid.png").is_file()
+    for k, prompt in enumerate(("a red cat", "two blue squares", "a red cat")):
+        with Image.open(f"{folder}/0000{k}_seed{5 + k}.png") as im:
+            facts = json.loads(im.info["dcgen"])
+            assert im.size == (96, 48) and im.info["prompt"] == prompt and im.info["negative"] == ("a dog" if "--negative" in extra else "") and im.info["seed"] == str(5 + k)
+    assert facts["num_steps"] == 2 and facts["shift"] == "2" and facts["text_tokens"] == 32 and facts["model"]["family"] == ("FluxConfig" if name == "flux" else "SanaConfig")
+    assert (facts["sampler"], facts["guidance"], facts["cfg_scale"]) == {"--guidance": ("euler", 2.5, 1.0), "--negative": ("dpm", None, 4.5)}.get(extra[0] if len(extra) < 3 else "", ("heun", 3.5, 2.0))
+    said = capsys.readouterr().out
+    assert re.search(r"wrote 3 pictures to .*text [\d.]+ s, denoising [\d.]+ s, decoding [\d.]+ s; peak [\d.]+ GiB", said)
+    first = pictures(folder)
+    sample.main([*text_bases(name), "--prompt", "a red cat", "--prompts", "p.txt", "--count", "3", "--seed", "5", "--res", "96x48", "--shift", "2", *extra, "--batch", "3", "--offload", "--out", "other"])
+    again = pictures("other")
+    assert all(np.abs(first[k].astype(int) - again[k]).max() <= 1 for k in first) and first["00000_seed5.png"].std() > 1       # the batch changes nothing
+    assert np.abs(first["00000_seed5.png"].astype(int) - first["00002_seed7.png"]).mean() > 1                                   # the seed does
+
+
+def test_text_models_are_told_apart_by_their_flags(text_bases):
+    """The guidance of a distilled model, true guidance, its negative prompt and the prompt each change the picture."""
+    def draw(name, *flags):
+        sample.main([*text_bases(name), "--out", "x", *(flags if "--prompt" in flags else [*flags, "--prompt", "a red cat"])])
+        return pictures("x")["00000_seed0.png"].astype(int)
+    differs = lambda a, b: np.abs(a - b).mean() > 0.05
+    flux = draw("flux")
+    assert not differs(flux, draw("flux", "--guidance", "3.5")) and differs(flux, draw("flux", "--guidance", "1")) and differs(flux, draw("flux", "--cfg-scale", "3"))
+    assert differs(draw("flux", "--cfg-scale", "3"), draw("flux", "--cfg-scale", "3", "--negative", "two blue squares"))
+    sana = draw("sana")
+    assert differs(sana, draw("sana", "--negative", "two blue squares")) and differs(sana, draw("sana", "--cfg-scale", "1")) and differs(sana, draw("sana", "--sampler", "euler"))
+    assert differs(sana, draw("sana", "--prompt", "two blue squares"))
+    for name, full in (("flux", flux), ("sana", sana)):
+        half = draw(name, "--dtype", "bf16")                         # text encoders, model and arithmetic
+        print(np.abs(half - full).mean()); assert 0 < np.abs(half - full).mean() < 4
+
+
+@pytest.mark.parametrize("cls, name", [(Flux, "tiny-flux"), (Sana, "tiny-sana")])
+def test_the_null_condition_keeps_guidance_and_true_guidance_extrapolates_from_it(cls, name):
+    net = scramble(cls(replace(BASES[name], depth=1)))
+    g = torch.Generator().manual_seed(0)
+    rows = lambda n: Text(torch.randn(n, 7, 64, generator=g), torch.arange(7) < torch.tensor([[7], [3]])[:n] if cls is Sana else None,
+                          torch.randn(n, 64, generator=g) if cls is Flux else None, torch.tensor([2.0, 5.0])[:n] if cls is Flux else None)
+    cond, null = rows(2), rows(1)
+    net.null = replace(null, mask=None, guidance=None)
+    x, t = torch.randn(2, 4, 8, 8, generator=g), torch.tensor([0.2, 0.7])
+    off_by = net.null_condition(cond)
+    assert len(off_by) == 2 and torch.equal(off_by.tokens[1], null.tokens[0])
+    if cls is Flux:
+        assert torch.equal(off_by.guidance, cond.guidance)           # each picture's own
+    else:
+        assert torch.equal(off_by.mask, cond.mask)
+    by_hand = net(x, t, off_by) + 3.0 * (net(x, t, cond) - net(x, t, off_by))
+    close(guided(net, x, t, cond, 3.0), by_hand, 1e-4)
+    assert torch.equal(guided(net, x, t, cond, 1.0), net(x, t, cond))
+    net.null = None
+    with pytest.raises(ValueError, match="does not know its null prompt"):
+        guided(net, x, t, cond, 3.0)
+
+
+def test_what_cannot_be_drawn_is_said_before_anything_is_loaded(text_bases, monkeypatch):
+    monkeypatch.setattr(sample, "find_weights", lambda *a: pytest.fail("looked for weights"))
+    monkeypatch.setattr(sample, "build", lambda *a: pytest.fail("loaded weights"))
+    p = ["--prompt", "x"]
+    for flags, said in ((["--base", "flux-krea", *p, "--res", "1000"], "--res 1000: flux-vae-f8c16 with patch 2 needs a multiple of 16; try 992 or 1008"),
+                        (["--base", "dc-gen-flux-1k", *p, "--res", "1000x512"], "--res 1000x512: dc-ae-f32c32-in-1.0 with patch 1 needs a multiple of 32; try 992x512 or 1024x512"),
+                        (["--base", "flux-krea", *p, "--res", "big"], "--res big: give pixels a side, or WIDTHxHEIGHT"), (["--base", "flux-krea", *p, "--res", "8x8x8"], "--res 8x8x8"),
+                        (["--base", "flux-kera", *p], "--base flux-kera: not a preset .*flux-krea.*sana-4.8b"), (["--base", "flux-krea"], "draws prompts: give --prompt TEXT"),
+                        (["--base", "flux-krea", "--classes", "3"], "--classes: flux-krea draws prompts"), (["--base", "dit-xl", *p], "--prompt: dit-xl draws classes"),
+                        (["--base", "dit-xl", "--negative", "x"], "--negative: dit-xl draws classes"), (["--base", "sana-1.6b", *p, "--guidance", "3"], "--guidance: sana-1.6b is not a distilled"),
+                        (["--base", "flux-krea", *p, "--negative", "y"], "--negative: .*--cfg-scale above 1"), (["--base", "flux-krea", *p, "--count", "0"], "--count 0: at least 1"),
+                        (["--base", "flux-krea", *p, "--shift", "mue"], "--shift mue: give a positive number, or one of mu, flux2"),
+                        (["--base", "flux-krea", "--prompts", "gone.txt"], "--prompts gone.txt: not a readable text file")):
+        with pytest.raises(ValueError, match=said):
+            sample.main(flags)
+
+
+def test_a_dry_run_prints_what_it_would_take_and_touches_nothing(text_bases, monkeypatch, capsys):
+    for place in (sample, autoencoder, model):
+        monkeypatch.setattr(place, "find_weights", lambda *a: pytest.fail("looked for weights"))
+    said = lambda *flags: (sample.main([*flags, "--dry-run"]), capsys.readouterr().out)[1]
+    krea = said("--base", "flux-krea", "--dtype", "bf16", "--prompt", "x")
+    assert "11,901.4M parameters, 23.80 GB in bfloat16" in krea and "4,096 tokens and 512 of text" in krea and "T5EncoderModel" in krea and "28 steps" in krea
+    number = lambda text, unit: float(re.search(rf"([\d,.]+) {unit}", text)[1].replace(",", ""))
+    assert 60 < number(krea, "TFLOPs a step") < 90
+    deep = said("--base", "dc-gen-flux-1k", "--dtype", "bf16")
+    assert "1,024 tokens" in deep and 3 < number(krea, "TFLOPs a step") / number(deep, "TFLOPs a step") < 4
+    assert "4,721.8M parameters" in said("--base", "sana-4.8b") and "Gemma2Model" in said("--base", "sana-4.8b")
+    with_guidance, without = (number(said("--base", "dit-xl", "--cfg-scale", s), "TFLOPs a step") for s in ("4", "1"))
+    assert with_guidance == pytest.approx(2 * without, rel=0.02)
+    memory = lambda *flags: number(said("--base", "dc-gen-flux-4k", "--dtype", "bf16", *flags).split("denoising,")[1], "GB")
+    assert memory() - memory("--offload") == pytest.approx(23.8, abs=0.1) and not Path("runs").exists()
+
+
+def test_cost_counts_operations_and_what_is_alive_at_once():
+    with torch.device("meta"):
+        net, x = nn.Sequential(nn.Linear(10, 100), nn.ReLU(), nn.Linear(100, 10)), torch.zeros(5, 10)
+        q, k = torch.zeros(2, 3, 7, 4), torch.zeros(2, 3, 9, 4)
+        assert sample.cost(net, x) == (2 * 5 * 10 * 100 * 2, 4 * 5 * 100 * 2)             # two hidden layers' worth
+        flops, peak = sample.cost(F.scaled_dot_product_attention, q, k, k)
+        assert flops == 2 * 2 * 6 * 7 * 9 * 4 and peak == q.nbytes       # without the table of scores
+
+
+def test_a_visiting_model_goes_home_without_a_copy():
+    net = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)).requires_grad_(False)
+    before, first = {k: v.data_ptr() for k, v in net.state_dict().items()}, net[0].weight
+    with sample.visiting(net, "meta"):
+        assert all(v.is_meta for v in net.state_dict().values())
+    assert {k: v.data_ptr() for k, v in net.state_dict().items()} == before and net[0].weight is first
