@@ -31,11 +31,11 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from autoencoder import ae_class, ae_config, load_autoencoder
+from autoencoder import ae_class, ae_config, export_autoencoder, load_autoencoder
 from data import SHAPES, TEXT_ENCODERS, encode_prompts, fingerprint, null_prompt, read_prompts, text_parts
-from lora import add_lora, merge_lora
-from model import (BASES, FAMILIES, FluxConfig, Text, build, cat_conditions, config_dict, config_of, ddpm_alphas_cumprod, deepen, fast_bf16, find_weights, read_config,
-                   read_tensors, run)
+from lora import add_lora, load_peft, lora_state, merge_lora, save_peft
+from model import (BASES, FAMILIES, FluxConfig, Text, build, cat_conditions, config_dict, config_of, ddpm_alphas_cumprod, deepen, export_diffusers, fast_bf16, find_weights,
+                   read_config, read_tensors, run)
 
 
 # ---- the path and its ODE ------------------------------------------------------------------------------------------------
@@ -505,6 +505,15 @@ def parse_classes(text: list[str] | None, names: tuple[str, ...], count: int) ->
     return picked.repeat(-(-count // len(picked)))[: max(count, len(picked))]
 
 
+def export(model, ae, folder: Path):
+    """Write what the diffusers library reads: transformer/ and vae/ with everything merged; a LoRA once more, by itself."""
+    if lora_state(model):
+        save_peft(model, folder / "lora")
+    export_diffusers(merge_lora(model), folder)
+    export_autoencoder(ae, folder)
+    print(f"wrote {', '.join(str(d) + '/' for d in sorted(folder.iterdir()) if d.is_dir())}")
+
+
 def thumbnails(images: Tensor, side: int = 512) -> Tensor:
     """(B,3,H,W) -> no side longer than `side`: a grid is for looking."""
     scale = side / max(images.shape[-2:])
@@ -631,7 +640,9 @@ def main(argv=None):
     p.add_argument("--text-tokens", type=int, help="prompt tokens kept (default: the model's; FLUX 512 or 256)")
     p.add_argument("--batch", type=int, help="pictures at a time (default 64, with prompts 1)")
     p.add_argument("--offload", action="store_true", help="model and autoencoder are on the device only for their part")
+    p.add_argument("--lora", metavar="PATH", help="a LoRA of diffusers or PEFT to add, a file or a folder with its embedder and head")
     p.add_argument("--dry-run", action="store_true", help="print what it would take, and stop; touches no weights")
+    p.add_argument("--export", metavar="DIR", help="write model and autoencoder as a diffusers folder, LoRA merged (and beside it in lora/), and stop")
     p.add_argument("--out", help="folder for the pictures (default: samples/ in the run, or runs/samples-BASE)")
     args = p.parse_args(argv)
 
@@ -648,7 +659,8 @@ def main(argv=None):
         reject(args.classes, "--classes", f"{name} draws prompts, not classes: use --prompt")
         reject(args.guidance is not None and not distilled, "--guidance", f"{name} is not a distilled model that is told its guidance: use --cfg-scale")
         reject(args.negative and own["cfg_scale"] == 1, "--negative", "a negative prompt acts in classifier-free guidance: give --cfg-scale above 1")
-        shown_as = prompts = pick_prompts(args.prompt or (["nothing"] if args.dry_run and not args.prompts else None), args.prompts, args.count)
+        draws = not args.dry_run and not args.export
+        shown_as = prompts = pick_prompts(args.prompt or ([""] if not draws and not args.prompts else None), args.prompts, args.count)
     else:
         for flag, value in (("--prompt", args.prompt), ("--prompts", args.prompts), ("--negative", args.negative), ("--guidance", args.guidance is not None), ("--text-tokens", args.text_tokens)):
             reject(value, flag, f"{name} draws classes, not prompts: use --classes")
@@ -658,19 +670,27 @@ def main(argv=None):
     if args.dry_run:
         print(report(cfg, own, size, len(shown_as), dtype, length, args.offload))
         return
+    home, weights_dtype = "cpu" if args.offload or args.export else args.device, dtype if own["encoders"] else torch.float32
+
+    def load():
+        model, info = load_run(ckpt, home, not args.raw, args.weights, weights_dtype) if ckpt else load_base(name, args.weights, home, weights_dtype)
+        if ckpt:
+            print(f"{info['file']}: {'moving average' if Path(info['file']).name.startswith('ema') else 'weights as trained'}, base {info['base']}, latents of {model.cfg.ae}")
+        if args.lora:
+            left_out = load_peft(merge_lora(model), args.lora)
+            print(f"{args.lora}: added" + (f", without {', '.join(left_out)}, which are bound to another latent space" if left_out else ""))
+        return model, info, load_autoencoder(model.cfg.ae, args.ae_weights or args.base_ae_weights or info.get("ae_weights") or ae_folder(name, cfg, args.weights), device=home)
+
+    if args.export:
+        export(*load()[::2], Path(args.export))
+        return
     if own["encoders"]:                                               # before the model: 10 GB of encoders are gone when it comes
         with timed(seconds, "text", args.device):
             cond, null = encode(own["encoders"], text_folder(name, own["encoders"], own["text"], args.text_encoders, args.weights), prompts, args.negative,
                                 own["guidance"] if distilled else None, length, dtype, args.device)
-    home, weights_dtype = "cpu" if args.offload else args.device, dtype if own["encoders"] else torch.float32
-    if ckpt:
-        model, info = load_run(ckpt, home, not args.raw, args.weights, weights_dtype)
-        print(f"{info['file']}: {'moving average' if Path(info['file']).name.startswith('ema') else 'weights as trained'}, base {info['base']}, latents of {model.cfg.ae}")
-    else:
-        model, info = load_base(name, args.weights, home, weights_dtype)
+    model, info, ae = load()
     if own["encoders"]:
         model.null = null
-    ae = load_autoencoder(model.cfg.ae, args.ae_weights or args.base_ae_weights or info.get("ae_weights") or ae_folder(name, cfg, args.weights), device=home)
     seeds = [args.seed + i for i in range(len(cond))]
     out = Path(args.out or (Path(info["file"]).parent / "samples" if ckpt else f"runs/samples-{Path(name).name}"))
     grid = out.with_name(f"{out.name}-grid.png")                      # beside the folder, which so holds samples only

@@ -35,12 +35,13 @@ import data
 import evaluate
 import model
 import sample
-from autoencoder import AUTOENCODERS, DCAE, KLVAE, DCAEConfig, KLConfig, ae_class, ae_config, ae_table, in_strips, in_tiles, load_autoencoder, psnr, ssim
+from autoencoder import (AUTOENCODERS, DCAE, KLVAE, DCAEConfig, KLConfig, ae_class, ae_config, ae_table, diffusers_ae_config, export_autoencoder, in_strips, in_tiles,
+                         load_autoencoder, psnr, ssim, stated_config)
 from data import SANA_INSTRUCTION, SHAPES, ImageFolder, LatentCache, ShapesSource, encode_prompts, load_image, null_prompt, open_source, order, read_prompts, shape_facts, shapes
 from evaluate import accuracy, frechet_distance, gap_table, inception_score, judged_source, layer_gap, load_classifier, share_right
-from lora import LoRALinear, add_lora, lora_state, merge_lora
+from lora import LoRALinear, add_lora, load_peft, lora_from_peft, lora_state, lora_to_peft, merge_lora, save_peft
 from model import (BASES, DIT_TABLES, FAMILIES, TABLES, DiT, DiTConfig, Flux, FluxConfig, Sana, SanaConfig, Text, build, cat_conditions, choose_conditions, config_dict,
-                   config_facts, ddpm_alphas_cumprod, ddpm_times, deepen, find_weights, fit_config, linear_attention, load_weights, map_keys, read_config, read_tensors, recognise,
+                   config_facts, ddpm_alphas_cumprod, ddpm_times, deepen, find_weights, fit_config, export_diffusers, linear_attention, load_weights, map_keys, read_config, read_tensors, recognise,
                    sincos_2d, timestep_embedding, to_deep_latent, unmap_keys, write_tensors)
 from sample import (Chain, ddpm_loss, generate, guided, integrate, load_base, load_part, load_run, newest_run, noise, parse_classes, parse_size, path, resolve_shift, sample_t,
                     save_png, shift_time, time_grid, to_uint8)
@@ -706,11 +707,8 @@ def kl_of(config):
 
 def dc_of(config):
     """Our config for an AutoencoderDC of diffusers."""
-    first = lambda types: (list(types) + ["EfficientViTBlock"]).index("EfficientViTBlock")
-    return DCAEConfig("test", config["latent_channels"], 1.0, tuple(config["encoder_block_out_channels"]), tuple(config["encoder_layers_per_block"]),
-                      tuple(config["decoder_layers_per_block"]), first(config["encoder_block_types"]), first(config["decoder_block_types"]),
-                      any(map(len, config["encoder_qkv_multiscales"])), config["downsample_block_type"] == "Conv", config["upsample_block_type"] == "interpolate",
-                      "batch_norm" in config["decoder_norm_types"], config["encoder_out_shortcut"], config["decoder_conv_act_fn"])
+    preset = DCAEConfig("test", config["latent_channels"], widths=tuple(config["encoder_block_out_channels"]))
+    return replace(stated_config(preset, {**config, "_class_name": "AutoencoderDC"}), scale=1.0)
 
 
 # the four kinds of published DC-AE, small: widths and depths differ everywhere, so that a mix-up shows
@@ -1056,6 +1054,202 @@ def test_training_goes_on_where_it_was_killed_and_measures_the_scale(cfg, tmp_pa
     ae.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in a.items()})
     z = ae.encode(Colours().batch(torch.arange(40))[0])
     assert z.square().mean().sqrt().item() == pytest.approx(1, abs=0.05)
+
+
+# weights of whole folders, in and out
+
+def tiny_of(name):
+    cfg = TINIES[name]
+    return scramble(FAMILIES[type(cfg)](cfg))
+
+
+def run_of(net, n=2):
+    """A forward pass with fixed inputs, on our clock."""
+    g = torch.Generator().manual_seed(5)
+    x = torch.randn(n, net.cfg.in_channels, 4, 6, generator=g)
+    return net(x, torch.tensor([0.2, 0.7])[:n], condition_of(net.cfg, n))
+
+
+@pytest.mark.parametrize("name", TINIES)
+def test_an_exported_model_loads_again_with_or_without_its_configuration(name, tmp_path):
+    net = tiny_of(name)
+    export_diffusers(net, tmp_path, shard_bytes=100_000)
+    folder = tmp_path / "transformer"
+    assert len(list(folder.glob("*-of-*.safetensors"))) > 1
+    for place in (tmp_path, folder, folder / "diffusion_pytorch_model.safetensors.index.json"):
+        assert hash_of(build(net.cfg, place).state_dict()) == hash_of(net.state_dict()), place
+    found = build(None, tmp_path).cfg                                # config.json knows the heads and axes
+    keys = ("hidden_size", "depth", "num_heads") + (("axes_dim", "depth_single") if name == "flux" else ("in_channels", "patch_size"))
+    assert all(getattr(found, k) == getattr(net.cfg, k) for k in keys)
+    with pytest.raises(ValueError, match="holds a model already"):
+        export_diffusers(net, tmp_path)
+    with pytest.raises(ValueError, match="merge"):
+        export_diffusers(merge_lora(net) if not add_lora(net, 2) else net, tmp_path / "lora")
+
+
+@pytest.mark.parametrize("channels, patch", [(4, 2), (12, 1)])
+@pytest.mark.parametrize("name", TINIES)
+def test_stock_diffusers_loads_an_exported_model_with_equal_outputs(name, channels, patch, tmp_path):
+    diffusers = pytest.importorskip("diffusers")
+    cfg = replace(TINIES[name], in_channels=channels, patch_size=patch)
+    net = scramble(FAMILIES[type(cfg)](cfg))
+    export_diffusers(net, tmp_path, shard_bytes=200_000)
+    cls = {"dit": diffusers.DiTTransformer2DModel, "flux": diffusers.FluxTransformer2DModel, "sana": diffusers.SanaTransformer2DModel}[name]
+    theirs, said = cls.from_pretrained(tmp_path, subfolder="transformer", output_loading_info=True)
+    assert not any(said[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    x, clock, cond = torch.randn(2, channels, 8, 8), torch.tensor([0.25, 0.875]), condition_of(cfg)
+    if name == "flux":
+        n = 8 // patch
+        ids = torch.stack([torch.zeros(n, n), *torch.meshgrid(torch.arange(n), torch.arange(n), indexing="ij")], dim=-1).view(-1, 3)
+        want = net.unpatchify(theirs(net.patchify(x), cond.tokens, cond.pooled, clock, ids, torch.zeros(5, 3), cond.guidance).sample, (8, 8))
+    elif name == "sana":
+        clock = 1000 * clock
+        want = theirs(x, cond.tokens, clock, encoder_attention_mask=cond.mask).sample
+    else:
+        clock = torch.tensor([250, 875])                             # diffusers' DiT wants whole steps
+        for block in theirs.transformer_blocks:
+            block.norm1.emb.time_proj.downscale_freq_shift = 0       # 128, as trained
+        want = theirs(x, timestep=clock, class_labels=cond).sample
+    close(net.network(x, clock, cond), want, 2e-5 if name == "sana" else 1e-5)      # SANA: the epsilon of cross-attention
+
+
+@pytest.mark.parametrize("cfg", [TINY_KL, replace(TINY_KL, quant_conv=True), *STYLES.values()], ids=lambda c: c.name)
+def test_stock_diffusers_loads_an_exported_autoencoder_with_equal_outputs(cfg, tmp_path, monkeypatch):
+    diffusers = pytest.importorskip("diffusers")
+    cfg = replace(cfg, scale=0.61)
+    ae = scramble(ae_class(cfg)(cfg))
+    export_autoencoder(ae, tmp_path)
+    theirs, said = (diffusers.AutoencoderKL if isinstance(cfg, KLConfig) else diffusers.AutoencoderDC).from_pretrained(tmp_path, subfolder="vae", output_loading_info=True)
+    assert not any(said[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert theirs.config.scaling_factor == 0.61
+    x, z = torch.randn(1, 3, 4 * cfg.f, 2 * cfg.f), torch.randn(1, cfg.channels, 2, 3)
+    latent = theirs.encode(x).latent_dist.mean if isinstance(cfg, KLConfig) else theirs.encode(x).latent
+    close(ae.moments(x)[0], latent), close(ae.decode_raw(z), theirs.decode(z).sample)
+    # and back: the folder's config.json is believed, the scale above all
+    monkeypatch.setitem(AUTOENCODERS, cfg.name, replace(cfg, scale=99.0))
+    monkeypatch.setattr(autoencoder, "find_weights", lambda name, spec, path: Path(path))
+    again = load_autoencoder(cfg.name, tmp_path)
+    assert diffusers_ae_config(again.cfg) == diffusers_ae_config(cfg)
+    assert all(torch.equal(v, ae.state_dict()[k]) for k, v in again.state_dict().items())
+
+
+def test_the_scale_of_a_folder_is_the_one_in_its_config_and_a_foreign_folder_is_refused(tmp_path, monkeypatch):
+    """The DC-Gen releases state their scaling factor in vae/config.json, and nowhere else for certain."""
+    monkeypatch.setattr(autoencoder, "find_weights", lambda name, spec, path: Path(path))
+    cfg = replace(STYLES["in"], scale=0.25)
+    monkeypatch.setitem(AUTOENCODERS, "preset", replace(cfg, name="preset"))
+    ae = scramble(DCAE(cfg))
+    export_autoencoder(ae, tmp_path)
+    file = tmp_path / "vae/config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"scaling_factor": 0.7}))
+    got = load_autoencoder("preset", tmp_path)
+    x = torch.randn(1, 3, 16, 16)
+    close(got.encode(x), 0.7 * ae.moments(x)[0], 1e-6), close(got.decode(got.encode(x)), ae.decode_raw(ae.moments(x)[0]), 1e-4)
+    for other, said in ((replace(cfg, channels=16), "f8c8, and preset is f8c16"), (TINY_KL, "AutoencoderDC, and")):
+        monkeypatch.setitem(AUTOENCODERS, "preset", replace(other, name="preset"))
+        with pytest.raises(ValueError, match=said):
+            load_autoencoder("preset", tmp_path)
+
+
+def test_checkpoints_of_the_authors_trainer_load(tmp_path):
+    net = tiny_of("flux")
+    theirs = {f"0.{k}": v for k, v in unmap_keys(net.state_dict(), TABLES[Flux]["diffusers"]).items()}
+    other = {k: v + 1 for k, v in theirs.items()}
+    for i, saved in enumerate(({"model_state_dict": theirs, "step": 3}, {"model_state_dict": other, "ema_model_state_dict": {0.9: other, 0.999: theirs}},
+                               {"model_state_dict": other, "ema": {"0.999": theirs}, "optimizer_state_dict": {"state": {}}}, {"model_state_dict": theirs, "ema_model_state_dict": {}})):
+        torch.save(saved, tmp_path / f"{i}.pt")
+        assert hash_of(build(net.cfg, tmp_path / f"{i}.pt").state_dict()) == hash_of(net.state_dict()), i
+    torch.save({"state_dict": sana_original(tiny_of("sana")), "epoch": 1}, tmp_path / "sana.pth")
+    assert hash_of(build(TINY_SANA, tmp_path / "sana.pth").state_dict()) == hash_of(tiny_of("sana").state_dict())
+
+
+def sana_original(net):
+    """A state dict of ours as NVlabs publish it."""
+    extra = {"pos_embed": torch.zeros(1, 4, 64), "y_embedder.y_embedding": torch.zeros(5, 24)}
+    return extra | unmap_keys(net.state_dict(), [row for row in TABLES[Sana]["original"] if row[1]])
+
+
+def test_a_file_of_another_model_is_one_error_that_says_what_it_is_and_what_fits(tmp_path, monkeypatch):
+    flux, sana = tiny_of("flux"), tiny_of("sana")
+    monkeypatch.setitem(BASES, "fits", TINY_SANA)
+    write_tensors(tmp_path / "sana.safetensors", sana_original(sana))
+    write_tensors(tmp_path / "flux.safetensors", flux.state_dict())
+    write_tensors(tmp_path / "ae.safetensors", scramble(KLVAE(TINY_KL)).state_dict())
+    deep = to_deep_latent(TINY_FLUX, AUTOENCODERS["tiny-dc-ae-f32c32"])
+    for cfg, file, said in ((TINY_FLUX, "sana", ("a Sana with", "a Flux of another", "the preset that fits them is fits")), (replace(TINY_SANA, depth=3), "sana", ("depth 2 (not 3)", "fits")),
+                            (deep, "flux", ("token_channels 16 (not 32)", "no preset fits")), (TINY_DIT, "flux", ("a Flux with hidden_size 48",)),
+                            (TINY_FLUX, "ae", ("not the weights of a DiT, FLUX or SANA", "--ae-weights"))):
+        with pytest.raises(ValueError) as e:
+            build(cfg, tmp_path / f"{file}.safetensors")
+        assert f"{file}.safetensors" in str(e.value) and all(part in str(e.value) for part in said) and "\n" not in str(e.value), str(e.value)
+    broken = flux.state_dict()
+    broken.pop("double_blocks.1.txt_attn.norm.key_norm.scale")
+    write_tensors(tmp_path / "part.safetensors", broken)
+    with pytest.raises(ValueError, match="1 missing: double_blocks.1.txt_attn.norm.key_norm.scale"):
+        build(TINY_FLUX, tmp_path / "part.safetensors")
+
+
+def test_an_index_that_points_elsewhere_or_is_incomplete_is_one_clear_error(tmp_path):
+    net = tiny_of("flux")
+    export_diffusers(net, tmp_path, shard_bytes=100_000)
+    folder, name = tmp_path / "transformer", "diffusion_pytorch_model.safetensors.index.json"
+    good = (folder / name).read_text()
+    shard = sorted(set(json.loads(good)["weight_map"].values()))[0]
+    (tmp_path / shard).write_bytes((folder / shard).read_bytes())    # the bait exists
+    for bait in (f"../{shard}", str(tmp_path / shard), f"..\\\\{shard}", f"C:{shard}", f"./{shard}", "config.json", ".hidden.safetensors"):
+        (folder / name).write_text(good.replace(f'"{shard}"', f'"{bait}"', 1))
+        with pytest.raises(ValueError, match="beside the index"):
+            read_tensors(folder)
+    for text in ("{", "[]", '{"weight_map": [1]}', '{"weight_map": {"a": 1}}', "{}"):
+        (folder / name).write_text(text)
+        with pytest.raises(ValueError, match="not an index"):
+            read_tensors(folder)
+    (folder / name).write_text(good)
+    whole = (folder / shard).read_bytes()
+    for content, said in ((whole[: len(whole) // 2], "not a whole safetensors"), (b"version https://git-lfs.github.com/spec/v1\nsize 5\n", "git lfs pull"), (b"", "not a whole")):
+        (folder / shard).write_bytes(content)
+        with pytest.raises(ValueError, match=said) as e:
+            build(TINY_FLUX, tmp_path)
+        assert shard in str(e.value) and "\n" not in str(e.value)
+    (folder / shard).unlink()
+    with pytest.raises(ValueError, match=f"lacks 1 of the .* shards.*{shard}"):
+        build(TINY_FLUX, tmp_path)
+    (tmp_path / "none").mkdir()
+    with pytest.raises(ValueError, match="holds no weights"):
+        build(TINY_FLUX, tmp_path / "none")
+    (folder / shard).write_bytes(whole)
+    with pytest.raises(ValueError, match="one part of several"):
+        build(TINY_FLUX, folder / shard)
+    (folder / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="not JSON"):
+        build(TINY_FLUX, tmp_path)
+
+
+def test_what_is_loaded_as_it_is_stays_the_files_own_memory(tmp_path):
+    """Twelve billion weights must not be in memory twice."""
+    net = tiny_of("flux").bfloat16()
+    write_tensors(tmp_path / "w.safetensors", net.state_dict())
+    before = (tmp_path / "w.safetensors").read_bytes()
+    with open("/proc/self/maps" if Path("/proc/self/maps").exists() else os.devnull) as maps:
+        loaded = build(TINY_FLUX, tmp_path / "w.safetensors", dtype=None)
+        spans = [tuple(int(x, 16) for x in line.split()[0].split("-")) for line in maps if "w.safetensors" in line]
+    if spans:
+        assert all(any(a <= v.data_ptr() < b for a, b in spans) for v in loaded.state_dict().values())
+    assert hash_of(loaded.state_dict()) == hash_of(net.state_dict())
+    loaded.img_in.weight.zero_()                                     # the map is private
+    assert (tmp_path / "w.safetensors").read_bytes() == before
+    assert {v.dtype for v in build(TINY_FLUX, tmp_path / "w.safetensors", torch.float32).state_dict().values()} == {torch.float32}
+
+
+def test_weights_with_an_odd_header_load(tmp_path):
+    """Writers that do not pad their header leave the tensors at odd addresses."""
+    values = torch.arange(6, dtype=torch.float32)
+    header = json.dumps({"a": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}, "none": {"dtype": "F32", "shape": [0], "data_offsets": [24, 24]}}).encode()
+    for pad in range(4):
+        padded = header + b" " * pad
+        (tmp_path / "odd.safetensors").write_bytes(len(padded).to_bytes(8, "little") + padded + values.numpy().tobytes())
+        got = read_tensors(tmp_path / "odd.safetensors")
+        assert torch.equal(got["a"], values.view(2, 3)) and got["none"].shape == (0,)
 
 
 # ---- data.py -------------------------------------------------------------------------------------------------------------
@@ -1439,6 +1633,114 @@ def test_lora_is_scaled_by_alpha_over_rank():
         close(layer.delta(), alpha / rank * (layer.B @ layer.A), 1e-6)
         x = torch.randn(2, 48)
         close(layer(x) - layer.base(x), alpha / rank * x @ layer.A.T @ layer.B.T, 1e-4)
+
+
+def flux_lora_case():
+    config, weights, x, out = fixture("flux_lora")
+    tensors = load_file(SHARED / "parity/flux_lora.a.safetensors")
+    net = load_weights(on_meta(Flux, flux_of(config)), weights, TABLES[Flux]["diffusers"])
+    run = lambda net: net.patchify(net.network(net.unpatchify(x["hidden_states"], (4, 6)), x["timestep"], diffusers_text(x)))
+    return net, {k.removeprefix("lora."): v for k, v in tensors.items() if k.startswith("lora.")}, run, out
+
+
+def test_a_lora_of_diffusers_loads_at_its_strength_and_merges_to_the_same_weights():
+    net, lora, run, out = flux_lora_case()
+    close(run(net), out["base"])
+    assert lora_from_peft(net, lora) == []
+    assert net.single_blocks[0].linear1.scale == 2.0                 # alpha 8, rank 4 of each of its four parts
+    close(run(net), out["with_alpha"])
+    back, alphas = lora_to_peft(net)                                 # alpha kept, each part its own rank again
+    assert set(alphas.values()) == {8.0} and all(torch.equal(lora[f"transformer.{k}"], v) for k, v in back.items())
+    assert len(back) == sum(not k.endswith("alpha") for k in lora)
+    merge_lora(net)
+    close(run(net), out["with_alpha_merged"])
+    merged = unmap_keys(net.state_dict(), TABLES[Flux]["diffusers"])
+    for k in [k for k in out if k.startswith("merged.")]:
+        close(merged[k.removeprefix("merged.")], out[k], 1e-6)
+    net, lora, run, out = flux_lora_case()
+    lora_from_peft(net, {k: v for k, v in lora.items() if not k.endswith("alpha")})
+    close(run(net), out["without_alpha"])
+    net, lora, run, out = flux_lora_case()
+    lora_from_peft(net, {k: v / 2 if k.endswith("alpha") else v for k, v in lora.items()})
+    close(run(net), out["with_alpha_scale_half"])
+
+
+@pytest.mark.parametrize("name", TINIES)
+def test_a_saved_lora_brings_its_embedder_and_head_and_draws_the_same(name, tmp_path):
+    cfg = TINIES[name]
+    base = scramble(FAMILIES[type(cfg)](cfg))
+    deep = lambda: deepen(base, to_deep_latent(cfg, AUTOENCODERS["tiny-dc-ae-f32c32"]))
+    tuned = deep()
+    names = add_lora(tuned, 4, 6)
+    assert len(names) == {"dit": 12, "flux": 2 * 8 + 2 * 2, "sana": 2 * 7}[name], names
+    assert not any(re.search(r"mod|norm|img_in|txt_in|embedder|final|t_block", n) for n in names)
+    assert torch.equal(run_of(tuned), run_of(merge_lora(tuned)))
+    add_lora(tuned, 4, 6), draw_b(tuned)
+    save_peft(tuned, tmp_path)
+    again = deep()
+    assert load_peft(again, tmp_path) == []
+    close(run_of(again), run_of(tuned), 1e-6)
+    assert {m.scale for m in again.modules() if isinstance(m, LoRALinear)} == {1.5}
+    with pytest.raises(ValueError, match="already"):
+        load_peft(again, tmp_path)
+    with pytest.raises(ValueError, match="no LoRA"):
+        save_peft(base, tmp_path / "other")
+
+
+def test_a_lora_of_the_base_loads_onto_the_deep_model_without_what_is_bound_to_the_old_latent():
+    base = scramble(Flux(TINY_FLUX))
+    add_lora(base, 3, targets=r"img_in|final_layer\.linear|double_blocks\.0\.img_attn\.qkv|double_blocks\.1\.txt_mod\.lin|final_layer\.adaLN_modulation\.1"), draw_b(base)
+    tensors, alphas = lora_to_peft(base)
+    tensors = {k: v for k, v in tensors.items() if "to_k" not in k}  # trainers often leave some out
+    deep = deepen(scramble(Flux(TINY_FLUX)), to_deep_latent(TINY_FLUX, AUTOENCODERS["tiny-dc-ae-f32c32"]))
+    before = deep.double_blocks[0].img_attn.qkv.weight.clone()
+    assert sorted(lora_from_peft(deep, {f"base_model.model.{k}": v for k, v in tensors.items()}, alphas)) == ["proj_out", "x_embedder"]
+    assert isinstance(deep.final_layer.adaLN_modulation[1], LoRALinear)
+    close(deep.final_layer.adaLN_modulation[1].delta(), base.final_layer.adaLN_modulation[1].delta(), 1e-6)        # its halves are swapped twice
+    delta, want = deep.double_blocks[0].img_attn.qkv.delta(), base.double_blocks[0].img_attn.qkv.delta()
+    close(delta[:48], want[:48], 1e-6), close(delta[96:], want[96:], 1e-6)
+    assert not delta[48:96].any() and torch.equal(deep.double_blocks[0].img_attn.qkv.base.weight, before)
+    fresh = scramble(Flux(TINY_FLUX))
+    bad = {**tensors, "transformer_blocks.7.attn.to_q.lora_A.weight": torch.zeros(3, 48), "transformer_blocks.7.attn.to_q.lora_B.weight": torch.zeros(48, 3)}
+    for wrong, said in ((bad, "transformer_blocks.7"), ({"transformer.x.diff": torch.zeros(1)}, "not a LoRA's tensor"),
+                        ({k: v[..., :20] if "to_q.lora_A" in k else v for k, v in tensors.items()}, "another model")):
+        with pytest.raises(ValueError, match=said):
+            lora_from_peft(fresh, wrong)
+    assert not any(isinstance(m, LoRALinear) for m in fresh.modules())      # all or nothing
+
+
+def test_parts_of_different_strength_add_up_in_one_matrix():
+    net = scramble(Flux(TINY_FLUX))
+    g = torch.Generator().manual_seed(3)
+    name = "transformer_blocks.0.attn.{}.lora_{}.weight"
+    lora = {name.format(x, m): torch.randn(*((r, 48) if m == "A" else (48, r)), generator=g) for x, r in (("to_q", 2), ("to_v", 5)) for m in "AB"}
+    lora_from_peft(net, lora | {"transformer_blocks.0.attn.to_v.alpha": torch.tensor(15.0)}, {})
+    delta = net.double_blocks[0].img_attn.qkv.delta()
+    for part, x, scale in ((slice(0, 48), "to_q", 1), (slice(96, 144), "to_v", 3)):
+        close(delta[part], scale * lora[name.format(x, "B")] @ lora[name.format(x, "A")], 1e-5)
+
+
+@pytest.mark.parametrize("name", ["flux", "sana"])
+def test_stock_diffusers_loads_a_saved_lora_at_its_strength(name, tmp_path):
+    diffusers = pytest.importorskip("diffusers")
+    pytest.importorskip("peft")
+    net = tiny_of(name)
+    export_diffusers(net, tmp_path)
+    add_lora(net, 4, 10), draw_b(net)
+    save_peft(net, tmp_path / "lora")
+    pipeline = diffusers.FluxPipeline if name == "flux" else diffusers.SanaPipeline
+    cls = diffusers.FluxTransformer2DModel if name == "flux" else diffusers.SanaTransformer2DModel
+    theirs = cls.from_pretrained(tmp_path, subfolder="transformer")
+    parts = dict(scheduler=None, vae=None, text_encoder=None, tokenizer=None, transformer=theirs)
+    pipe = pipeline(**parts, text_encoder_2=None, tokenizer_2=None) if name == "flux" else pipeline(**parts)
+    pipe.load_lora_weights(tmp_path / "lora", weight_name="pytorch_lora_weights.safetensors")
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    merged = unmap_keys(merge_lora(net).state_dict(), TABLES[type(net)]["diffusers"])
+    fused = theirs.state_dict()
+    assert fused.keys() == merged.keys()
+    for k, v in merged.items():
+        close(fused[k], v, 1e-5)
 
 
 def test_lora_on_a_pointwise_convolution_and_no_other():
@@ -2424,7 +2726,7 @@ def test_text_models_are_told_apart_by_their_flags(text_bases):
     assert differs(sana, draw("sana", "--prompt", "two blue squares"))
     for name, full in (("flux", flux), ("sana", sana)):
         half = draw(name, "--dtype", "bf16")                         # text encoders, model and arithmetic
-        print(np.abs(half - full).mean()); assert 0 < np.abs(half - full).mean() < 4
+        assert 0 < np.abs(half - full).mean() < 4
 
 
 @pytest.mark.parametrize("cls, name", [(Flux, "tiny-flux"), (Sana, "tiny-sana")])
@@ -2499,3 +2801,41 @@ def test_a_visiting_model_goes_home_without_a_copy():
     with sample.visiting(net, "meta"):
         assert all(v.is_meta for v in net.state_dict().values())
     assert {k: v.data_ptr() for k, v in net.state_dict().items()} == before and net[0].weight is first
+
+
+@pytest.mark.parametrize("name", ["flux", "sana"])
+def test_an_exported_folder_is_a_pipeline_to_draw_from(name, text_bases, encoders, capsys, monkeypatch):
+    """Out and in again: transformer and autoencoder in diffusers layout, the text encoders beside them, one --weights."""
+    sample.main([*text_bases(name), "--export", "pipe"])
+    assert "wrote pipe/transformer/, pipe/vae/" in capsys.readouterr().out
+    sample.main([*text_bases(name), "--prompt", "a red cat", "--out", "one"])
+    shutil.copytree(encoders / name, "pipe", dirs_exist_ok=True)
+    with pytest.raises(ValueError, match="pipe/transformer"):        # never written over
+        sample.main([*text_bases(name), "--export", "pipe"])
+    flags = ["--base", f"test-{name}", "--weights", "pipe", "--num-steps", "2", "--device", "cpu", "--dtype", "fp32", "--prompt", "a red cat"]
+    monkeypatch.setattr(autoencoder, "find_weights", lambda name, spec, path=None, *a, **k: find_weights(name, None, path))     # its own autoencoder, not the preset's
+    sample.main([*flags, "--out", "two"])
+    one, two = (pictures(k)["00000_seed0.png"].astype(int) for k in ("one", "two"))
+    assert np.abs(one - two).max() <= 1 and one.std() > 1
+
+
+def test_a_run_of_a_text_model_draws_exports_and_takes_a_lora(text_bases, encoders, capsys):
+    """What stage 3 will leave of a FLUX: a new embedder and head, and a LoRA, on latents of a deep autoencoder."""
+    base, info = load_base("test-flux")
+    net = deepen(base, to_deep_latent(base.cfg, ae_config("tiny-dc-ae-f32c32")))
+    scramble(net.img_in), scramble(net.final_layer.linear, seed=1)
+    add_lora(net, rank=2)
+    draw_b(net)
+    own = {k: v for k, v in net.state_dict().items() if k.startswith((net.EMBEDDER, net.HEAD)) or k.endswith((".A", ".B"))}
+    write_tensors("runs/finetune-test-1/model.safetensors", own, {**info, "kind": "finetune", "model": config_dict(net.cfg), "lora": dict(rank=2, alpha=2), "shift": "flux2"})
+    draw = lambda *flags: sample.main([*flags, "--text-encoders", str(encoders / "flux"), "--prompt", "a red cat", "--num-steps", "2", "--device", "cpu", "--dtype", "fp32"])
+    draw("--ckpt", "runs/finetune-test-1")
+    one = pictures("runs/finetune-test-1/samples")["00000_seed0.png"].astype(int)
+    draw("--base", "runs/finetune-test-1", "--out", "merged")
+    assert np.abs(one - pictures("merged")["00000_seed0.png"]).max() <= 1
+    sample.main(["--ckpt", "runs/finetune-test-1", "--export", "pipe", "--device", "cpu", "--dtype", "fp32"])
+    assert "wrote pipe/lora/, pipe/transformer/, pipe/vae/" in capsys.readouterr().out
+    write_tensors("runs/align-test-1/model.safetensors", {k: v for k, v in own.items() if not k.endswith((".A", ".B"))}, {**info, "kind": "align", "model": config_dict(net.cfg), "shift": "flux2"})
+    draw("--ckpt", "runs/align-test-1", "--lora", "pipe/lora", "--out", "lora")
+    draw("--ckpt", "runs/align-test-1", "--out", "plain")
+    assert np.abs(one - pictures("lora")["00000_seed0.png"]).max() <= 1 and np.abs(one - pictures("plain")["00000_seed0.png"]).mean() > 0.05
