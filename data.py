@@ -268,7 +268,7 @@ def read_prompts(file) -> list[str]:
 def _ids(tokenizer, prompt: str, length: int):
     """Token ids and mask, both (1,length): padded, and cut with a note if the prompt is longer than that."""
     if (n := len(tokenizer(prompt).input_ids)) > length:
-        print(f"note: a prompt of {n} tokens is cut to {length}: {prompt[-200:][:40]!r} ...")
+        print(f"note: a prompt of {n} tokens is cut to {length}; its end is lost: ... {prompt[-40:]!r}")
     out = tokenizer(prompt, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
     return out.input_ids, out.attention_mask
 

@@ -1320,7 +1320,7 @@ def find_weights(name: str, spec: str | None, path: str | None = None, parts: tu
         return shipped
     repo, file = spec.split("::")
     folder = not file or file.endswith("/")
-    wanted = f"{name} wants {f'{file}{{{chr(44).join(parts)}}}' if folder else file} of {repo}"
+    wanted = f"{name} wants {file}{'{' + ','.join(parts) + '}' if folder else ''} of {repo}"
     local = f"With it at hand, give {flag} " + ("DIR (a folder with these parts)" if folder else "PATH (either published layout, .safetensors, .bin or .pt)")
     try:
         import huggingface_hub as hub

@@ -650,20 +650,21 @@ def main(argv=None):
         raise ValueError("--base and --ckpt each name a model; give one of them")
     ckpt, name, dtype, seconds = args.ckpt or (None if args.base else newest_run()), args.base or "tiny", dtype_of(args), {}
     cfg, info = run_facts(run_file(ckpt, not args.raw)) if ckpt else facts_of(name)
+    label = str(ckpt or name)
     own = settings(cfg, None if ckpt else name, num_steps=args.num_steps, cfg_scale=args.cfg_scale, guidance=args.guidance, sampler=args.sampler,
                    shift=args.shift if args.shift is not None else info.get("shift"), batch=args.batch)
     size, length = parse_size(args.res, cfg.res), args.text_tokens or getattr(cfg, "text_tokens", None)
     resolve_shift(own["shift"], cfg.in_channels, *latent_size(cfg, ae_config(cfg.ae), size), cfg.patch_size)      # errors before anything is loaded
     distilled = getattr(cfg, "guidance_embed", False)                 # told its guidance as a number
     if own["encoders"]:
-        reject(args.classes, "--classes", f"{name} draws prompts, not classes: use --prompt")
-        reject(args.guidance is not None and not distilled, "--guidance", f"{name} is not a distilled model that is told its guidance: use --cfg-scale")
+        reject(args.classes, "--classes", f"{label} draws prompts, not classes: use --prompt")
+        reject(args.guidance is not None and not distilled, "--guidance", f"{label} is not a distilled model that is told its guidance: use --cfg-scale")
         reject(args.negative and own["cfg_scale"] == 1, "--negative", "a negative prompt acts in classifier-free guidance: give --cfg-scale above 1")
         draws = not args.dry_run and not args.export
         shown_as = prompts = pick_prompts(args.prompt or ([""] if not draws and not args.prompts else None), args.prompts, args.count)
     else:
         for flag, value in (("--prompt", args.prompt), ("--prompts", args.prompts), ("--negative", args.negative), ("--guidance", args.guidance is not None), ("--text-tokens", args.text_tokens)):
-            reject(value, flag, f"{name} draws classes, not prompts: use --classes")
+            reject(value, flag, f"{label} draws classes, not prompts: use --classes")
         classes = tuple(info.get("classes") or (SHAPES if cfg.num_classes == len(SHAPES) else [str(i) for i in range(cfg.num_classes)]))
         cond = parse_classes(args.classes, classes, 8 if args.count is None else args.count)
         shown_as = [classes[k] for k in cond]
@@ -686,7 +687,7 @@ def main(argv=None):
         return
     if own["encoders"]:                                               # before the model: 10 GB of encoders are gone when it comes
         with timed(seconds, "text", args.device):
-            cond, null = encode(own["encoders"], text_folder(name, own["encoders"], own["text"], args.text_encoders, args.weights), prompts, args.negative,
+            cond, null = encode(own["encoders"], text_folder(label, own["encoders"], own["text"], args.text_encoders, args.weights), prompts, args.negative,
                                 own["guidance"] if distilled else None, length, dtype, args.device)
     model, info, ae = load()
     if own["encoders"]:

@@ -2553,7 +2553,7 @@ def test_the_null_prompt_is_the_encoded_empty_one(encoders, tmp_path):
 
 def test_long_prompts_are_cut_with_a_note(encoders, tmp_path, capsys):
     encode_prompts("flux", encoders / "flux", ["a cat " * 30], 16, cache=tmp_path)
-    assert re.search(r"note: a prompt of \d+ tokens is cut to 16: 'a cat", capsys.readouterr().out)
+    assert re.search(r"note: a prompt of \d+ tokens is cut to 16; its end is lost: ... '.*cat ", capsys.readouterr().out)
 
 
 def test_text_encoders_that_cannot_be_had_are_one_clear_error(encoders, tmp_path, monkeypatch):
@@ -2613,6 +2613,7 @@ def test_sanas_times_are_the_official_ones():
     close(1000 * (1 - torch.tensor(time_grid(8, 3.0, sample.START["dpm"])[:-1])), out["dpms_model_t"], 1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:__array__")
 def test_dpm_solver_matches_diffusers():
     """On a velocity that bends, with the grid of its own: steps few and many, where it chooses the orders differently."""
     diffusers = pytest.importorskip("diffusers")
@@ -2779,11 +2780,12 @@ def test_a_dry_run_prints_what_it_would_take_and_touches_nothing(text_bases, mon
     assert 60 < number(krea, "TFLOPs a step") < 90
     deep = said("--base", "dc-gen-flux-1k", "--dtype", "bf16")
     assert "1,024 tokens" in deep and 3 < number(krea, "TFLOPs a step") / number(deep, "TFLOPs a step") < 4
-    assert "4,721.8M parameters" in said("--base", "sana-4.8b") and "Gemma2Model" in said("--base", "sana-4.8b")
+    sana = said("--base", "sana-1.6b")
+    assert "1,604.6M parameters" in sana and "Gemma2Model" in sana
     with_guidance, without = (number(said("--base", "dit-xl", "--cfg-scale", s), "TFLOPs a step") for s in ("4", "1"))
     assert with_guidance == pytest.approx(2 * without, rel=0.02)
-    memory = lambda *flags: number(said("--base", "dc-gen-flux-4k", "--dtype", "bf16", *flags).split("denoising,")[1], "GB")
-    assert memory() - memory("--offload") == pytest.approx(23.8, abs=0.1) and not Path("runs").exists()
+    memory = lambda text: number(text.split("denoising,")[1], "GB")
+    assert memory(deep) - memory(said("--base", "dc-gen-flux-1k", "--dtype", "bf16", "--offload")) == pytest.approx(23.8, abs=0.1) and not Path("runs").exists()
 
 
 def test_cost_counts_operations_and_what_is_alive_at_once():
@@ -2831,6 +2833,7 @@ def test_a_run_of_a_text_model_draws_exports_and_takes_a_lora(text_bases, encode
     draw = lambda *flags: sample.main([*flags, "--text-encoders", str(encoders / "flux"), "--prompt", "a red cat", "--num-steps", "2", "--device", "cpu", "--dtype", "fp32"])
     draw("--ckpt", "runs/finetune-test-1")
     one = pictures("runs/finetune-test-1/samples")["00000_seed0.png"].astype(int)
+    draw("--ckpt", "runs/finetune-test-1", "--dtype", "bf16", "--out", "half")       # the base is known again by its file's own numbers
     draw("--base", "runs/finetune-test-1", "--out", "merged")
     assert np.abs(one - pictures("merged")["00000_seed0.png"]).max() <= 1
     sample.main(["--ckpt", "runs/finetune-test-1", "--export", "pipe", "--device", "cpu", "--dtype", "fp32"])
@@ -2839,3 +2842,9 @@ def test_a_run_of_a_text_model_draws_exports_and_takes_a_lora(text_bases, encode
     draw("--ckpt", "runs/align-test-1", "--lora", "pipe/lora", "--out", "lora")
     draw("--ckpt", "runs/align-test-1", "--out", "plain")
     assert np.abs(one - pictures("lora")["00000_seed0.png"]).max() <= 1 and np.abs(one - pictures("plain")["00000_seed0.png"]).mean() > 0.05
+
+
+def test_a_grid_of_large_pictures_is_of_small_ones():
+    x = torch.randn(2, 3, 64, 128)
+    assert sample.thumbnails(x) is x and sample.thumbnails(x, 32).shape == (2, 3, 16, 32)
+    close(sample.thumbnails(x, 64), F.avg_pool2d(x, 2), 1e-6)
