@@ -38,7 +38,7 @@ from autoencoder import AUTOENCODERS, ae_config, load_autoencoder
 from data import LatentCache, open_source, order, write_json
 from evaluate import accuracy, gap_table, layer_gap, load_classifier
 from model import atomic, choose_conditions, config_dict, deepen, run, to_deep_latent, write_tensors
-from sample import Chain, add_model_args, ddpm_loss, dtype_of, generate, load_base, path, sample_t, save_grid
+from sample import Chain, add_model_args, ddpm_loss, dtype_of, generate, load_base, path, peak_gib, sample_t, save_grid
 
 
 # ---- the losses --------------------------------------------------------------------------------------------------------------
@@ -409,13 +409,6 @@ def plot_gap(file: Path, gaps: dict[str, list[float]]):
     fig.tight_layout()
     fig.savefig(file, dpi=80)
     plt.close(fig)
-
-
-def peak_gib(device) -> float:
-    if torch.device(device).type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**30
-    import resource
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # kilobytes on Linux
 
 
 # ---- main --------------------------------------------------------------------------------------------------------------------------
