@@ -36,8 +36,8 @@ from tqdm import tqdm
 from autoencoder import AUTOENCODERS, ae_config, load_autoencoder
 from data import LatentCache, open_source, order, write_json
 from evaluate import accuracy, gap_table, layer_gap, load_classifier
-from model import atomic, config_dict, deepen, run, to_deep_latent, write_tensors
-from sample import Chain, add_model_args, ddpm_loss, dtype_of, generate, load_base, path, sample_t, save_grid
+from model import atomic, choose_conditions, config_dict, deepen, run, to_deep_latent, write_tensors
+from sample import Chain, add_model_args, ddpm_loss, dtype_of, generate, load_base, path, peak_gib, sample_t, save_grid
 
 
 # ---- the losses --------------------------------------------------------------------------------------------------------------
@@ -91,7 +91,7 @@ def ends(model, final_adaln: bool = True) -> tuple[str, str]:
 def drop_labels(model, y: Tensor, p: float, generator) -> Tensor:
     """Replace a share p of the conditions by the null condition, so that the model stays able to be guided."""
     drop = torch.rand(len(y), generator=generator) < p
-    return torch.where(drop.to(y.device), model.null_condition(y), y)
+    return choose_conditions(drop, model.null_condition(y), y)
 
 
 @torch.no_grad()
@@ -167,7 +167,7 @@ def solve_head(model, batches, ridge: float = 1e-6, dtype=torch.float32) -> Leas
         xt, v = path(x0, z, t)
         with torch.autocast(z.device.type, dtype, enabled=dtype != torch.float32):
             x, clock = model.own_clock(xt, t)
-            c = model.condition(clock, y)
+            c = model.condition(clock, y, xt.shape[-2:])
             h = model.head_features(model.trunk(model.embed(x), c), c)
         v = model.patchify(v)
         sums = sums or LeastSquares(h.shape[-1], v.shape[-1], h.device)
@@ -438,13 +438,6 @@ def plot_gap(file: Path, gaps: dict[str, list[float]]):
     fig.tight_layout()
     fig.savefig(file, dpi=80)
     plt.close(fig)
-
-
-def peak_gib(device) -> float:
-    if torch.device(device).type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**30
-    import resource
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # kilobytes on Linux
 
 
 # ---- main --------------------------------------------------------------------------------------------------------------------------

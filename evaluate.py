@@ -45,7 +45,7 @@ def layer_gap(model, base, z_dc: Tensor, z_base: Tensor, y: Tensor, t: float = 1
         time = torch.full((len(z),), t, device=z.device)
         x, clock = m.own_clock(path(x0, z, time)[0], time)
         taps = [m.embed(x)]
-        m.trunk(taps[0], m.condition(clock, y), taps)
+        m.trunk(taps[0], m.condition(clock, y, z.shape[-2:]), taps)
         return [rearrange(h.float(), "b (h w) d -> b d h w", h=z.shape[-2] // m.cfg.patch_size) for h in taps]
 
     gaps = []

@@ -20,7 +20,7 @@ from align import (RECIPES, add_data_args, class_names, draw, ends, new_run, pic
                    validation_loss, write_run)
 from autoencoder import ae_config
 from lora import add_lora, merge_lora
-from model import BASES, DiT, config_dict, deepen, read_tensors, run, to_deep_latent
+from model import BASES, build, config_dict, deepen, read_tensors, run, to_deep_latent
 from sample import add_model_args, dtype_of, load_base, load_run, newest_run, run_file, save_grid
 
 
@@ -40,7 +40,7 @@ def start_model(args, recipe):
         cfg = replace(cfg, res=args.res or cfg.res, num_classes=args.num_classes or cfg.num_classes, clock="flow", predict="velocity",
                       guided_channels=None)
         torch.manual_seed(args.seed)
-        return DiT(cfg).initialise(), {"base": args.base, "base_weights": None, "kind": "scratch"}, []
+        return build(cfg), {"base": args.base, "base_weights": None, "kind": "scratch"}, []
     if args.init == "base":
         base, info = load_base(args.base, args.weights)
         torch.manual_seed(args.seed)
