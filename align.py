@@ -169,7 +169,7 @@ def solve_head(model, batches, ridge: float = 1e-6, dtype=torch.float32) -> Leas
             x, clock = model.own_clock(xt, t)
             c = model.condition(clock, y, xt.shape[-2:])
             h = model.head_features(model.trunk(model.embed(x), c), c)
-        v = model.patchify(v)
+        v = model.patchify(model.velocity(v, xt, t))                  # what the head has to say for v: v or, where noise - data is predicted, -v
         sums = sums or LeastSquares(h.shape[-1], v.shape[-1], h.device)
         sums.add(h, v)
     sums.mse = sums.loss(*_set(model.head_linear, *sums.solve(ridge)))

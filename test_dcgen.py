@@ -40,6 +40,7 @@ import finetune
 import lora
 import model
 import sample
+from align import drop_labels, embedding_loss, flow_matching_loss, solve_embedder, solve_head
 from autoencoder import (AUTOENCODERS, DCAE, KLVAE, DCAEConfig, KLConfig, ae_class, ae_config, ae_table, diffusers_ae_config, export_autoencoder, in_strips, in_tiles,
                          load_autoencoder, psnr, ssim, stated_config)
 from data import SANA_INSTRUCTION, SHAPES, ImageFolder, LatentCache, ShapesSource, encode_prompts, load_image, null_prompt, open_source, order, read_prompts, shape_facts, shapes
@@ -1247,6 +1248,25 @@ def test_what_is_loaded_as_it_is_stays_the_files_own_memory(tmp_path):
     assert {v.dtype for v in build(TINY_FLUX, tmp_path / "w.safetensors", torch.float32).state_dict().values()} == {torch.float32}
 
 
+@pytest.mark.parametrize("schedule", ["flowmatch", "flux2"])
+def test_a_dc_gen_pipeline_folder_draws_what_the_authors_pipeline_draws(schedule, tmp_path, monkeypatch):
+    """Transformer and autoencoder from one diffusers folder, each with its config.json; the sampler's noise levels as stored."""
+    config, weights, x, out = fixture("dcgen_pipeline")
+    for part, name in (("transformer", "FluxTransformer2DModel"), ("vae", "AutoencoderDC")):
+        write_tensors(tmp_path / part / "diffusion_pytorch_model.safetensors", {k[len(part) + 1 :]: v for k, v in weights.items() if k.startswith(part)})
+        (tmp_path / part / "config.json").write_text(json.dumps({**config[part], "_class_name": name}))
+    monkeypatch.setattr(autoencoder, "find_weights", lambda name, spec, path: Path(path))
+    monkeypatch.setitem(AUTOENCODERS, "any", DCAEConfig("any", 8, scale=None, widths=(8, 8, 16, 32)))
+    net, ae = build(None, tmp_path), load_autoencoder("any", tmp_path)
+    text = Text(x["prompt_embeds"], None, x["pooled_prompt_embeds"], torch.full((2,), config["guidance_scale"]))
+    states, times = [], (1 - out[f"{schedule}_sigmas"].double()).tolist()
+    with torch.no_grad():
+        for i in range(len(times) - 1):
+            states.append(integrate(lambda x, t: net(x, t, text), states[-1] if states else x["noise"], times[i : i + 2]))
+        close(torch.stack([net.patchify(z) for z in states]), out[f"{schedule}_steps"], 1e-4)
+        close((ae.decode(states[-1]) / 2 + 0.5).clamp(0, 1), out[f"{schedule}_image"], 1e-4)
+
+
 def test_weights_with_an_odd_header_load(tmp_path):
     """Writers that do not pad their header leave the tensors at odd addresses."""
     values = torch.arange(6, dtype=torch.float32)
@@ -2169,6 +2189,34 @@ def test_sample_writes_pictures_that_say_how_they_were_made(tiny, capsys):
     sample.main(["--base", "runs/align-test-1", "--count", "1", "--num-steps", "1", "--device", "cpu", "--dtype", "fp32"])
     assert Path("runs/samples-align-test-1/00000_seed0.png").is_file()
     assert {p.suffix for p in Path(".").rglob("*") if p.is_file()} == {".png", ".safetensors"} and not list(Path("..").glob("x*"))
+
+
+# ---- align.py ------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name", ["flux", "sana"])
+def test_every_stage_of_the_method_runs_on_a_text_model(name):
+    """Alignment, its closed forms, the flow loss with dropped prompts and the gap per layer take a Text as they take labels."""
+    cfg = TINIES[name]
+    base = scramble(FAMILIES[type(cfg)](cfg))
+    net = deepen(base, to_deep_latent(cfg, AUTOENCODERS["tiny-dc-ae-f32c32"]))
+    g = torch.Generator().manual_seed(0)
+    scale = 4 if name == "flux" else 2                               # cells of the old latent a side of a new token
+    z_dc, z_base = torch.randn(40, 32, 2, 3, generator=g), torch.randn(40, cfg.in_channels, 2 * scale, 3 * scale, generator=g)
+    text, t, x0 = prompts(cfg, 40, 45), torch.rand(40, generator=g), torch.randn(z_dc.shape, generator=g)
+    net.null = base.null = prompts(cfg, 1, 45)
+    before = embedding_loss(net, base, z_dc, z_base).item()
+    sums = solve_embedder(net, base, [(z_dc[:20], z_base[:20]), (z_dc[20:], z_base[20:])], 1e-9)
+    assert embedding_loss(net, base, z_dc, z_base).item() == pytest.approx(sums.mse, rel=1e-3) and sums.mse < 0.8 * before
+    dropped = drop_labels(net, text, 0.5, g)
+    same = (dropped.tokens == net.null.tokens).all(dim=(1, 2))
+    assert 8 < same.sum() < 32 and torch.equal(dropped.tokens[~same], text.tokens[~same])
+    loss = lambda: flow_matching_loss(net, z_dc, t, text, x0)[0].mean().item()
+    before = loss()
+    sums = solve_head(net, [(z_dc, t, text, x0)], 1e-9)
+    assert loss() == pytest.approx(sums.mse, rel=1e-3) and sums.mse < 0.8 * before
+    gaps = layer_gap(net, base, z_dc, z_base, text)
+    assert len(gaps) == len(net.blocks) + 1 and all(math.isfinite(g) for g in gaps)
+    assert layer_gap(base, base, z_base, z_base, text) == [0] * len(gaps)
 
 
 # ---- evaluate.py ---------------------------------------------------------------------------------------------------------
