@@ -476,7 +476,8 @@ def load_run(path, device="cpu", ema: bool = True, base_weights: str | None = No
 
 
 def load_part(model, tensors: dict[str, Tensor], source="the file"):
-    """Copy tensors over a model's own of the same names; what the file leaves out stays, as its base has it. ValueError
+    """Put tensors in the place of a model's own of the same names, in the file's precision: a base in bf16 must not round
+    what was trained in float32. What the file leaves out stays, as its base has it. ValueError
     for a name or a shape that the model does not have, and for a missing embedder, head or LoRA: no base has those."""
     own = model.state_dict()
     wrong = [k for k, v in tensors.items() if k not in own or own[k].shape != v.shape]
@@ -484,8 +485,7 @@ def load_part(model, tensors: dict[str, Tensor], source="the file"):
     for what, keys in (("tensors that this model does not have in that shape", wrong), ("tensors missing that no base has", missing)):
         if keys:
             raise ValueError(f"{source}: {len(keys)} {what}: {', '.join(keys[:3])}")
-    for k, v in tensors.items():
-        own[k].copy_(v)
+    model.load_state_dict(dict(tensors), strict=False, assign=True)
 
 
 def newest_run(root="runs", kinds=("align", "finetune")) -> Path | None:

@@ -49,7 +49,7 @@ from lora import LoRALinear, add_lora, load_peft, lora_from_peft, lora_state, lo
 from model import (BASES, DIT_TABLES, FAMILIES, TABLES, DiT, DiTConfig, Flux, FluxConfig, Sana, SanaConfig, Text, build, cat_conditions, choose_conditions, config_dict,
                    config_facts, ddpm_alphas_cumprod, ddpm_times, deepen, find_weights, fit_config, export_diffusers, linear_attention, load_weights, map_keys, read_config, read_tensors, recognise,
                    sincos_2d, timestep_embedding, to_deep_latent, unmap_keys, write_tensors)
-from sample import (Chain, ddpm_loss, generate, guided, integrate, load_base, load_part, load_run, newest_run, noise, parse_classes, parse_size, path, resolve_shift, sample_t,
+from sample import (Chain, ddpm_loss, generate, guided, integrate, load_base, load_part, load_run, newest_run, noise, parse_classes, path, resolve_shift, sample_t,
                     save_png, shift_time, time_grid, to_uint8)
 
 HERE = Path(__file__).parent
@@ -3218,7 +3218,7 @@ def test_finetune_trains_saves_and_draws(aligned, monkeypatch, flags, kind):
         x, y = torch.randn(2, 32, 4, 4), torch.tensor([1, 2])
         before = model(x, torch.tensor([0.3, 0.6]), y)
         assert_close(lora.merge_lora(model)(x, torch.tensor([0.3, 0.6]), y), before, atol=1e-4, rtol=1e-4)
-    with pytest.raises(ValueError, match="finished run"):
+    with pytest.raises(ValueError, match="holds a finished run"):
         finetune.main([*flags, "--out", str(out)])
 
 
