@@ -448,6 +448,17 @@ def test_a_text_model_reads_every_part_of_its_condition_and_no_neighbour(name):
             net(x, t, replace(cond, guidance=None))
 
 
+@pytest.mark.parametrize("name", TINIES)
+def test_blocks_compile_without_a_graph_break(name):
+    cfg = TINIES[name]
+    net = scramble(FAMILIES[type(cfg)](cfg))
+    want = run_of(net)
+    for block in net.blocks:
+        block.compile(fullgraph=True, backend="eager")
+    close(run_of(net), want, 1e-6)
+    torch._dynamo.reset()
+
+
 def test_conditions_of_both_kinds_are_joined_and_chosen_alike():
     y, text = torch.tensor([1, 2, 3]), prompts(TINY_FLUX, 3)
     null, rows = text.map(lambda part: part * 0), torch.tensor([True, False, True])
@@ -1188,6 +1199,13 @@ def test_a_file_of_another_model_is_one_error_that_says_what_it_is_and_what_fits
     write_tensors(tmp_path / "part.safetensors", broken)
     with pytest.raises(ValueError, match="1 missing: double_blocks.1.txt_attn.norm.key_norm.scale"):
         build(TINY_FLUX, tmp_path / "part.safetensors")
+    broken.pop("img_in.weight")
+    write_tensors(tmp_path / "part.safetensors", broken)
+    with pytest.raises(ValueError, match="img_in.weight is missing, and every Flux has it"):
+        build(TINY_FLUX, tmp_path / "part.safetensors")
+    monkeypatch.delitem(BASES, "fits")
+    with pytest.raises(ValueError, match="64 does not divide into 20 heads"):        # nothing states them: a default, checked
+        build(None, tmp_path / "sana.safetensors")
 
 
 def test_an_index_that_points_elsewhere_or_is_incomplete_is_one_clear_error(tmp_path):
