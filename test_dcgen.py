@@ -2829,6 +2829,7 @@ def test_the_null_condition_keeps_guidance_and_true_guidance_extrapolates_from_i
 def test_what_cannot_be_drawn_is_said_before_anything_is_loaded(text_bases, monkeypatch):
     monkeypatch.setattr(sample, "find_weights", lambda *a: pytest.fail("looked for weights"))
     monkeypatch.setattr(sample, "build", lambda *a: pytest.fail("loaded weights"))
+    assert parse_size(None, 64) == (64, 64) and parse_size("1216x832", 64) == (832, 1216)
     p = ["--prompt", "x"]
     for flags, said in ((["--base", "flux-krea", *p, "--res", "1000"], "--res 1000: flux-vae-f8c16 with patch 2 needs a multiple of 16; try 992 or 1008"),
                         (["--base", "dc-gen-flux-1k", *p, "--res", "1000x512"], "--res 1000x512: dc-ae-f32c32-in-1.0 with patch 1 needs a multiple of 32; try 992x512 or 1024x512"),
