@@ -17,7 +17,6 @@ Both are linear least squares in what they train (a 1x1 map and its bias; stage 
 """
 
 import argparse
-import copy
 import json
 import math
 import signal
@@ -82,6 +81,11 @@ def flow_matching_loss(model, z: Tensor, t: Tensor, y: Tensor, x0: Tensor) -> tu
     xt, v = path(x0, z, t)
     pred = model(xt, t, y).float()
     return (pred - v).square().mean(dim=(1, 2, 3)), pred, v
+
+
+def ends(model, final_adaln: bool = True) -> tuple[str, str]:
+    """Names of what stages 2 and 3 train in full: the embedder, and the head with or without its modulation."""
+    return model.EMBEDDER, model.HEAD_TRAINED if final_adaln else model.HEAD
 
 
 def drop_labels(model, y: Tensor, p: float, generator) -> Tensor:
@@ -192,7 +196,8 @@ def decay_groups(named: list[tuple[str, nn.Parameter]], weight_decay: float) -> 
     """AdamW groups: weight decay on matrices, none on norms, biases and embeddings (by name: a table of modulations is
     a 2-D tensor too)."""
     plain = lambda k, p: p.ndim < 2 or any(word in k for word in NO_DECAY)
-    return [dict(params=[p for k, p in named if not plain(k, p)], weight_decay=weight_decay), dict(params=[p for k, p in named if plain(k, p)], weight_decay=0.0)]
+    return [dict(params=[p for k, p in named if not plain(k, p)], weight_decay=weight_decay),
+            dict(params=[p for k, p in named if plain(k, p)], weight_decay=0.0)]
 
 
 @contextmanager
@@ -208,9 +213,11 @@ def stop_signals():
             signal.signal(s, handler)
 
 
-def train(out: Path, model: nn.Module, named: list[tuple[str, nn.Parameter]], loss_fn, length: int, steps: int, *, batch: int, lr: float, info: dict,
-          name: str = "train", betas=(0.9, 0.999), warmup: int = 0, schedule: str = "constant", weight_decay: float = 0.0, clip: float | None = None, ema: float | None = None,
-          accumulate: int = 1, seed: int = 0, dtype=torch.float32, save_every: int = 500, log_every: int = 25, watch=None, watch_every: int = -1) -> list[dict]:
+def train(out: Path, model: nn.Module, named: list[tuple[str, nn.Parameter]], loss_fn, length: int, steps: int, *,
+          batch: int, lr: float, info: dict, name: str = "train", betas=(0.9, 0.999), warmup: int = 0,
+          schedule: str = "constant", weight_decay: float = 0.0, clip: float | None = None, ema: float | None = None,
+          accumulate: int = 1, seed: int = 0, dtype=torch.float32, save_every: int = 500, log_every: int = 25,
+          watch=None, watch_every: int = -1) -> list[dict]:
     """One training run: every stage is this loop with another loss and other trainable parameters. Returns its log.
 
     named    what is trained; everything else stays as it is.   loss_fn(indices, generator) -> loss, {name: number}
@@ -226,7 +233,7 @@ def train(out: Path, model: nn.Module, named: list[tuple[str, nn.Parameter]], lo
         p.requires_grad_(True)
     opt = torch.optim.AdamW(decay_groups(named, weight_decay), lr=lr, betas=betas)
     shadow = [p.detach().float().clone() for p in params] if ema else None
-    state_file, first, bad, log = out / f"{name}.train", 0, 0, []
+    state_file, first, bad, log, sums = out / f"{name}.train", 0, 0, [], {}
     if state_file.exists():
         state = torch.load(state_file, map_location="cpu", weights_only=True)
         with torch.no_grad():
@@ -234,20 +241,22 @@ def train(out: Path, model: nn.Module, named: list[tuple[str, nn.Parameter]], lo
                 p.copy_(state["weights"][k])
         shadow = [s.to(params[0].device) for s in state["ema"]] if ema else None
         opt.load_state_dict(state["optimizer"])
-        first, log = state["step"], state["log"]
+        first, log, sums = state["step"], state["log"], state["sums"]  # sums: of the log row in the making
         print(f"{state_file}: going on at step {first}")
 
     def save(step):
         with atomic(state_file) as tmp:
-            torch.save(dict(weights={k: p.detach().cpu() for k, p in named}, ema=shadow, optimizer=opt.state_dict(), step=step, log=log, info=json.dumps(info)), tmp)
+            torch.save(dict(weights={k: p.detach().cpu() for k, p in named}, ema=shadow, optimizer=opt.state_dict(), step=step, log=log,
+                            sums=sums, info=json.dumps(info)), tmp)
 
-    device, sums, since = params[0].device, {}, time.perf_counter()
+    device, since = params[0].device, time.perf_counter()
     with stop_signals() as stop:
         bar = tqdm(range(first, steps), initial=first, total=steps, desc=name)
         for step in bar:
             if watch and (step == 0 or (watch_every > 0 and step % watch_every == 0 and step > first)):
                 log.append(dict(step=step, **watch(step)))
-            rate = lr * min(1.0, (step + 1) / max(1, warmup)) * (0.5 + 0.5 * math.cos(math.pi * step / steps) if schedule == "cosine" else 1.0)
+            decay = 0.5 + 0.5 * math.cos(math.pi * step / steps) if schedule == "cosine" else 1.0
+            rate = lr * min(1.0, (step + 1) / max(1, warmup)) * decay
             for group in opt.param_groups:
                 group["lr"] = rate
             opt.zero_grad(set_to_none=True)
@@ -272,8 +281,9 @@ def train(out: Path, model: nn.Module, named: list[tuple[str, nn.Parameter]], lo
                 torch._foreach_lerp_(shadow, [p.detach().float() for p in params], 1 - beta)
             if (step + 1) % log_every == 0 or step + 1 == steps:
                 now = time.perf_counter()
-                row = dict(step=step + 1, **{k: float(torch.stack([torch.as_tensor(x) for x in v]).float().mean()) for k, v in sums.items()},
-                           lr=rate, grad_norm=float(norm), images_per_s=round(len(sums["loss"]) * batch / accumulate / (now - since), 1))
+                means = {k: float(torch.stack([torch.as_tensor(x, device=device) for x in v]).float().mean()) for k, v in sums.items()}
+                row = dict(step=step + 1, **means, lr=rate, grad_norm=float(norm),
+                           images_per_s=round(len(sums["loss"]) * batch / accumulate / (now - since), 1))
                 if device.type == "cuda":
                     row["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
                 log.append(row)
@@ -291,14 +301,18 @@ def train(out: Path, model: nn.Module, named: list[tuple[str, nn.Parameter]], lo
 
 # ---- what the scripts share: recipes, runs, pictures ---------------------------------------------------------------------------------
 
-# Table 7 of the paper. "tiny" is the same recipe in minutes: larger learning rates, fewer steps, a smaller rank.
+# Table 7 of the paper. "tiny" is the same recipe in minutes: larger learning rates that end at zero, fewer steps, a
+# smaller rank. DiT's head is its whole final layer, modulation included, as in the authors' code.
 RECIPES = {
     "tiny": dict(ae="tiny-dc-ae-f32c32", pictures=4096, rank=32,
-                 stage1=dict(steps=400, lr=1e-2, batch=64), stage2=dict(steps=400, lr=1e-3, batch=64), stage3=dict(steps=1200, lr=5e-4, batch=64, warmup=50)),
+                 stage1=dict(steps=400, lr=1e-2, batch=64), stage2=dict(steps=1000, lr=5e-3, batch=64, schedule="cosine"),
+                 stage3=dict(steps=2000, lr=1e-3, batch=64, warmup=50, schedule="cosine")),
     "dit-xl": dict(ae="dc-ae-f32c32-in-1.0", pictures=None, rank=256,
-                   stage1=dict(steps=50_000, lr=1e-4, batch=64), stage2=dict(steps=20_000, lr=2e-4, batch=1024), stage3=dict(steps=500_000, lr=2e-4, batch=1024, warmup=2000)),
+                   stage1=dict(steps=50_000, lr=1e-4, batch=64), stage2=dict(steps=20_000, lr=2e-4, batch=1024),
+                   stage3=dict(steps=500_000, lr=2e-4, batch=1024, warmup=2000)),
     "dit-xl-512": dict(ae="dc-ae-f32c32-in-1.0", pictures=None, rank=256,
-                       stage1=dict(steps=50_000, lr=1e-4, batch=64), stage2=dict(steps=20_000, lr=2e-4, batch=1024), stage3=dict(steps=100_000, lr=2e-4, batch=1024, warmup=2000)),
+                       stage1=dict(steps=50_000, lr=1e-4, batch=64), stage2=dict(steps=20_000, lr=2e-4, batch=1024),
+                       stage3=dict(steps=100_000, lr=2e-4, batch=1024, warmup=2000)),
 }
 
 
@@ -324,11 +338,15 @@ def new_run(kind: str, args) -> Path:
     return out
 
 
-def prepare(args, recipe: dict, weights: dict[str, str | None], res: int, device):
+def prepare(args, recipe: dict, weights: dict[str, str | None], cfg, device):
     """Autoencoders {name: weight file or None}, the pictures, their latent cache, and validation latents of pictures
-    that are never trained on -> ({name: autoencoder}, source, cache, (latents, classes))."""
+    that are never trained on -> ({name: autoencoder}, source, cache, (latents, classes)). ValueError if the pictures
+    have captions, or more classes than the model."""
     ae = {name: load_autoencoder(name, file, device=device) for name, file in weights.items()}
-    source, val = open_source(args.images, res), open_source(args.images, res, "val")
+    source, val = open_source(args.images, cfg.res), open_source(args.images, cfg.res, "val")
+    if len(source.classes) > cfg.num_classes or not source.classes:
+        raise ValueError(f"{args.images or 'the procedural pictures'}: {len(source.classes) or 'captions instead of'} classes, and the model has "
+                         f"{cfg.num_classes}; give class folders" + (f", at most {cfg.num_classes}" if source.classes else ""))
     cache = LatentCache("runs/cache", source, list(ae.values()), args.pictures or (None if args.images else recipe["pictures"]), args.flip, device=device)
     rows = LatentCache("runs/cache", val, list(ae.values()), min(256, len(val)), device=device)
     return ae, source, cache, rows.batch(torch.arange(len(rows)))
@@ -354,8 +372,12 @@ def add_data_args(p: argparse.ArgumentParser):
     p.add_argument("--images", metavar="DIR", help="folder of pictures (default: procedural shapes)")
     p.add_argument("--pictures", type=int, help="use so many of them (default: the recipe's, or all of a folder)")
     p.add_argument("--flip", action="store_true", help="mirrored pictures as well")
-    p.add_argument("--objective", default="flow", choices=("flow", "ddpm"), help="flow matching, or DDPM's epsilon with a learned variance (DiT bases only; default flow)")
-    p.add_argument("--pos-step", type=float, default=1.0, help="distance of neighbouring tokens in the new position table; 1 = as the authors, 2 = spread over the base's places (default 1)")
+    p.add_argument("--objective", default="flow", choices=("flow", "ddpm"),
+                   help="flow matching, or DDPM's epsilon with a learned variance (DiT bases only; default flow)")
+    p.add_argument("--pos-step", type=float, default=2.0,
+                   help="distance of neighbouring tokens in the new position table; 1 = as the authors, 2 = spread over the base's places (default 2)")
+    p.add_argument("--final-adaln", action=argparse.BooleanOptionalAction, default=True,
+                   help="stages 2 and 3 train DiT's final modulation as a part of the head, as the authors do (default yes)")
     p.add_argument("--label-dropout", type=float, default=0.1, help="share of conditions replaced by the null one (default 0.1)")
     p.add_argument("--t-sampling", default="logit-normal", choices=("logit-normal", "uniform"), help="distribution of training times (default logit-normal)")
     p.add_argument("--cfg-scale", type=float, default=3.0, help="guidance of the preview pictures (default 3)")
@@ -370,14 +392,21 @@ def draw(model, ae, count: int, seed: int, cfg_scale: float, shift: float, dtype
     return generate(model, ae, y, [seed + i for i in range(count)], 25, cfg_scale, sampler, shift, dtype=dtype), y
 
 
-def write_run(out: Path, info: dict, named, log: list[dict], dtype=torch.float32, state: str = "train"):
-    """A finished run: what it trained (and its moving average) as safetensors with its facts, and its log."""
+def class_names(names, y: list[int]) -> list[str]:
+    """Titles of pictures of these classes; a folder may name fewer classes than the model has."""
+    return [str(names[k]) if k < len(names) else str(k) for k in y]
+
+
+def write_run(out: Path, info: dict, named, log: list[dict], dtype=torch.float32, state: str = "train", carried=()):
+    """A finished run: what it trained (and its moving average) as safetensors with its facts, and its log. carried: what
+    an earlier run had trained and this one left alone; no base has it, so it travels on."""
     saved = torch.load(out / f"{state}.train", map_location="cpu", weights_only=True)
+    rest = {k: p.detach().to(dtype) for k, p in carried}
     if saved["ema"]:
-        write_tensors(out / "ema.safetensors", {k: s.to(dtype) for (k, _), s in zip(named, saved["ema"])}, info)
+        write_tensors(out / "ema.safetensors", rest | {k: s.to(dtype) for (k, _), s in zip(named, saved["ema"])}, info)
     with atomic(out / "metrics.jsonl") as tmp:
         tmp.write_text("".join(json.dumps(row) + "\n" for row in log))
-    write_tensors(out / "model.safetensors", {k: p.detach().to(dtype) for k, p in named}, info)
+    write_tensors(out / "model.safetensors", rest | {k: p.detach().to(dtype) for k, p in named}, info)
 
 
 def plot_curves(file: Path, logs: dict[str, list[dict]]):
@@ -424,7 +453,8 @@ def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_args(p)
     add_data_args(p)
-    p.add_argument("--solver", default="closed-form", choices=("closed-form", "adamw"), help="how stage 1, and the head before stage 2, find their optimum (default closed-form)")
+    p.add_argument("--solver", default="closed-form", choices=("closed-form", "adamw"),
+                   help="how stage 1, and the head before stage 2, find their optimum (default closed-form)")
     p.add_argument("--ridge", type=float, default=1e-6, help="closed form: relative ridge (default 1e-6)")
     p.add_argument("--head-samples", type=int, default=8192, help="closed form: noisy samples for the head; 0 = leave it random (default 8192)")
     p.add_argument("--match", default="downsample", choices=MATCHES, help="stage 1 by AdamW: how embeddings are compared (default downsample)")
@@ -433,8 +463,8 @@ def main(argv=None):
     p.add_argument("--lr1", type=float, help="stage 1 learning rate (default: the recipe's)")
     p.add_argument("--lr2", type=float, help="stage 2 learning rate (default: the recipe's)")
     p.add_argument("--batch", type=int, help="pictures a step, both stages (default: the recipe's)")
+    p.add_argument("--schedule", choices=("constant", "cosine"), help="of stage 2's learning rate (default: the recipe's)")
     p.add_argument("--clip", type=float, default=-1, help="stage 2 gradient norm limit; -1 = never (default; the authors' guides use 0.1)")
-    p.add_argument("--final-adaln", action="store_true", help="stage 2 trains DiT's final modulation too (the authors do)")
     p.add_argument("--shift", type=float, default=1.0, help="resolution shift of the times, saved with the run; 1 = off (default 1)")
     p.add_argument("--count", type=int, default=128, help="pictures a stage for the class accuracy; 0 = none (default 128)")
     p.add_argument("--out", metavar="DIR", help="the run's folder (default: runs/align-BASE-N, the next N)")
@@ -446,16 +476,18 @@ def main(argv=None):
     begun, recipe, dtype, device = time.perf_counter(), RECIPES.get(args.base, RECIPES["dit-xl"]), dtype_of(args), torch.device(args.device)
     base, info = load_base(args.base, args.weights, device)
     old, new = base.cfg.ae, ae_config(args.ae or recipe["ae"]).name
-    cfg = replace(to_deep_latent(base.cfg, ae_config(new), "epsilon" if args.objective == "ddpm" else "velocity", args.pos_step), res=args.res or base.cfg.res)
+    predict = "epsilon" if args.objective == "ddpm" else "velocity"
+    cfg = replace(to_deep_latent(base.cfg, ae_config(new), predict, args.pos_step), res=args.res or base.cfg.res)
     if args.objective == "ddpm" and cfg.clock != "ddpm":
         raise ValueError(f"--objective ddpm is for bases on DDPM's clock; {args.base} runs on the flow's")
     out = new_run("align", args)
-    ae, source, cache, (z_val, y_val) = prepare(args, recipe, {old: args.base_ae_weights, new: args.ae_weights}, cfg.res, device)
+    ae, source, cache, (z_val, y_val) = prepare(args, recipe, {old: args.base_ae_weights, new: args.ae_weights}, cfg, device)
     z_dc, z_base, y_val = z_val[new].to(device), z_val[old].to(device), y_val.to(device)
     torch.manual_seed(args.seed)
     model = deepen(base, cfg).to(device)
     tokens = lambda m, z: z.shape[-1] * z.shape[-2] // m.cfg.patch_size**2
-    print(f"{args.base}: {old} patch {base.cfg.patch_size}, {tokens(base, z_base)} tokens -> {new} patch 1, {tokens(model, z_dc)} tokens; {len(cache)} pictures, {dtype} -> {out}")
+    print(f"{args.base}: {old} patch {base.cfg.patch_size}, {tokens(base, z_base)} tokens -> {new} patch 1, {tokens(model, z_dc)} tokens; "
+          f"{len(cache)} pictures, {dtype} -> {out}")
     judge = load_classifier() if args.count and not args.images else None   # the shipped judge knows the procedural shapes only
     stages, gaps, logs = [], {}, {}
 
@@ -481,52 +513,57 @@ def main(argv=None):
 
     def noisy(rows, g):
         z, y = cache.batch(rows)
-        z = z[new].to(device)
-        return z, sample_t(len(z), g, args.t_sampling, args.shift).to(device), drop_labels(model, y.to(device), args.label_dropout, g), torch.randn(z.shape, generator=g).to(device)
+        z, y = z[new].to(device), drop_labels(model, y.to(device), args.label_dropout, g)
+        return z, sample_t(len(z), g, args.t_sampling, args.shift).to(device), y, torch.randn(z.shape, generator=g).to(device)
 
     look("base", base)
     look("not aligned", model)
 
     # stage 1: the embedder
-    clock = time.perf_counter()
+    clock, steps1 = time.perf_counter(), 0
     if closed:
         sums = solve_embedder(model, base, (pair(r) for r in torch.arange(len(cache)).split(256)), args.ridge)
         print(f"stage 1 in closed form: loss {sums.mse:.5f} over {sums.n} cells, {time.perf_counter() - clock:.1f} s")
     else:
         s1 = recipe["stage1"]
-        logs["stage 1"] = train(out, model, pick(model, (model.EMBEDDER,)), lambda rows, g: (embedding_loss(model, base, *pair(rows), args.match), {}), len(cache),
-                                s1["steps"] if args.stage1_steps is None else args.stage1_steps, batch=args.batch or s1["batch"], lr=args.lr1 or s1["lr"], info=info,
-                                name="stage1", seed=args.seed, save_every=args.save_every)
+        steps1 = s1["steps"] if args.stage1_steps is None else args.stage1_steps
+        logs["stage 1"] = train(out, model, pick(model, (model.EMBEDDER,)), lambda rows, g: (embedding_loss(model, base, *pair(rows), args.match), {}),
+                                len(cache), steps1, batch=args.batch or s1["batch"], lr=args.lr1 or s1["lr"], info=info, name="stage1", seed=args.seed,
+                                save_every=args.save_every)
         print(f"stage 1 by AdamW: loss {logs['stage 1'][-1]['loss']:.5f}, {time.perf_counter() - clock:.1f} s")
     look("stage 1: embedder", model)
 
     # stage 2: embedder and head
-    if args.final_adaln:                                              # the base shares these tensors, and must not move
-        model.final_layer.adaLN_modulation = copy.deepcopy(model.final_layer.adaLN_modulation)
-    both = pick(model, (model.EMBEDDER, model.HEAD, *(["final_layer.adaLN_modulation."] if args.final_adaln else [])))
+    both = pick(model, ends(model, args.final_adaln))
     clock, s2 = time.perf_counter(), recipe["stage2"]
+    batch2, head_steps = args.batch or s2["batch"], 0
     if closed and args.head_samples and args.objective == "flow":
+        head_steps = -(-args.head_samples // batch2)                  # what it looks at, counted as if it were steps
         rows = torch.arange(args.head_samples) % len(cache)
-        sums = solve_head(model, (noisy(r, torch.Generator().manual_seed(args.seed * 1_000_003 + i)) for i, r in enumerate(rows.split(256))), args.ridge, dtype)
+        batches = (noisy(r, torch.Generator().manual_seed(args.seed * 1_000_003 + i)) for i, r in enumerate(rows.split(256)))
+        sums = solve_head(model, batches, args.ridge, dtype)
         print(f"head in closed form: loss {sums.mse:.4f} over {args.head_samples} samples, {time.perf_counter() - clock:.1f} s")
         look("head in closed form", model)
     steps, clock = s2["steps"] if args.stage2_steps is None else args.stage2_steps, time.perf_counter()
-    logs["stage 2"] = train(out, model, both, flow_loss, len(cache), steps, batch=args.batch or s2["batch"], lr=args.lr2 or s2["lr"], info=info, name="stage2", seed=args.seed + 1, dtype=dtype,
-                            clip=None if args.clip < 0 else args.clip, save_every=args.save_every, watch=lambda step: {"val_loss": validation_loss(model, z_dc, y_val, dtype)}, watch_every=max(1, steps // 8))
+    logs["stage 2"] = train(out, model, both, flow_loss, len(cache), steps, batch=batch2, lr=args.lr2 or s2["lr"], info=info, name="stage2",
+                            schedule=args.schedule or s2.get("schedule", "constant"), seed=args.seed + 1, dtype=dtype, clip=None if args.clip < 0 else args.clip, save_every=args.save_every,
+                            watch=lambda step: {"val_loss": validation_loss(model, z_dc, y_val, dtype)}, watch_every=max(1, steps // 8))
     print(f"stage 2: {steps} steps, {time.perf_counter() - clock:.1f} s")
     look("stage 2: both", model)
 
     print("\n" + gap_table(gaps))
     print("[|| g - pool(h) || / || pool(h) - its mean || per layer, clean latents of 64 unseen pictures; 0 = the base's own features]\n")
     rows = [row for row, _ in stages]
-    info |= dict(kind="align", model=config_dict(cfg), shift=args.shift, classes=list(source.classes), ae_weights=args.ae_weights, objective=args.objective, steps=steps, stages=rows, gaps=gaps)
+    info |= dict(kind="align", model=config_dict(cfg), shift=args.shift, classes=list(source.classes), images=args.images, ae_weights=args.ae_weights,
+                 objective=args.objective, steps=steps1 + head_steps + steps, stages=rows, gaps=gaps)
     write_run(out, info, both, [dict(stage=k, **row) for k, log in logs.items() for row in log] + rows, state="stage2")
-    names = [str(source.classes[k]) if k < len(source.classes) else str(k) for k in (torch.arange(8) % cfg.num_classes).tolist()]
-    save_grid(out / "samples.png", [(r["stage"].replace(": ", "\n").replace(" in ", "\nin ") + (f"\n{r['accuracy']:.0%} right" if "accuracy" in r else ""), x) for r, x in stages], names,
-              {"seed": str(args.seed), "cfg_scale": str(args.cfg_scale)})
+    names = class_names(source.classes, (torch.arange(8) % cfg.num_classes).tolist())
+    title = lambda r: r["stage"].replace(": ", "\n").replace(" in ", "\nin ") + (f"\n{r['accuracy']:.0%} right" if "accuracy" in r else "")
+    save_grid(out / "samples.png", [(title(r), x) for r, x in stages], names, {"seed": str(args.seed), "cfg_scale": str(args.cfg_scale)})
     plot_gap(out / "gap.png", gaps)
     plot_curves(out / "curves.png", {k: v for k, v in logs.items() if v})
-    print(f"{(time.perf_counter() - begun) / 60:.1f} min, peak memory {peak_gib(device):.1f} GiB; wrote {out}/ (model.safetensors, metrics.jsonl, samples.png, gap.png, curves.png)")
+    print(f"{(time.perf_counter() - begun) / 60:.1f} min, peak memory {peak_gib(device):.1f} GiB; "
+          f"wrote {out}/ (model.safetensors, metrics.jsonl, samples.png, gap.png, curves.png)")
 
 
 if __name__ == "__main__":

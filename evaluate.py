@@ -58,10 +58,11 @@ def layer_gap(model, base, z_dc: Tensor, z_base: Tensor, y: Tensor, t: float = 1
 def gap_table(stages: dict[str, list[float]]) -> str:
     """{stage: gaps} as text, one row a layer."""
     names = list(stages)
-    lines = ["gap to the base   " + "".join(f"{n:>16}" for n in names)]
+    row = lambda title, cells: f"{title:<16}" + "".join(f"{c:>{max(10, len(n) + 2)}}" for n, c in zip(names, cells))
+    lines = [row("gap to the base", names)]
     for i in range(len(stages[names[0]])):
-        lines.append(f"{'embedder' if i == 0 else f'block {i}':<18}" + "".join(f"{stages[n][i]:>16.3f}" for n in names))
-    return "\n".join(lines + [f"{'mean':<18}" + "".join(f"{sum(v) / len(v):>16.3f}" for v in stages.values())])
+        lines.append(row("embedder" if i == 0 else f"block {i}", [f"{stages[n][i]:.3f}" for n in names]))
+    return "\n".join(lines + [row("mean", [f"{sum(v) / len(v):.3f}" for v in stages.values()])])
 
 
 # ---- the judge of the embedded pictures --------------------------------------------------------------------------------------------
@@ -219,7 +220,7 @@ def main(argv=None):
     p.add_argument("--classifier", metavar="FILE", help="another judge (default: the shipped one, for the procedural pictures)")
     p.add_argument("--count", type=int, default=512, help="pictures a model (default 512)")
     p.add_argument("--cfg-scale", type=float, default=3.0, help="classifier-free guidance; 1 = off (default 3)")
-    p.add_argument("--num-steps", type=int, default=25, help="Euler steps (default 25)")
+    p.add_argument("--num-steps", type=int, default=25, help="steps of Euler, or of DDIM for a model of epsilon (default 25)")
     p.add_argument("--raw", action="store_true", help="the weights as trained, not their moving average")
     p.add_argument("--out", default="runs/evaluate.json", help="where the table goes (default runs/evaluate.json)")
     p.add_argument("--train-classifier", action="store_true", help="train a judge and write it to --classifier (default: the shipped one's place)")
@@ -286,15 +287,19 @@ def main(argv=None):
             notes.append(f"{row['name']}: no accuracy, no Frechet distance: {why}")
         elif not no_judge:
             y = torch.arange(args.count) % model.cfg.num_classes
-            f = judged(judge, generate(model, ae, y, seeds, args.num_steps, args.cfg_scale, shift=info.get("shift", 1.0), size=(side, side), dtype=dtype, progress=True))
+            row["sampler"] = "DDIM" if model.cfg.predict == "epsilon" else "Euler"
+            images = generate(model, ae, y, seeds, args.num_steps, args.cfg_scale, row["sampler"].lower(), info.get("shift", 1.0), (side, side), dtype=dtype, progress=True)
+            f = judged(judge, images)
             row |= dict(accuracy=share_right(judge, f, y), frechet=frechet_distance(f, reference))
         rows.append(row)
 
-    print(f"\n{'':<26}{'tokens':>8}{'steps':>14}{'gap':>8}{'accuracy':>10}{'Frechet':>9}")
+    print(f"\n{'':<26}{'tokens':>8}{'steps':>8}{'gap':>8}{'accuracy':>10}{'Frechet':>9}")
     cell = lambda row, key, form: format(row[key], form) if key in row else "-"
     for row in rows:
-        print(f"{row['name']:<26}{row.get('tokens', ''):>8}{row.get('steps', ''):>14}{cell(row, 'gap', '.3f'):>8}{cell(row, 'accuracy', '.1%'):>10}{cell(row, 'frechet', '.3f'):>9}")
-    protocol = (f"N {args.count}, all classes in turn, Euler {args.num_steps} steps, guidance {args.cfg_scale}, seeds {args.seed}+i, {'raw weights' if args.raw else 'moving average where there is one'}; "
+        print(f"{row['name']:<26}{row.get('tokens', ''):>8}{row.get('steps', ''):>8}{cell(row, 'gap', '.3f'):>8}"
+              f"{cell(row, 'accuracy', '.1%'):>10}{cell(row, 'frechet', '.3f'):>9}")
+    samplers = " or ".join(sorted({row["sampler"] for row in rows if "sampler" in row})) or "no"
+    protocol = (f"N {args.count}, all classes in turn, {samplers} {args.num_steps} steps, guidance {args.cfg_scale}, seeds {args.seed}+i, {'raw weights' if args.raw else 'moving average where there is one'}; "
                 + ("" if no_judge else f"features of {args.classifier or 'the shipped classifier'}, reference {len(reference)} real pictures; ")
                 + f"gap: mean over layers at t = 1 on {len(real)} {'pictures of ' + str(folder) if folder else 'procedural pictures'}, {res} px; {dtype}, {args.device}")
     print(f"[{protocol}]" + "".join(f"\n{note}" for note in notes))

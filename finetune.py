@@ -16,57 +16,70 @@ from pathlib import Path
 
 import torch
 
-from align import RECIPES, add_data_args, draw, new_run, pick, plot_curves, prepare, sample_loss, train, validation_loss, write_run
+from align import (RECIPES, add_data_args, class_names, draw, ends, new_run, pick, plot_curves, prepare, sample_loss, train,
+                   validation_loss, write_run)
 from autoencoder import ae_config
-from lora import add_lora
-from model import BASES, build, config_dict, deepen, run, to_deep_latent
-from sample import add_model_args, dtype_of, load_base, load_run, newest_run, save_grid
+from lora import add_lora, merge_lora
+from model import BASES, build, config_dict, deepen, read_tensors, run, to_deep_latent
+from sample import add_model_args, dtype_of, load_base, load_run, newest_run, run_file, save_grid
 
 
-def trainable(model, tune: str) -> list[tuple[str, torch.nn.Parameter]]:
+def trainable(model, tune: str, final_adaln: bool = True) -> list[tuple[str, torch.nn.Parameter]]:
     """What stage 3 trains: the new embedder and head in full, and of the trunk its LoRA ("lora") or all ("full")."""
     if tune == "full":
         return pick(model, ("",))
-    return pick(model, (model.EMBEDDER, model.HEAD)) + [(k, q) for k, q in model.named_parameters() if k.endswith((".A", ".B"))]
+    return pick(model, ends(model, final_adaln)) + [(k, q) for k, q in model.named_parameters() if k.endswith((".A", ".B"))]
 
 
 def start_model(args, recipe):
-    """The model before stage 3, its facts, and the names of the latent spaces in play."""
+    """The model before stage 3, its facts, and the parameters in it that no base has: a run's own."""
     if args.init == "scratch":
         cfg = BASES[args.base]
         if args.ae and args.ae != cfg.ae:
             cfg = to_deep_latent(cfg, ae_config(args.ae))
-        cfg = replace(cfg, res=args.res or cfg.res, num_classes=args.num_classes or cfg.num_classes, clock="flow", predict="velocity", guided_channels=None)
+        cfg = replace(cfg, res=args.res or cfg.res, num_classes=args.num_classes or cfg.num_classes, clock="flow", predict="velocity",
+                      guided_channels=None)
         torch.manual_seed(args.seed)
-        return build(cfg), {"base": args.base, "base_weights": None, "kind": "scratch"}
+        return build(cfg), {"base": args.base, "base_weights": None, "kind": "scratch"}, []
     if args.init == "base":
         base, info = load_base(args.base, args.weights)
         torch.manual_seed(args.seed)
-        cfg = replace(to_deep_latent(base.cfg, ae_config(args.ae or recipe["ae"]), pos_step=args.pos_step), res=args.res or base.cfg.res)
-        return deepen(base, cfg), {**info, "kind": "noalign"}
+        cfg = to_deep_latent(base.cfg, ae_config(args.ae or recipe["ae"]), pos_step=args.pos_step)
+        cfg = replace(cfg, res=args.res or base.cfg.res)
+        return deepen(base, cfg), {**info, "kind": "noalign"}, []
     aligned = Path(args.init) if args.init != "align" else newest_run(kinds=(f"align-{Path(args.base).name}",))
     if aligned is None:
         raise ValueError(f"no alignment of {args.base} in runs/; first: python align.py --base {args.base}   (or --init base to go without)")
-    model, info = load_run(aligned)
+    model, info = load_run(aligned, base_weights=args.weights)
     print(f"starting from {aligned}")
-    return model, {**{k: info.get(k) for k in ("base", "base_weights", "shift", "ae_weights", "steps")}, "kind": "finetune", "from": str(aligned)}
+    kept = ("base", "base_weights", "base_print", "shift", "ae_weights", "images", "steps", "lora")
+    if args.res:
+        model.cfg = replace(model.cfg, res=args.res)
+    own = read_tensors(run_file(aligned)).keys()
+    if args.merge:
+        merge_lora(model)
+        info, own = {k: v for k, v in info.items() if k != "lora"}, model.state_dict().keys()
+    facts = {**{k: info[k] for k in kept if k in info}, "kind": "finetune", "from": str(aligned)}
+    return model, facts, [q for k, q in model.named_parameters() if k in own]
 
 
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_args(p)
     add_data_args(p)
-    p.add_argument("--init", default="align", metavar="WHAT", help="align = the newest alignment of --base (default); a run's folder; base = new embedder and head, not aligned; scratch = random weights")
+    p.add_argument("--init", default="align", metavar="WHAT", help="align = the newest alignment of --base (default); a run's folder; "
+                   "base = new embedder and head, not aligned; scratch = random weights")
     p.add_argument("--tune", default="lora", choices=("lora", "full"), help="how the trunk learns (default lora; scratch is always full)")
     p.add_argument("--rank", type=int, help="LoRA rank (default: the recipe's; paper 256)")
     p.add_argument("--alpha", type=float, help="LoRA alpha (default: the rank)")
+    p.add_argument("--merge", action="store_true", help="merge the LoRA that --init RUN carries into its trunk, and start a new one (next resolution)")
     p.add_argument("--num-classes", type=int, help="with --init scratch: number of classes (default: the preset's)")
     p.add_argument("--train-steps", type=int, help="optimiser steps (default: the recipe's)")
     p.add_argument("--batch", type=int, help="pictures a step (default: the recipe's)")
     p.add_argument("--accumulate", type=int, default=1, help="split each batch into so many passes (default 1)")
     p.add_argument("--lr", type=float, help="learning rate (default: the recipe's)")
     p.add_argument("--warmup", type=int, help="steps of linear warm-up (default: the recipe's)")
-    p.add_argument("--schedule", default="constant", choices=("constant", "cosine"), help="after the warm-up (default constant)")
+    p.add_argument("--schedule", choices=("constant", "cosine"), help="after the warm-up (default: the recipe's)")
     p.add_argument("--weight-decay", type=float, default=1e-3, help="AdamW's, on matrices only (default 1e-3)")
     p.add_argument("--clip", type=float, default=1.0, help="gradient norm limit; -1 = never (default 1)")
     p.add_argument("--ema", type=float, default=0.999, help="decay of the moving average; 0 = none (default 0.999)")
@@ -78,27 +91,33 @@ def main(argv=None):
     args = p.parse_args(argv)
 
     recipe = RECIPES.get(args.base, RECIPES["dit-xl"])
-    model, info = start_model(args, recipe)
+    model, info, own = start_model(args, recipe)
     kind, dtype, device = info["kind"], dtype_of(args), torch.device(args.device)
     out = new_run(kind, args)
     model = model.to(device).train()
-    if kind != "scratch" and args.tune == "lora":
+    if info.get("lora") and (args.tune == "full" or args.rank or args.alpha):
+        raise ValueError(f"{info['from']} carries a LoRA of its own, which goes on learning as it is; "
+                         "for another one, or full tuning, add --merge")
+    if kind != "scratch" and args.tune == "lora" and not info.get("lora"):
         lora = dict(rank=args.rank or recipe["rank"], alpha=args.alpha or args.rank or recipe["rank"])
         torch.manual_seed(args.seed + 1)
         add_lora(model, **lora)
         info["lora"] = lora
-    named = trainable(model, "full" if kind == "scratch" else args.tune)
+    named = trainable(model, "full" if kind == "scratch" else args.tune, args.final_adaln)
+    carried = [(k, q) for k, q in model.named_parameters() if any(q is o for o in own) and k not in dict(named)]
+    args.images = args.images or info.get("images")
     files = {model.cfg.ae: args.ae_weights or info.get("ae_weights")}
-    ae, source, cache, (z_val, y_val) = prepare(args, recipe, files, model.cfg.res, device)
+    ae, source, cache, (z_val, y_val) = prepare(args, recipe, files, model.cfg, device)
     ae = ae[model.cfg.ae]
     z_val, y_val = z_val[model.cfg.ae].to(device), y_val.to(device)
     shift = args.shift or info.get("shift") or 1.0
     stage3 = recipe["stage3"]
     steps = args.train_steps or stage3["steps"]
-    info |= dict(model=config_dict(model.cfg), shift=shift, objective=args.objective, classes=list(source.classes), ae_weights=files[model.cfg.ae],
-                 steps=steps + (info.get("steps") or 0 if kind == "finetune" else 0))   # of all stages so far
+    info |= dict(model=config_dict(model.cfg), shift=shift, objective=args.objective, classes=list(source.classes), images=args.images,
+                 ae_weights=files[model.cfg.ae], steps=steps + (info.get("steps") or 0 if kind == "finetune" else 0))   # of all stages so far
     count = lambda params: sum(q.numel() for q in params) / 1e6
-    print(f"{kind} of {args.base} on {model.cfg.ae}: {count(q for _, q in named):.2f}M trainable of {count(model.parameters()):.2f}M, {dtype}, {len(cache)} pictures -> {out}")
+    print(f"{kind} of {args.base} on {model.cfg.ae}: {count(q for _, q in named):.2f}M trainable of {count(model.parameters()):.2f}M, {dtype}, "
+          f"{len(cache)} pictures -> {out}")
     if args.compile:
         for block in model.blocks:
             block.compile()
@@ -110,7 +129,7 @@ def main(argv=None):
 
     def preview(file, name, m):
         images, y = draw(m, ae, 8, args.seed, args.cfg_scale, shift, dtype)
-        save_grid(file, [(name, images)], [str(source.classes[k]) if k < len(source.classes) else str(k) for k in y.tolist()], {"seed": str(args.seed), "cfg_scale": str(args.cfg_scale)})
+        save_grid(file, [(name, images)], class_names(source.classes, y.tolist()), {"seed": str(args.seed), "cfg_scale": str(args.cfg_scale)})
 
     def watch(step):
         model.eval()
@@ -120,10 +139,11 @@ def main(argv=None):
         return {"val_loss": loss}
 
     start = time.perf_counter()
-    log = train(out, model, named, loss_fn, len(cache), steps, batch=args.batch or stage3["batch"], lr=args.lr or stage3["lr"], info=info, warmup=stage3["warmup"] if args.warmup is None else args.warmup,
-                schedule=args.schedule, weight_decay=args.weight_decay, clip=None if args.clip < 0 else args.clip, ema=args.ema or None, accumulate=args.accumulate, seed=args.seed, dtype=dtype,
+    log = train(out, model, named, loss_fn, len(cache), steps, batch=args.batch or stage3["batch"], lr=args.lr or stage3["lr"], info=info,
+                warmup=stage3["warmup"] if args.warmup is None else args.warmup, schedule=args.schedule or stage3.get("schedule", "constant"), weight_decay=args.weight_decay,
+                clip=None if args.clip < 0 else args.clip, ema=args.ema or None, accumulate=args.accumulate, seed=args.seed, dtype=dtype,
                 save_every=args.save_every, watch=watch, watch_every=args.sample_every)
-    write_run(out, info, named, log, torch.bfloat16 if args.save_dtype == "bf16" else torch.float32)
+    write_run(out, info, named, log, torch.bfloat16 if args.save_dtype == "bf16" else torch.float32, carried=carried)
     plot_curves(out / "curves.png", {kind: log})
     preview(out / "samples.png", kind, load_run(out, args.device)[0])
     print(f"validation loss {log[0]['val_loss']:.4f} -> {log[-1]['val_loss']:.4f} (as trained, without the average) in {time.perf_counter() - start:.0f} s; "

@@ -386,12 +386,13 @@ class FinalLayer(nn.Module):
 
 class Backbone(nn.Module):
     """The three stages in a row. A family has embed, condition, trunk, head_features; its own_clock and velocity; and the
-    names of what is bound to the latent space, EMBEDDER and HEAD, both of which end in one linear map.
+    names of what is bound to the latent space, EMBEDDER and HEAD, both of which end in one linear map (HEAD_TRAINED: with
+    what else of the head keeps the base's weights but learns with it).
 
     grid, wherever it is asked for, is the latent's (H,W). What condition returns is the family's own affair: it carries
     all that trunk and head read besides the tokens."""
 
-    EMBEDDER = HEAD = ""
+    EMBEDDER = HEAD = HEAD_TRAINED = ""
     null: Text | None = None                                         # the encoded empty prompt, one row; set by who encodes prompts
 
     def head(self, h: Tensor, c, grid: tuple[int, int]) -> Tensor:
@@ -491,8 +492,9 @@ class DiTBlock(nn.Module):
 class DiT(Backbone):
     """DiT on any latent and any grid whose sides divide by the patch size. Module names are the official file's."""
 
-    # what is bound to the latent space, and so new after a change of it; the final adaLN reads only (t, y) and stays
-    EMBEDDER, HEAD = "x_embedder.", "final_layer.linear."
+    # What is bound to the latent space, and so new after a change of it. The final adaLN reads only (t, y): it keeps the
+    # base's weights, and goes on learning with the new head.
+    EMBEDDER, HEAD, HEAD_TRAINED = "x_embedder.", "final_layer.linear.", "final_layer."
 
     def __init__(self, cfg: DiTConfig):
         super().__init__()
@@ -723,7 +725,7 @@ class FluxCondition(NamedTuple):
 class Flux(Backbone):
     """FLUX.1 on any latent and any grid. At f8 it packs 2x2 cells into a token, deeper latents go one by one."""
 
-    EMBEDDER, HEAD = "img_in.", "final_layer.linear."                # the final adaLN stays the base's
+    EMBEDDER, HEAD, HEAD_TRAINED = "img_in.", "final_layer.linear.", "final_layer.linear."   # the final adaLN stays the base's
 
     def __init__(self, cfg: FluxConfig):
         super().__init__()
@@ -898,7 +900,7 @@ class SanaFinalLayer(nn.Module):
 class Sana(Backbone):
     """SANA-1.5 on any latent and any grid: no positions anywhere, the depthwise convolutions see the borders."""
 
-    EMBEDDER, HEAD = "x_embedder.", "final_layer.linear."            # the final scale_shift_table stays the base's
+    EMBEDDER, HEAD, HEAD_TRAINED = "x_embedder.", "final_layer.linear.", "final_layer.linear."   # the final scale_shift_table stays the base's
 
     def __init__(self, cfg: SanaConfig):
         super().__init__()
@@ -1391,11 +1393,11 @@ def build(cfg, weights=None, dtype: torch.dtype | None = torch.float32) -> Backb
 
 def deepen(base: Backbone, cfg) -> Backbone:
     """The base's trunk under a new embedder and head (Sec. 3.1.1: the two parts that bind to a latent space). Shares
-    the trunk's tensors with the base; only the new parts are new."""
+    the trunk's tensors with the base; the rest of the head is a copy, for it will learn too."""
     with torch.device("meta"):
         model = type(base)(cfg)
     own = lambda k: k.startswith((base.EMBEDDER, base.HEAD))
-    state = {k: v for k, v in base.state_dict().items() if not own(k)}
+    state = {k: v.clone() if k.startswith(base.HEAD_TRAINED) else v for k, v in base.state_dict().items() if not own(k)}
     state |= {k: torch.empty(v.shape, dtype=torch.float32, device=next(iter(base.parameters())).device) for k, v in model.state_dict().items() if own(k)}
     model.load_state_dict(state, assign=True)
     model.null = base.null

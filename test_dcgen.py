@@ -4,6 +4,7 @@ copied across (needs diffusers), and outputs of the official code stored in ../s
     pytest -q test_dcgen.py
 """
 
+import ast
 import hashlib
 import json
 import math
@@ -21,12 +22,16 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import load_file
+from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+import align
 import autoencoder
 import evaluate
+import finetune
+import lora
 import model
 import sample
 from autoencoder import AUTOENCODERS, DCAE, KLVAE, DCAEConfig, KLConfig, ae_class, ae_config, ae_table, in_strips, in_tiles, load_autoencoder, psnr, ssim
@@ -39,7 +44,8 @@ from model import (BASES, DIT_TABLES, FAMILIES, TABLES, DiT, DiTConfig, Flux, Fl
 from sample import (Chain, ddpm_loss, generate, guided, integrate, load_base, load_part, load_run, newest_run, noise, parse_classes, path, sample_t, save_png, shift_time,
                     time_grid, to_uint8)
 
-SHARED = Path(__file__).parent / "../shared"
+HERE = Path(__file__).parent
+SHARED = HERE / "../shared"
 
 
 def fixture(name):
@@ -2027,3 +2033,349 @@ def test_inception_that_cannot_be_had_is_one_clear_error(tmp_path, monkeypatch):
     (tmp_path / "wrong.pth").write_bytes(b"rubbish")
     with pytest.raises(ValueError, match="the Inception weights in .*wrong.pth do not fit .*weights-inception-2015-12-05-6726825d.pth"):
         ask("--inception", str(tmp_path / "wrong.pth"))
+
+
+# ---- align.py --------------------------------------------------------------------------------------------------------
+
+def small_pair(seed=0, clock="flow"):
+    """A small base on f8 latents with a live (not zero-gated) trunk, its conversion, and paired latents of 48 pictures."""
+    torch.manual_seed(seed)
+    predict = "epsilon" if clock == "ddpm" else "velocity"
+    base = DiT(DiTConfig(32, 3, 4, 2, 4, "tiny-kl-f8c4", 64, num_classes=8, clock=clock, predict=predict)).initialise()
+    for p in base.parameters():
+        torch.nn.init.normal_(p, std=0.15) if p.ndim > 1 else None
+    base.requires_grad_(False)
+    model = deepen(base, to_deep_latent(base.cfg, AUTOENCODERS["tiny-dc-ae-f32c32"]))
+    g = torch.Generator().manual_seed(seed)
+    z_base = torch.randn(48, 4, 16, 8, generator=g)
+    mix = torch.randn(32, 4, generator=g)
+    z_dc = torch.einsum("oc,bchw->bohw", mix, torch.nn.functional.avg_pool2d(z_base, 2)) * 0.5 + 0.3 * torch.randn(48, 32, 8, 4, generator=g)
+    return base, model, z_dc, z_base, torch.arange(48) % 8
+
+
+def test_stage_1_targets_are_the_bases_embeddings_averaged_over_each_new_cell():
+    base, model, z_dc, z_base, _ = small_pair()
+    old = base.embed(z_base).view(48, 8, 4, 32)
+    target = old.view(48, 8, 1, 4, 1, 32).mean(dim=(2, 4))                       # the grids here are equal: 8x4 tokens each
+    new = model.embed(z_dc).view(48, 8, 4, 32)
+    assert_close(align.embedding_loss(model, base, z_dc, z_base), (new - target).square().mean())
+    coarse = z_dc[:, :, ::2, ::2]
+    target = old.view(48, 4, 2, 2, 2, 32).mean(dim=(2, 4))                       # rows in pairs, columns in pairs
+    assert_close(align.embedding_loss(model, base, coarse, z_base), (model.embed(coarse).view(48, 4, 2, 32) - target).square().mean())
+
+
+def test_pooling_keeps_rows_and_columns_apart_on_a_picture_twice_as_high_as_wide():
+    base, *_ = small_pair()
+    ramp = torch.linspace(-1, 1, 8).view(1, 1, 1, 8).expand(1, 4, 16, 8)
+    bare = align.grid_tokens(base, ramp) - align.grid_tokens(base, torch.zeros_like(ramp))    # without positions
+    pooled = torch.nn.functional.adaptive_avg_pool2d(bare, (4, 2))
+    assert pooled.std(dim=2).max() < 1e-5                                        # constant down the picture
+    assert (pooled[..., 1] - pooled[..., 0]).abs().max() > 0.1                   # not across
+
+
+@pytest.mark.parametrize("match", ["downsample", "upsample", "average", "mixed"])
+def test_every_way_of_matching_embeddings_is_zero_for_equal_embedders(match):
+    base, model, *_ = small_pair()
+    z = torch.randn(4, 4, 8, 8)
+    assert float(align.embedding_loss(base, base, z, z, match)) < 1e-10
+    with pytest.raises(ValueError, match="downsample, upsample"):
+        align.embedding_loss(base, base, z, z, "nearest")
+
+
+def test_least_squares_is_the_exact_optimum_and_shards_add_up():
+    g = torch.Generator().manual_seed(0)
+    x, w = torch.randn(500, 7, generator=g), torch.randn(3, 7, generator=g)
+    y = x @ w.T + 2.0 + 0.1 * torch.randn(500, 3, generator=g)
+    whole = align.LeastSquares(7, 3)
+    whole.add(x, y)
+    parts = [align.LeastSquares(7, 3) for _ in range(2)]
+    parts[0].add(x[:123], y[:123]), parts[1].add(x[123:], y[123:])
+    reference = torch.linalg.lstsq(torch.cat([torch.ones(500, 1), x], 1).double(), y.double()).solution
+    for sums in (whole, parts[0] + parts[1]):
+        got_w, got_b = sums.solve(ridge=1e-12)
+        assert_close(torch.cat([got_b[:, None], got_w], 1).T, reference, atol=1e-8, rtol=0)
+        assert abs(sums.loss(got_w, got_b) - float((x.double() @ got_w.T + got_b - y).square().mean())) < 1e-10
+
+
+def test_the_closed_form_embedder_is_where_adamw_would_end():
+    """At the optimum of Eq. 1 no gradient is left, and every other embedder is worse."""
+    base, model, z_dc, z_base, _ = small_pair()
+    sums = align.solve_embedder(model, base, [(z_dc[:20], z_base[:20]), (z_dc[20:], z_base[20:])])
+    params = [p.requires_grad_(True) for p in model.x_embedder.parameters()]
+    best = align.embedding_loss(model, base, z_dc, z_base)
+    grads = torch.autograd.grad(best, params)
+    assert max(g.abs().max() for g in grads) < 1e-5
+    assert abs(float(best) - sums.mse) < 1e-5
+    with torch.no_grad():
+        params[0].add_(0.01 * torch.randn_like(params[0]))
+    assert align.embedding_loss(model, base, z_dc, z_base) > best
+
+
+def test_the_closed_form_head_leaves_no_gradient_in_the_flow_loss():
+    base, model, z_dc, z_base, y = small_pair()
+    g = torch.Generator().manual_seed(1)
+    t, x0 = torch.rand(48, generator=g), torch.randn(z_dc.shape, generator=g)
+    sums = align.solve_head(model, [(z_dc[:30], t[:30], y[:30], x0[:30]), (z_dc[30:], t[30:], y[30:], x0[30:])])
+    params = [p.requires_grad_(True) for p in model.final_layer.linear.parameters()]
+    loss = align.flow_matching_loss(model, z_dc, t, y, x0)[0].mean()
+    assert max(g.abs().max() for g in torch.autograd.grad(loss, params)) < 1e-4
+    assert abs(float(loss) - sums.mse) < 1e-4
+
+
+def test_stage_1_brings_every_layer_closer_to_the_base():
+    base, model, z_dc, z_base, y = small_pair()
+    before = evaluate.layer_gap(model, base, z_dc, z_base, y)
+    align.solve_embedder(model, base, [(z_dc, z_base)])
+    after = evaluate.layer_gap(model, base, z_dc, z_base, y)
+    assert all(a < b for a, b in zip(after, before)), (before, after)
+
+
+def run_train(out, seed=0, steps=12, loss=None, **kw):
+    """A short run of the real loop on a small converted model; returns model, base, log."""
+    base, model, z_dc, z_base, y = small_pair(seed)
+    def flow(rows, g):
+        return align.sample_loss(model, z_dc[rows], y[rows], g, objective="flow", t_sampling="logit-normal", shift=1.0, label_dropout=0.1)
+    named = align.pick(model, (model.EMBEDDER, model.HEAD))
+    log = align.train(out, model, named, (loss or (lambda f, m: f))(flow, model), 48, steps, **{**dict(batch=8, lr=1e-3, info={}, log_every=1, save_every=5), **kw})
+    return model, base, log
+
+
+def test_only_what_is_trained_moves_and_all_of_it_does(tmp_path):
+    base, model, *_ = small_pair()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    trained, its_base, _ = run_train(tmp_path, steps=5)
+    for k, v in trained.state_dict().items():
+        moved = not torch.equal(v, before[k])
+        assert moved == k.startswith((model.EMBEDDER, model.HEAD)), k
+    assert all(torch.equal(v, w) for (_, v), (_, w) in zip(its_base.state_dict().items(), base.state_dict().items()))
+
+
+def test_a_new_head_passes_gradients_to_the_embedder_from_the_first_step():
+    """A zero head, DiT's own initialisation, would leave the embedder without any."""
+    base, model, z_dc, _, y = small_pair()
+    model.x_embedder.requires_grad_(True)
+    align.flow_matching_loss(model, z_dc, torch.full((48,), 0.5), y, torch.randn_like(z_dc))[0].mean().backward()
+    assert model.x_embedder.proj.weight.grad.norm() > 0
+
+
+@pytest.mark.parametrize("ema", [None, 0.99])
+def test_a_killed_run_resumes_to_the_same_numbers(tmp_path, ema):
+    """Killed after step 8 with its last state from step 5: twelve steps all the same, bit for bit, and across the end of
+    an epoch (six steps of eight are one)."""
+    straight, _, log = run_train(tmp_path / "a", ema=ema)
+    class Killed(Exception): pass
+    def dies(flow, model):
+        calls = []
+        def loss(rows, g):
+            calls.append(1)
+            if len(calls) == 9: raise Killed
+            return flow(rows, g)
+        return loss
+    with pytest.raises(Killed):
+        run_train(tmp_path / "b", ema=ema, loss=dies)
+    resumed, _, log2 = run_train(tmp_path / "b", ema=ema)
+    drop = lambda rows: [{k: v for k, v in r.items() if k != "images_per_s"} for r in rows]
+    assert drop(log) == drop(log2)
+    assert all(torch.equal(v, w) for v, w in zip(straight.state_dict().values(), resumed.state_dict().values()))
+    if ema:
+        a, b = (torch.load(tmp_path / d / "train.train", weights_only=True)["ema"] for d in "ab")
+        assert all(torch.equal(x, y) for x, y in zip(a, b))
+
+
+def test_the_moving_average_is_float32_warms_up_and_leaves_the_raw_weights_alone(tmp_path):
+    model, _, _ = run_train(tmp_path, steps=3, ema=0.999, save_every=1)
+    state = torch.load(tmp_path / "train.train", weights_only=True)
+    raw = dict(model.named_parameters())
+    for (k, w), s in zip(state["weights"].items(), state["ema"]):
+        assert torch.equal(w, raw[k]) and s.dtype == torch.float32 and not torch.equal(s, w)
+    _, before, _ = run_train(tmp_path / "one", steps=1, ema=0.999, save_every=1)
+    state = torch.load(tmp_path / "one/train.train", weights_only=True)
+    start = small_pair()[1].state_dict()
+    for (k, w), s in zip(state["weights"].items(), state["ema"]):
+        assert_close(s, start[k] + (1 - 1 / 10) * (w - start[k]))                # decay (1 + 0) / (10 + 0) at the first step
+
+
+def test_accumulated_gradients_equal_the_big_batch(tmp_path):
+    """The same eight samples, with the same noise, in one pass or in parts whose sizes differ."""
+    def fixed(flow, model):
+        _, _, z_dc, _, y = small_pair()
+        noise = torch.randn(z_dc.shape, generator=torch.Generator().manual_seed(3))
+        return lambda rows, g: (align.flow_matching_loss(model, z_dc[rows], torch.full((len(rows),), 0.4), y[rows], noise[rows])[0].mean(), {})
+    whole, _, _ = run_train(tmp_path / "a", steps=3, loss=fixed)
+    parts, _, _ = run_train(tmp_path / "b", steps=3, loss=fixed, accumulate=3)
+    for v, w in zip(whole.state_dict().values(), parts.state_dict().values()):
+        assert_close(v, w, atol=2e-6, rtol=1e-5)
+
+
+def test_a_non_finite_gradient_is_skipped_and_the_third_in_a_row_ends_the_run(tmp_path, capsys):
+    def poisoned(when):
+        def wrap(flow, model):
+            calls = []
+            def loss(rows, g):
+                calls.append(1)
+                value, said = flow(rows, g)
+                return (value * float("nan") if len(calls) in when else value), said
+            return loss
+        return wrap
+    model, _, _ = run_train(tmp_path / "a", loss=poisoned({4, 5}))               # two, then fine
+    assert all(torch.isfinite(p).all() for p in model.parameters()) and "not finite, step skipped" in capsys.readouterr().out
+    before, _, _ = run_train(tmp_path / "c", steps=5)
+    with pytest.raises(RuntimeError, match="three non-finite gradients in a row"):
+        run_train(tmp_path / "b", loss=poisoned({6, 7, 8}))
+    state = torch.load(tmp_path / "b/train.train", weights_only=True)
+    assert state["step"] == 5 and all(torch.equal(state["weights"][k], dict(before.named_parameters())[k]) for k in state["weights"])
+
+
+def test_a_signal_finishes_the_step_saves_and_ends(tmp_path):
+    import os, signal
+    def interrupted(flow, model):
+        calls = []
+        def loss(rows, g):
+            calls.append(1)
+            if len(calls) == 3: os.kill(os.getpid(), signal.SIGTERM)
+            return flow(rows, g)
+        return loss
+    with pytest.raises(SystemExit, match="--resume"):
+        run_train(tmp_path, loss=interrupted)
+    assert torch.load(tmp_path / "train.train", weights_only=True)["step"] == 3
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL                    # the old handlers are back
+
+
+def test_weight_decay_spares_norms_biases_and_embeddings():
+    base, *_ = small_pair()
+    decayed, spared = align.decay_groups(list(base.named_parameters()), 0.1)
+    names = {id(p): k for k, p in base.named_parameters()}
+    assert decayed["weight_decay"] == 0.1 and spared["weight_decay"] == 0
+    assert {names[id(p)] for p in spared["params"]} == {k for k in names.values() if k.endswith("bias") or "embedding_table" in k}
+
+
+def test_labels_are_dropped_at_the_given_rate_to_the_null_class():
+    base, *_ = small_pair()
+    y = torch.arange(10_000) % 8
+    dropped = align.drop_labels(base, y, 0.1, torch.Generator().manual_seed(0))
+    assert 0.08 < float((dropped == 8).float().mean()) < 0.12
+    assert torch.equal(dropped[dropped != 8], y[dropped != 8]) and torch.equal(base.null_condition(y[:2]), torch.tensor([8, 8]))
+
+
+def test_the_ddpm_objective_trains_a_head_of_twice_the_channels(tmp_path):
+    base, _, z_dc, _, y = small_pair(clock="ddpm")
+    model = deepen(base, to_deep_latent(base.cfg, AUTOENCODERS["tiny-dc-ae-f32c32"], "epsilon"))
+    assert model.final_layer.linear.out_features == 64
+    loss, said = align.sample_loss(model, z_dc, y, torch.Generator().manual_seed(0), objective="ddpm", t_sampling="uniform", shift=1.0, label_dropout=0.0)
+    assert torch.isfinite(loss) and said["mse"] > 0
+    assert model(z_dc, torch.full((48,), 0.5), y).shape == z_dc.shape            # its forward is a velocity all the same
+
+
+def test_a_missing_hub_is_told_in_two_lines_with_the_way_out(monkeypatch, capsys):
+    hub = pytest.importorskip("huggingface_hub")
+    def unreachable(*a, **k): raise OSError("no network")
+    monkeypatch.setattr(hub, "hf_hub_download", unreachable)
+    with pytest.raises(ValueError) as e:
+        align.main(["--base", "dit-xl"])
+    assert len(str(e.value).split("\n")) == 2 and "facebook/DiT-XL-2-256" in str(e.value) and "--weights PATH" in str(e.value)
+
+
+def test_bad_flags_are_told_before_anything_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for flags, words in ((["--match", "upsample"], "adamw"), (["--ae", "vae"], "tiny-dc-ae-f32c32"), (["--base", "dit-huge"], "dit-xl"),
+                         (["--objective", "ddpm"], "flow's"), (["--res", "100"], "divide by")):
+        with pytest.raises(ValueError, match=words):
+            align.main([*flags, "--pictures", "8", "--count", "0"])
+
+
+# ---- finetune.py, and the scripts from end to end -------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def aligned(tmp_path_factory):
+    """The embedded base, aligned in a hurry by the script itself."""
+    import os
+    root, here = tmp_path_factory.mktemp("project"), os.getcwd()
+    os.chdir(root)
+    try:
+        align.main(["--pictures", "64", "--stage2-steps", "3", "--batch", "8", "--head-samples", "64", "--count", "8", "--device", "cpu"])
+    finally:
+        os.chdir(here)
+    return root
+
+
+def test_align_writes_a_whole_run(aligned):
+    run = aligned / "runs/align-tiny-1"
+    assert {"config.json", "model.safetensors", "metrics.jsonl", "samples.png", "gap.png", "curves.png"} <= {p.name for p in run.iterdir()}
+    model, info = sample.load_run(run)
+    assert info["kind"] == "align" and model.cfg.ae == "tiny-dc-ae-f32c32" and model.cfg.patch_size == 1
+    assert set(read_tensors(run / "model.safetensors")) == {"x_embedder.proj.weight", "x_embedder.proj.bias", "final_layer.linear.weight", "final_layer.linear.bias",
+                                                            "final_layer.adaLN_modulation.1.weight", "final_layer.adaLN_modulation.1.bias"}
+    assert info["stages"][1]["gap"] > info["stages"][2]["gap"]                   # stage 1 closes the gap
+
+
+@pytest.mark.parametrize("flags, kind", [([], "finetune"), (["--tune", "full"], "finetune"), (["--init", "base"], "noalign"), (["--init", "scratch"], "scratch")])
+def test_finetune_trains_saves_and_draws(aligned, monkeypatch, flags, kind):
+    monkeypatch.chdir(aligned)
+    out = Path("runs") / f"{kind}-{len(flags)}-{flags[-1:] or ['lora']}"
+    finetune.main([*flags, "--pictures", "64", "--train-steps", "2", "--batch", "8", "--out", str(out), "--device", "cpu", "--dtype", "fp32"])
+    model, info = sample.load_run(out)
+    assert (out / "samples.png").exists() and info["kind"] == kind
+    keys = set(read_tensors(out / "model.safetensors"))
+    if flags in ([], ["--init", "base"]):
+        assert any(k.endswith("attn.qkv.A") for k in keys) and "x_embedder.proj.weight" in keys and not any(k.endswith("qkv.weight") for k in keys)
+        x, y = torch.randn(2, 32, 4, 4), torch.tensor([1, 2])
+        before = model(x, torch.tensor([0.3, 0.6]), y)
+        assert_close(lora.merge_lora(model)(x, torch.tensor([0.3, 0.6]), y), before, atol=1e-4, rtol=1e-4)
+    with pytest.raises(ValueError, match="finished run"):
+        finetune.main([*flags, "--out", str(out)])
+
+
+def test_sample_draws_from_the_newest_run_and_evaluate_scores_it(aligned, monkeypatch, capsys):
+    monkeypatch.chdir(aligned)
+    sample.main(["--count", "2", "--num-steps", "2", "--ckpt", "runs/align-tiny-1", "--device", "cpu"])
+    assert len(list(Path("runs/align-tiny-1/samples").glob("*.png"))) == 2 and Path("runs/align-tiny-1/samples-grid.png").exists()
+    evaluate.main(["runs/align-tiny-1", "--count", "16", "--num-steps", "2", "--device", "cpu"])
+    said = capsys.readouterr().out
+    assert "align-tiny-1" in said and "N 16" in said and Path("runs/evaluate.json").exists()
+
+
+def test_finetune_without_an_alignment_names_the_command(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="python align.py --base tiny"):
+        finetune.main([])
+
+
+def test_kill_9_and_resume_give_the_losses_of_an_unbroken_run(aligned, tmp_path):
+    """The real script, the real signal: killed in mid-run, started again with --resume."""
+    import os, signal, subprocess, sys, time
+    flags = ["--init", "base", "--pictures", "64", "--train-steps", "14", "--batch", "8", "--save-every", "4", "--device", "cpu", "--dtype", "fp32"]
+    call = lambda out, *more: [sys.executable, str(HERE / "finetune.py"), *flags, "--out", str(tmp_path / out), *more]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run(call("straight"), cwd=aligned, env=env, check=True, capture_output=True)
+    victim = subprocess.Popen(call("killed"), cwd=aligned, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    for _ in range(1200):
+        if (tmp_path / "killed/train.train").exists() or victim.poll() is not None:
+            break
+        time.sleep(0.05)
+    victim.send_signal(signal.SIGKILL)
+    victim.wait()
+    assert not (tmp_path / "killed/model.safetensors").exists(), "it finished before it was killed"
+    subprocess.run(call("killed", "--resume"), cwd=aligned, env=env, check=True, capture_output=True)
+    read = lambda out: [{k: v for k, v in json.loads(line).items() if k != "images_per_s"} for line in (tmp_path / out / "metrics.jsonl").read_text().splitlines()]
+    last = lambda out: [r for r in read(out) if r["step"] == 14]
+    assert last("straight") == last("killed")
+    a, b = (read_tensors(tmp_path / out / "model.safetensors") for out in ("straight", "killed"))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+# ---- the project ---------------------------------------------------------------------------------------------------------
+
+def test_imports_point_left():
+    line = "model data autoencoder lora sample evaluate align finetune".split()
+    for i, name in enumerate(line):
+        tree = ast.parse((HERE / f"{name}.py").read_text())
+        ours = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)} | {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
+        assert ours & set(line[i:]) == set(), f"{name}.py imports {ours & set(line[i:])}"
+
+
+def test_every_flag_in_the_readme_exists():
+    commands = re.findall(r"python (\w+)\.py([^\n`]*)", (HERE / "README.md").read_text())
+    assert commands
+    for script, rest in commands:
+        known = set(re.findall(r"--[a-z0-9-]+", (HERE / f"{script}.py").read_text() + (HERE / "sample.py").read_text() + (HERE / "align.py").read_text()))
+        assert set(re.findall(r"--[a-z0-9-]+", rest)) <= known, f"python {script}.py{rest}"
