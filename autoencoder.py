@@ -31,7 +31,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data import open_source
-from model import ChannelRMSNorm, GLUMBConv, Turn, atomic, fast_bf16, find_weights, linear_attention, load_weights, read_config, read_tensors, run, write_tensors
+from model import (ChannelRMSNorm, GLUMBConv, Turn, atomic, fast_bf16, find_weights, folder_config, linear_attention, load_weights, read_config, read_tensors, run, unmap_keys,
+                   write_folder, write_tensors)
 
 
 # ---- configs -----------------------------------------------------------------------------------------------------------
@@ -609,18 +610,71 @@ def ae_config(name: str):
     return AUTOENCODERS[name]
 
 
+def stated_config(cfg, stated: dict):
+    """A preset with what a diffusers config.json says in its place: the scale above all, and the architecture. {} changes
+    nothing. ValueError if it is another latent space than the preset's."""
+    known = lambda **names: {ours: stated[theirs] for ours, theirs in names.items() if stated.get(theirs) is not None}
+    kind, as_tuple = stated.get("_class_name"), lambda v: tuple(v) if isinstance(v, list) else v
+    if kind not in (None, "AutoencoderKL", "AutoencoderDC") or kind == ("AutoencoderDC" if isinstance(cfg, KLConfig) else "AutoencoderKL"):
+        raise ValueError(f"its config.json says {kind}, and {cfg.name} is none")
+    if kind == "AutoencoderKL":
+        new = known(channels="latent_channels", scale="scaling_factor", shift="shift_factor", widths="block_out_channels", depth="layers_per_block", groups="norm_num_groups",
+                    quant_conv="use_quant_conv")
+    elif kind == "AutoencoderDC":
+        new = known(channels="latent_channels", scale="scaling_factor", widths="encoder_block_out_channels", encoder_depths="encoder_layers_per_block",
+                    decoder_depths="decoder_layers_per_block", latent_shortcut="encoder_out_shortcut", out_act="decoder_conv_act_fn")
+        for half in ("encoder", "decoder"):
+            types = stated.get(f"{half}_block_types", "ResBlock")
+            stages = [types] if isinstance(types, str) else list(types)      # one name for all stages, or one each
+            new[f"{half}_attention_from"] = [*stages, *["ResBlock"] * 99, "EfficientViTBlock"].index("EfficientViTBlock")
+        new |= dict(multiscale=any(map(len, stated.get("encoder_qkv_multiscales", ()))), strided=stated.get("downsample_block_type") == "Conv",
+                    interpolate=stated.get("upsample_block_type") == "interpolate", decoder_batch_norm="batch_norm" in stated.get("decoder_norm_types", ""))
+    else:
+        return cfg
+    found = replace(cfg, **{k: as_tuple(v) for k, v in new.items()})
+    if (found.f, found.channels) != (cfg.f, cfg.channels):
+        raise ValueError(f"this is an autoencoder of f{found.f}c{found.channels}, and {cfg.name} is f{cfg.f}c{cfg.channels}")
+    return found
+
+
+def diffusers_ae_config(cfg) -> dict:
+    """The config.json with which the diffusers library builds this autoencoder."""
+    if isinstance(cfg, KLConfig):
+        n = len(cfg.widths)
+        return dict(_class_name="AutoencoderKL", latent_channels=cfg.channels, block_out_channels=list(cfg.widths), layers_per_block=cfg.depth, norm_num_groups=cfg.groups,
+                    down_block_types=["DownEncoderBlock2D"] * n, up_block_types=["UpDecoderBlock2D"] * n, use_quant_conv=cfg.quant_conv, use_post_quant_conv=cfg.quant_conv,
+                    scaling_factor=cfg.scale, shift_factor=cfg.shift)
+    n, shared = len(cfg.widths), dict(_class_name="AutoencoderDC", latent_channels=cfg.channels, attention_head_dim=32, scaling_factor=cfg.scale or 1.0)
+    for half, first in (("encoder", cfg.encoder_attention_from), ("decoder", cfg.decoder_attention_from)):
+        sees = [i >= first for i in range(n)]
+        shared |= {f"{half}_block_out_channels": list(cfg.widths), f"{half}_layers_per_block": list(getattr(cfg, f"{half}_depths")),
+                   f"{half}_block_types": ["EfficientViTBlock" if s else "ResBlock" for s in sees],
+                   f"{half}_qkv_multiscales": [[5] if s and cfg.multiscale else [] for s in sees]}
+    plain = [cfg.decoder_batch_norm and i < cfg.decoder_attention_from for i in range(n)]
+    return shared | dict(decoder_norm_types=["batch_norm" if b else "rms_norm" for b in plain], decoder_act_fns=["relu" if b else "silu" for b in plain],
+                         downsample_block_type="Conv" if cfg.strided else "pixel_unshuffle", upsample_block_type="interpolate" if cfg.interpolate else "pixel_shuffle",
+                         encoder_out_shortcut=cfg.latent_shortcut, decoder_in_shortcut=cfg.latent_shortcut, decoder_conv_act_fn=cfg.out_act)
+
+
+def export_autoencoder(ae: Autoencoder, folder, dtype: torch.dtype | None = None):
+    """Write <folder>/vae, which the diffusers library loads by itself as AutoencoderKL or AutoencoderDC."""
+    table = KL_DIFFUSERS if isinstance(ae.cfg, KLConfig) else DCAE_DIFFUSERS
+    write_folder(Path(folder) / "vae", unmap_keys(ae.state_dict(), table), diffusers_ae_config(ae.cfg), dtype)
+
+
 def load_autoencoder(name: str, weights: str | None = None, dtype: torch.dtype | None = torch.float32, device="cpu") -> Autoencoder:
-    """An autoencoder by preset name, from its shipped file, a local file in any published layout, or the model hub.
-    Frozen, in eval mode; dtype None keeps the file's. A file of ours brings its own configuration, the measured scale
-    included. ValueError if the file is missing, damaged or of another architecture."""
+    """An autoencoder by preset name, from its shipped file, a local file or folder in any published layout (a diffusers
+    pipeline's too), or the model hub. Frozen, in eval mode; dtype None keeps the file's. A file of ours or diffusers'
+    config.json brings the configuration, the scale included. ValueError if it is missing, damaged or of another architecture."""
     cfg = ae_config(name)
     path = find_weights(name, cfg.weights, weights)
-    tensors, own = read_tensors(path), read_config(path)
+    tensors, own = read_tensors(path, "vae"), read_config(path)
     if own:
         cfg = replace(cfg, **{k: tuple(v) if isinstance(v, list) else v for k, v in own.items() if k in asdict(cfg)})
-    with torch.device("meta"):
-        model = ae_class(cfg)(cfg)
     try:
+        cfg = stated_config(cfg, folder_config(path, "vae"))
+        with torch.device("meta"):
+            model = ae_class(cfg)(cfg)
         load_weights(model, tensors, ae_table(cfg, tensors), dtype)
     except ValueError as e:
         raise ValueError(f"{path}: {e}") from None

@@ -1,10 +1,11 @@
-"""Pictures in, batches out: procedural shapes, image folders, and the cache of paired latents.
+"""Pictures and prompts in, batches out: procedural shapes, image folders, encoded prompts, and the cache of paired latents.
 
     image (B,3,S,S) in [-1,1], class (B,)          ShapesSource, ImageFolder
+    prompts -> Text                                encode_prompts: read once, kept on disk
     z_base, z_dc of the very same pixels, class    LatentCache: filled once, read afterwards
 
 A source of pictures is anything with len(), .classes (names) and .batch(indices) -> images, labels. Autoencoders come
-in as arguments; nothing of ours is imported here.
+in as arguments, text encoders as folders.
 """
 
 import hashlib
@@ -12,6 +13,7 @@ import json
 import math
 import os
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -19,6 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
+
+from model import Text, read_tensors, write_tensors
 
 # ---- procedural pictures: one shaded shape on a gradient, everything about it known exactly ----------------------------
 
@@ -230,6 +234,145 @@ class ImageFolder:
 def open_source(images: str | None, res: int, split: str = "train"):
     """A folder of pictures (every 20th is kept for "val"), or the procedural ones (None)."""
     return ImageFolder(images, res, split) if images else ShapesSource(res, split=split)
+
+
+# ---- prompts -----------------------------------------------------------------------------------------------------------------
+
+# What SANA's text encoder, a chat model, is told before every prompt (arXiv 2410.10629, Sec. 2.3). SANA was trained on what
+# the encoder makes of prompts after these very words: another instruction gives other embeddings.
+SANA_INSTRUCTION = "\n".join((
+    "Given a user prompt, generate an 'Enhanced prompt' that provides detailed visual descriptions suitable for image generation. "
+    "Evaluate the level of detail in the user prompt:",
+    "- If the prompt is simple, focus on adding specifics about colors, shapes, sizes, textures, and spatial relationships to create vivid and concrete scenes.",
+    "- If the prompt is already detailed, refine and enhance the existing details slightly without overcomplicating.",
+    "Here are examples of how to transform or refine prompts:",
+    "- User Prompt: A cat sleeping -> Enhanced: A small, fluffy white cat curled up in a round shape, sleeping peacefully on a warm sunny windowsill, "
+    "surrounded by pots of blooming red flowers.",
+    "- User Prompt: A busy city street -> Enhanced: A bustling city street scene at dusk, featuring glowing street lamps, a diverse crowd of people in "
+    "colorful clothing, and a double-decker bus passing by towering glass skyscrapers.",
+    "Please generate only the enhanced description for the prompt below and avoid including any additional commentary or evaluations:",
+    "User Prompt: "))
+
+
+def read_prompts(file) -> list[str]:
+    """One prompt a line; empty lines and those that start with # are left out."""
+    try:
+        lines = [line.strip() for line in Path(file).read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as e:
+        raise ValueError(f"--prompts {file}: not a readable text file ({type(e).__name__})") from None
+    if not (prompts := [line for line in lines if line and not line.startswith("#")]):
+        raise ValueError(f"--prompts {file}: no prompts in it; write one on a line")
+    return prompts
+
+
+def _ids(tokenizer, prompt: str, length: int):
+    """Token ids and mask, both (1,length): padded, and cut with a note if the prompt is longer than that."""
+    if (n := len(tokenizer(prompt).input_ids)) > length:
+        print(f"note: a prompt of {n} tokens is cut to {length}; its end is lost: ... {prompt[-40:]!r}")
+    out = tokenizer(prompt, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+    return out.input_ids, out.attention_mask
+
+
+# Each reads one prompt -> {name: tensor with a first axis of 1}. `plain` marks a negative or the null prompt.
+
+def _t5(tokenizer, model, prompt: str, length: int, plain: bool) -> dict[str, Tensor]:
+    ids, _ = _ids(tokenizer, prompt, length)
+    return {"tokens": model(ids.to(model.device))[0]}                # 1 L 4096   FLUX was trained to see the padding too: no mask
+
+
+def _clip(tokenizer, model, prompt: str, length: int, plain: bool) -> dict[str, Tensor]:
+    length = model.config.max_position_embeddings                    # 77; longer prompts are T5's to read
+    ids = tokenizer(prompt, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
+    return {"pooled": model(ids.to(model.device)).pooler_output}     # 1 768
+
+
+def _gemma(tokenizer, model, prompt: str, length: int, plain: bool) -> dict[str, Tensor]:
+    """The first token and the last length - 1 of the instruction and the prompt together (Sana's app/sana_pipeline.py): what
+    is kept of the instruction is its start and its last words. A plain prompt goes without instruction."""
+    tokenizer.padding_side = "right"
+    prompt = prompt.strip()                                          # the case stays: diffusers lowers it, the authors do not
+    total = length if plain else len(tokenizer.encode(SANA_INSTRUCTION)) + length - 2
+    ids, mask = _ids(tokenizer, prompt if plain else SANA_INSTRUCTION + prompt, total)
+    tokens = model(ids.to(model.device), attention_mask=mask.to(model.device))[0]
+    keep = [0, *range(total - length + 1, total)]
+    return {"tokens": tokens[:, keep], "mask": mask[:, keep].bool()}  # 1 L 2304, 1 L
+
+
+# a family's encoders: two parts of a pipeline folder, the class in transformers, how it reads a prompt; millions of parameters
+TEXT_ENCODERS = {
+    "flux": (("text_encoder_2", "tokenizer_2", "T5EncoderModel", _t5, 4762), ("text_encoder", "tokenizer", "CLIPTextModel", _clip, 123)),
+    "sana": (("text_encoder", "tokenizer", "Gemma2Model", _gemma, 2614),),
+}
+
+
+def text_parts(family: str) -> tuple[str, ...]:
+    """The subfolders of a pipeline folder that hold this family's text encoders."""
+    return tuple(part for model, tokenizer, *_ in TEXT_ENCODERS[family] for part in (model, tokenizer))
+
+
+def files_print(*folders: Path) -> str:
+    """A short hash of folders of files, without reading all of them: names, sizes, and samples along each."""
+    h = hashlib.sha256()
+    for file in (f for folder in folders for f in sorted(folder.iterdir()) if f.is_file()):
+        size = file.stat().st_size
+        h.update(f"{file.name} {size}".encode())
+        with file.open("rb") as f:
+            for at in range(0, size, max(2**16, size // 256)):
+                f.seek(at)
+                h.update(f.read(2**16 if size <= 2**24 else 2**12))
+    return h.hexdigest()[:16]
+
+
+@torch.no_grad()
+def encode_prompts(family: str, folder, prompts: list[str], length: int, plain: bool = False, cache="runs/cache",
+                   dtype: torch.dtype = torch.float32, device="cpu") -> Text:
+    """What the text encoders in a pipeline folder make of prompts -> a Text of len(prompts) rows and `length` tokens, on the CPU.
+
+    Every prompt is read by itself and kept on disk under its encoder's hash, so it is the same whatever it is encoded with,
+    and read once. The encoders (10 GB in FLUX) are loaded one after the other, only for prompts not yet kept, and freed.
+    plain: negative and null prompts, which SANA reads without its instruction. ValueError if transformers or a part of the
+    folder is missing."""
+    encoders, folder, rows = TEXT_ENCODERS[family], Path(folder), [{} for _ in prompts]
+    for model_part, tokenizer_part, cls, read, _ in encoders:
+        alone = len(encoders) == 1 and (folder / "config.json").is_file()       # a folder that is the encoder itself
+        parts = [folder if alone else folder / part for part in (model_part, tokenizer_part)]
+        if missing := [str(part) for part in parts if not part.is_dir()]:
+            raise ValueError(f"{missing[0]}: no such folder; the text encoders are {', '.join(text_parts(family))} of a diffusers pipeline folder: give one with --text-encoders DIR")
+        what = f"{cls} {files_print(*dict.fromkeys(parts))} {length} {plain} {dtype}"
+        files = [Path(cache) / f"text-{hashlib.sha256(f'{what} {prompt}'.encode()).hexdigest()[:32]}.safetensors" for prompt in prompts]
+        if any(not f.is_file() for f in files):
+            tokenizer, model = _load_encoder(cls, *parts, dtype, device)
+            for prompt, file in tqdm(list(zip(prompts, files)), desc=f"reading prompts ({cls})", leave=False, disable=len(prompts) < 4):
+                if not file.is_file():
+                    write_tensors(file, read(tokenizer, model, prompt, length, plain))
+            del tokenizer, model
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+        for row, file in zip(rows, files):
+            row |= read_tensors(file)
+    return Text(**{k: torch.cat([row[k] for row in rows]) if k in rows[0] else None for k in ("tokens", "mask", "pooled")}, guidance=None)
+
+
+def null_prompt(family: str, folder, length: int, negative: str = "", **kw) -> Text:
+    """The condition that stands for "no condition", one row, for `model.null`, in training and in sampling alike: the
+    encoded empty prompt, or a negative prompt in its place. kw as in encode_prompts. The empty prompt has no mask and
+    takes that of the prompt beside it: SANA's training dropped captions and kept their masks. (diffusers differs)"""
+    null = encode_prompts(family, folder, [negative], length, plain=True, **kw)
+    return null if negative else replace(null, mask=None)
+
+
+def _load_encoder(cls: str, model_folder: Path, tokenizer_folder: Path, dtype: torch.dtype, device):
+    """A tokenizer and a frozen text encoder, from local files only."""
+    try:
+        import transformers
+    except ImportError:
+        raise ValueError("prompts need text encoders: pip install transformers sentencepiece") from None
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer_folder, local_files_only=True)
+        model = getattr(transformers, cls).from_pretrained(model_folder, dtype=dtype, local_files_only=True, use_safetensors=True)
+    except Exception as e:                                           # a dozen kinds, for files missing, damaged, or of another class
+        raise ValueError(f"{model_folder} and {tokenizer_folder.name} are not a whole {cls} with its tokenizer ({type(e).__name__}: {str(e).splitlines()[0][:200]})") from None
+    return tokenizer, model.to(device).eval().requires_grad_(False)
 
 
 # ---- the order of a run ------------------------------------------------------------------------------------------------------

@@ -166,8 +166,8 @@ BASES = {
     "flux-krea":      FluxConfig(16, 2, "flux-vae-f8c16", weights="black-forest-labs/FLUX.1-Krea-dev::flux1-krea-dev.safetensors"),
     "flux-dev":       FluxConfig(16, 2, "flux-vae-f8c16", weights="black-forest-labs/FLUX.1-dev::flux1-dev.safetensors"),
     # the authors' own converted models: folders of a diffusers pipeline, autoencoder and its scale included
-    "dc-gen-flux-1k": FluxConfig(32, 1, "dc-ae-f32c32-in-1.0", weights="nvidia/DC-Gen-FLUX.1-Krea-Dev::DC-Gen-FLUX.1-Krea-Dev-v1.0-Res1K"),
-    "dc-gen-flux-4k": FluxConfig(128, 1, "dc-ae-f64c128-1.5", res=4096, weights="nvidia/DC-Gen-FLUX.1-Krea-Dev::DC-Gen-FLUX.1-Krea-Dev-v1.0-Res4K"),
+    "dc-gen-flux-1k": FluxConfig(32, 1, "dc-ae-f32c32-in-1.0", weights="nvidia/DC-Gen-FLUX.1-Krea-Dev::DC-Gen-FLUX.1-Krea-Dev-v1.0-Res1K/"),
+    "dc-gen-flux-4k": FluxConfig(128, 1, "dc-ae-f64c128-1.5", res=4096, weights="nvidia/DC-Gen-FLUX.1-Krea-Dev::DC-Gen-FLUX.1-Krea-Dev-v1.0-Res4K/"),
     "sana-1.6b":      SanaConfig(32, 1, "dc-ae-f32c32-sana-1.1", weights="Efficient-Large-Model/SANA1.5_1.6B_1024px::checkpoints/SANA1.5_1.6B_1024px.pth"),
     "sana-4.8b":      SanaConfig(32, 1, "dc-ae-f32c32-sana-1.1", depth=60, weights="Efficient-Large-Model/SANA1.5_4.8B_1024px::checkpoints/SANA1.5_4.8B_1024px.pth"),
     # the same classes, small
@@ -971,6 +971,11 @@ class Turn(NamedTuple):
     save: Callable[[Tensor], Tensor] = lambda x: x
     shares: tuple[int, ...] | None = None
 
+    def split(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:
+        """The parts of what was concatenated of several."""
+        shares = self.shares or (1,) * parts
+        return x.split([len(x) * share // sum(shares) for share in shares]) if parts > 1 else (x,)
+
 
 def _swap_halves(x: Tensor) -> Tensor:
     return torch.cat(x.chunk(2)[::-1])
@@ -1124,8 +1129,7 @@ def unmap_keys(ours: Mapping[str, Tensor], table: list[tuple]) -> dict[str, Tens
         if not (found := sources(key, table)):
             raise ValueError(f"{key} has no name in that layout")
         names, turn = found
-        shares = turn.shares or (1,) * len(names)
-        out |= zip(names, turn.save(value).split([len(value) * share // sum(shares) for share in shares] if value.ndim else 1))
+        out |= zip(names, turn.split(turn.save(value), len(names)))
     return out
 
 
@@ -1196,6 +1200,8 @@ def weight_files(path, part: str = "transformer") -> list[Path]:
             raise ValueError(f"{folder} holds no weights: expected one of {', '.join(names)}; finish the download, or name the file itself")
     if not path.is_file():
         raise ValueError(f"{path}: no such weight file")
+    if (shard := re.search(r"-\d+-of-(\d+)\.\w+$", path.name)) and int(shard[1]) > 1:
+        raise ValueError(f"{path} is one part of several ({int(shard[1])}); name their folder, or the index beside them")
     if not path.name.endswith(".index.json"):
         return [path]
     try:
@@ -1286,39 +1292,57 @@ def atomic(path):
         tmp.unlink(missing_ok=True)
 
 
-def write_tensors(path, tensors: dict[str, Tensor], config: dict | None = None):
-    """safetensors with the configuration in its metadata, written atomically."""
+def write_tensors(path, tensors: dict[str, Tensor], config: dict | None = None, metadata: dict[str, str] | None = None):
+    """safetensors with the configuration, and whatever else is given, in its metadata; written atomically."""
     plain = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}   # no views, no shared storage
     with atomic(path) as tmp:
-        save_file(plain, tmp, metadata={"format": "pt", "config": json.dumps(config or {})})
+        save_file(plain, tmp, metadata={"format": "pt", "config": json.dumps(config or {}), **(metadata or {})})
 
 
-def find_weights(name: str, spec: str | None, path: str | None = None) -> Path:
-    """Where a preset's weights are: the path given, the file shipped here, or the model hub's cache, downloading if
-    need be (huggingface_hub, optional). Raises ValueError in two lines: what was wanted, where, what to do."""
+# what a part of a pipeline folder is made of; the other precisions that some repositories keep beside it are left there
+PART_FILES, OTHER_PRECISIONS = ("*.json", "*.safetensors", "*.model", "*.txt"), ("*.fp16.*", "*.fp16-*", "*.bf16.*", "*.bf16-*")
+
+
+def find_weights(name: str, spec: str | None, path: str | None = None, parts: tuple[str, ...] = ("transformer",), flag: str = "--weights") -> Path:
+    """Where the weights of `name` are: the path given; the file shipped here; or the model hub's cache, downloading if
+    need be (huggingface_hub, optional). A spec is "file", "repository::file" or "repository::folder/", a pipeline folder
+    ("repository::" if that is the repository itself); of a folder only the named parts are fetched, and the folder comes back.
+    A connection that breaks goes on at its byte, and no whole file is fetched twice; the environment's HF_TOKEN,
+    HF_ENDPOINT, HF_HUB_OFFLINE and HF_HOME hold. Raises ValueError in two lines: what was wanted and where, what to do."""
     if path:
-        if not Path(path).is_file():
-            raise ValueError(f"--weights {path}: no such file")
+        if not Path(path).exists():
+            raise ValueError(f"{flag} {path}: no such file")
         return Path(path)
     if spec is None:
-        raise ValueError(f"{name} has no published weights; train it (finetune.py --init scratch) or give a file with --weights PATH")
+        raise ValueError(f"{name} has no published weights; train it (finetune.py --init scratch) or give a file with {flag} PATH")
     if "::" not in spec:
         shipped = HERE / spec
         if not shipped.is_file():
-            raise ValueError(f"{name}: {shipped} should come with this repository and is missing; restore it with git, or give --weights PATH")
+            raise ValueError(f"{name}: {shipped} should come with this repository and is missing; restore it with git, or give {flag} PATH")
         return shipped
     repo, file = spec.split("::")
+    folder = not file or file.endswith("/")
+    wanted = f"{name} wants {file}{'{' + ','.join(parts) + '}' if folder else ''} of {repo}"
+    local = f"With it at hand, give {flag} " + ("DIR (a folder with these parts)" if folder else "PATH (either published layout, .safetensors, .bin or .pt)")
     try:
-        from huggingface_hub import hf_hub_download
+        import huggingface_hub as hub
+        from huggingface_hub import constants, errors
     except ImportError:
-        raise ValueError(f"{name} wants {file} of {repo}, and downloading needs: pip install huggingface_hub\n"
-                         "With the file at hand, give it as --weights PATH (either published layout, .safetensors, .bin or .pt)") from None
+        raise ValueError(f"{wanted}, and downloading needs: pip install huggingface_hub\n{local}") from None
     try:
-        return Path(hf_hub_download(repo, file))
-    except Exception as e:                                           # the hub's own errors are many and long
-        from huggingface_hub.constants import HF_HUB_CACHE
-        raise ValueError(f"{name} wants {file} of {repo}; it is not in {HF_HUB_CACHE} and could not be downloaded ({type(e).__name__})\n"
-                         "With the file at hand, give it as --weights PATH (either published layout, .safetensors, .bin or .pt)") from None
+        if not folder:
+            return Path(hub.hf_hub_download(repo, file))
+        patterns = [f"{file}{part}/{files}" for part in parts for files in PART_FILES]
+        found = Path(hub.snapshot_download(repo, allow_patterns=patterns, ignore_patterns=list(OTHER_PRECISIONS))) / file
+    except errors.GatedRepoError:
+        raise ValueError(f"{wanted}, which its owners give to those who accept their licence: do that at {constants.ENDPOINT}/{repo}, "
+                         f"and set HF_TOKEN to a token of that account\n{local}") from None
+    except Exception as e:                                           # the hub's own errors are many and long; the type says which
+        why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{constants.ENDPOINT}: {type(e).__name__}"
+        raise ValueError(f"{wanted}; it is not in {constants.HF_HUB_CACHE} and could not be downloaded ({why})\n{local}") from None
+    if missing := [part for part in parts if not (found / part).is_dir()]:
+        raise ValueError(f"{wanted}; {constants.ENDPOINT}/{repo} and {constants.HF_HUB_CACHE} have no {', '.join(missing)}\n{local}")
+    return found
 
 
 # ---- models from files -----------------------------------------------------------------------------------------------------
@@ -1412,3 +1436,69 @@ def config_of(plain: dict):
     """config_dict's inverse, also after JSON has made lists of tuples."""
     kind = next(k for k in FAMILIES if k.__name__ == plain.get("family", "DiTConfig"))
     return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in plain.items() if k != "family"})
+
+
+# ---- models to files -----------------------------------------------------------------------------------------------------
+
+def diffusers_config(cfg) -> dict:
+    """The config.json with which the diffusers library builds this model."""
+    heads = dict(num_attention_heads=cfg.num_heads, attention_head_dim=cfg.hidden_size // cfg.num_heads)
+    latent = dict(in_channels=cfg.in_channels, out_channels=cfg.out_channels, patch_size=cfg.patch_size, num_layers=cfg.depth)
+    # an autoencoder's name says how many pixels a latent cell is wide
+    side = cfg.res // int(re.search(r"f(\d+)c\d+", cfg.ae)[1])
+    match cfg:
+        case FluxConfig():                                           # diffusers packs outside of the model
+            return dict(_class_name="FluxTransformer2DModel", **heads, patch_size=1, in_channels=cfg.token_channels, out_channels=None, num_layers=cfg.depth,
+                        num_single_layers=cfg.depth_single, joint_attention_dim=cfg.context_in_dim, pooled_projection_dim=cfg.vec_in_dim, guidance_embeds=cfg.guidance_embed,
+                        axes_dims_rope=list(cfg.axes_dim))
+        case SanaConfig():
+            return dict(_class_name="SanaTransformer2DModel", **latent, num_attention_heads=cfg.hidden_size // 32, attention_head_dim=32, num_cross_attention_heads=cfg.num_heads,
+                        cross_attention_head_dim=heads["attention_head_dim"], cross_attention_dim=cfg.hidden_size, caption_channels=cfg.caption_channels, mlp_ratio=cfg.mlp_ratio,
+                        attention_bias=False, sample_size=side, norm_elementwise_affine=False, norm_eps=1e-6, interpolation_scale=None, qk_norm="rms_norm_across_heads")
+        case DiTConfig():
+            return dict(_class_name="DiTTransformer2DModel", **heads, **latent, num_embeds_ada_norm=cfg.num_classes, sample_size=side, norm_eps=1e-6, norm_type="ada_norm_zero",
+                        activation_fn="gelu-approximate", attention_bias=True, norm_elementwise_affine=False)
+
+
+def export_diffusers(model: Backbone, folder, dtype: torch.dtype | None = None, shard_bytes: int = 5 * 10**9):
+    """Write <folder>/transformer, which the diffusers library loads by itself: its FluxTransformer2DModel,
+    SanaTransformer2DModel or DiTTransformer2DModel. dtype None keeps the model's. It computes the same network; but a
+    FLUX comes out packed, and diffusers' DiT has other timestep frequencies than its weights were trained with (the
+    exponent over 127, not 128). ValueError if a LoRA is not merged yet, if the folder is taken, or for what diffusers
+    does not have: FLUX and DiT with spread positions are laid out by its pipelines and its table."""
+    cfg, state = model.cfg, model.state_dict()
+    if any(k.endswith(".base.weight") for k in state):
+        raise ValueError("this model carries a LoRA; merge it before the export (lora.merge_lora), or save it beside (lora.save_peft)")
+    if isinstance(cfg, DiTConfig) and cfg.pos_step != 1:
+        raise ValueError(f"diffusers' DiT counts its positions by ones, this one by {cfg.pos_step:g}: it cannot be exported")
+    theirs = unmap_keys(state, TABLES[type(model)]["diffusers"])
+    if isinstance(cfg, DiTConfig):                                   # every block repeats block 0's embedders
+        first = {k: v for k, v in theirs.items() if k.startswith("transformer_blocks.0.norm1.emb.")}
+        theirs |= {k.replace("blocks.0", f"blocks.{i}"): v for i in range(cfg.depth) for k, v in first.items()}
+    write_folder(Path(folder) / "transformer", theirs, diffusers_config(cfg), dtype, shard_bytes)
+
+
+def write_folder(folder: Path, tensors: dict[str, Tensor], config: dict, dtype: torch.dtype | None = None, shard_bytes: int = 5 * 10**9):
+    """A model's folder as diffusers has it: config.json and the tensors, in one file or in shards of at most so many bytes
+    with their index. A shard at a time is in memory. The config comes last: a folder that has it is complete."""
+    if (folder / "config.json").exists():
+        raise ValueError(f"{folder} holds a model already; name another folder, or remove it")
+    of = lambda v: dtype if dtype and v.is_floating_point() else v.dtype
+    shards, room = [[]], shard_bytes
+    for k, v in tensors.items():
+        size = v.numel() * of(v).itemsize
+        if size > room and shards[-1]:
+            shards, room = [*shards, []], shard_bytes
+        shards[-1].append(k)
+        room -= size
+    name = "diffusion_pytorch_model{}.safetensors"
+    files = [name.format("")] if len(shards) == 1 else [name.format(f"-{i + 1:05d}-of-{len(shards):05d}") for i in range(len(shards))]
+    for file, keys in zip(files, shards):
+        write_tensors(folder / file, {k: tensors[k].to(of(tensors[k])) for k in keys})
+    text = {"config.json": config}
+    if len(files) > 1:
+        total = sum(v.numel() * of(v).itemsize for v in tensors.values())
+        text = {name.format("") + ".index.json": {"metadata": {"total_size": total}, "weight_map": {k: file for file, keys in zip(files, shards) for k in keys}}} | text
+    for file, content in text.items():
+        with atomic(folder / file) as tmp:
+            tmp.write_text(json.dumps(content, indent=1))

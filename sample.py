@@ -8,23 +8,34 @@ DDPM's chain, for DiT as it was published.
     python sample.py                                   the newest run, or the embedded base if there is none
     python sample.py --base dit-xl --classes 207 360   an official model
     python sample.py --ckpt runs/finetune-tiny-1 --cfg-scale 3 --num-steps 50 --seed 7
+    python sample.py --base dc-gen-flux-1k --prompt "a lighthouse at dusk" --res 1216x832
+    python sample.py --base sana-4.8b --prompts FILE --dry-run        what it would take, without weights
 """
 
 import argparse
 import json
 import math
 import time
+import weakref
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from autoencoder import load_autoencoder
-from data import SHAPES, fingerprint
-from lora import add_lora, merge_lora
-from model import BASES, build, cat_conditions, config_dict, config_of, ddpm_alphas_cumprod, deepen, fast_bf16, find_weights, read_config, read_tensors, run
+from autoencoder import ae_class, ae_config, export_autoencoder, load_autoencoder
+from data import SHAPES, TEXT_ENCODERS, encode_prompts, fingerprint, null_prompt, read_prompts, text_parts
+from lora import add_lora, load_peft, lora_state, merge_lora, save_peft
+from model import (BASES, FAMILIES, FluxConfig, Text, build, cat_conditions, config_dict, config_of, ddpm_alphas_cumprod, deepen, export_diffusers, fast_bf16, find_weights,
+                   read_config, read_tensors, run)
 
 
 # ---- the path and its ODE ------------------------------------------------------------------------------------------------
@@ -42,6 +53,27 @@ def shift_time(t: Tensor, shift: float) -> Tensor:
     return t / (t + shift * (1 - t))
 
 
+SHIFTS = ("mu", "flux2")
+
+
+def resolve_shift(rule: str | float, channels: int, H: int, W: int, patch_size: int) -> float:
+    """A published rule's shift r for a latent (C,H,W); a number is itself (SANA: 3 at every size).
+    mu     exp(mu), mu on a line in the tokens through (256, 0.5) and (4096, 1.15)   (FLUX sampling.py; DC-Gen-FLUX at 4K)
+    flux2  sqrt(C H W / 4096)                                                        (DC-Gen-FLUX at 1K)
+    ValueError lists the rules."""
+    if rule == "mu":
+        tokens = H * W / patch_size**2
+        return math.exp(0.5 + (1.15 - 0.5) * (tokens - 256) / (4096 - 256))
+    if rule == "flux2":
+        return math.sqrt(channels * H * W / 4096)
+    try:
+        if (shift := float(rule)) > 0:
+            return shift
+    except ValueError:
+        pass
+    raise ValueError(f"--shift {rule}: give a positive number, or one of {', '.join(SHIFTS)}")
+
+
 def sample_t(n: int, generator=None, kind: str = "logit-normal", shift: float = 1.0, device="cpu") -> Tensor:
     """Training times (n,) in (0,1): logit-normal(0,1) as the authors' code, or uniform; then the resolution shift."""
     if kind == "uniform":
@@ -51,9 +83,10 @@ def sample_t(n: int, generator=None, kind: str = "logit-normal", shift: float = 
     return shift_time(t, shift)
 
 
-def time_grid(num_steps: int, shift: float = 1.0) -> list[float]:
-    """num_steps + 1 times from noise (0) to data (1), as Python floats: nothing is read back from the device."""
-    return shift_time(torch.linspace(0, 1, num_steps + 1, dtype=torch.float64), shift).tolist()
+def time_grid(num_steps: int, shift: float = 1.0, start: float = 0.0) -> list[float]:
+    """num_steps + 1 times from noise (0) to data (1), as Python floats: nothing is read back from the device.
+    start: the first of them, before the shift."""
+    return shift_time(torch.linspace(start, 1, num_steps + 1, dtype=torch.float64), shift).tolist()
 
 
 def noise(generators: list[torch.Generator], shape: tuple[int, ...]) -> Tensor:
@@ -75,16 +108,33 @@ def guided(model, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float, null: Tenso
     return torch.cat([out[:, :k], cond[:, k:]], dim=1)
 
 
-def integrate(velocity, x: Tensor, times: list[float], method: str = "euler", progress: bool = False) -> Tensor:
-    """Follow dx/dt = velocity(x, t) over the grid of times. x (B,C,H,W), velocity takes t (B,). Euler: one evaluation a
-    step; Heun: two, second order, except for the last step."""
+SOLVERS = ("euler", "heun", "dpm")
+START = {"dpm": 1e-3}                                                # where a solver's clock starts: log(t / (1-t)) has to be finite
+
+
+def integrate(velocity, x: Tensor, times: list[float], method: str = "euler", progress: bool = False, each=None) -> Tensor:
+    """Follow dx/dt = velocity(x, t) over the grid of times. x (B,C,H,W), velocity takes t (B,). each(x): after every step.
+    euler  one evaluation a step, first order
+    heun   two, second order, except for the last step
+    dpm    one, second order: DPM-Solver++(2M) (arXiv 2211.01095, Alg. 2), SANA's solver. On the straight path its step is
+           Euler's towards a guess of the data that goes on as the last two guesses went, in units of log(t / (1-t));
+           the last step, at whose end that is infinite, takes the guess as it is"""
     at = lambda t: torch.full((len(x),), t, device=x.device)
+    log_snr = lambda t: math.log(t / (1 - t)) if t > 0 else -math.inf
+    guess, before = None, None                                       # the last guess of the data and its time
     for a, b in tqdm(list(zip(times, times[1:])), desc=f"{method}", leave=False, disable=not progress):
         v = velocity(x, at(a)).float()
-        step = x + (b - a) * v
         if method == "heun" and b < 1.0:
-            step = x + (b - a) * 0.5 * (v + velocity(step, at(b)).float())
-        x = step
+            v = 0.5 * (v + velocity(x + (b - a) * v, at(b)).float())
+        if method == "dpm":
+            last, guess = guess, x + (1 - a) * v
+            if last is not None and b < 1.0:
+                ratio = (log_snr(b) - log_snr(a)) / (log_snr(a) - log_snr(before))
+                v = v + 0.5 * ratio * (guess - last) / (1 - a)
+            before = a
+        x = x + (b - a) * v
+        if each:
+            each(x)
     return x
 
 
@@ -185,34 +235,125 @@ def ddpm_loss(model, chain: Chain, z: Tensor, i: Tensor, y: Tensor, x0: Tensor) 
 
 # ---- noise and a condition in, pictures out ----------------------------------------------------------------------------------
 
-@torch.no_grad()
-def generate(model, ae, y: Tensor, seeds: list[int], num_steps: int = 25, cfg_scale: float = 3.0, sampler: str = "euler", shift: float = 1.0,
-             size: tuple[int, int] | None = None, batch: int = 64, dtype: torch.dtype = torch.float32, progress: bool = False) -> Tensor:
-    """Pictures (B,3,H,W) in [-1,1] on the CPU for classes y (B,). size = (H,W) in pixels (default: the model's own);
-    sampler: euler, heun (flow), ddim, ddpm (DiT as published only). Sizes must divide by f p (ValueError)."""
-    H, W = size or (model.cfg.res,) * 2
-    unit = ae.cfg.f * model.cfg.patch_size
+def latent_size(cfg, ae_cfg, size: tuple[int, int]) -> tuple[int, int]:
+    """Pixels (H,W) -> the latent's (H,W). Sizes must divide by f p (ValueError naming the nearest that do)."""
+    (H, W), unit = size, ae_cfg.f * cfg.patch_size
     if H % unit or W % unit:
         name = lambda H, W: f"{H}" if H == W else f"{W}x{H}"
         down, up = (name(*(max(unit, round_(s / unit) * unit) for s in (H, W))) for round_ in (math.floor, math.ceil))
-        raise ValueError(f"--res {name(H, W)}: {ae.cfg.name} with patch {model.cfg.patch_size} needs a multiple of {unit}; try {up if up == down else f'{down} or {up}'}")
+        raise ValueError(f"--res {name(H, W)}: {ae_cfg.name} with patch {cfg.patch_size} needs a multiple of {unit}; try {up if up == down else f'{down} or {up}'}")
+    return H // ae_cfg.f, W // ae_cfg.f
+
+
+@contextmanager
+def visiting(module: torch.nn.Module, device):
+    """The module on the device, and where it was again afterwards. Its own tensors wait there: coming home copies nothing."""
+    home = [(store, name, t, t.data) for m in module.modules() for store in (m._parameters, m._buffers) for name, t in store.items() if t is not None]
+    module.to(device)
+    yield module
+    for store, name, t, data in home:
+        t.data = data
+        store[name] = t
+
+
+@contextmanager
+def timed(seconds: dict, what: str, device):
+    """Adds the time of a block to seconds[what], the device's own work included."""
+    start = time.perf_counter()
+    yield
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+    seconds[what] = seconds.get(what, 0.0) + time.perf_counter() - start
+
+
+@torch.no_grad()
+def generate(model, ae, cond, seeds: list[int], num_steps: int = 25, cfg_scale: float = 3.0, sampler: str = "euler", shift: float | str = 1.0,
+             size: tuple[int, int] | None = None, batch: int = 64, dtype: torch.dtype = torch.float32, progress: bool = False, device=None,
+             seconds: dict | None = None) -> Tensor:
+    """Pictures (B,3,H,W) in [-1,1] on the CPU for conditions, classes (B,) or a Text. size = (H,W) in pixels (default: the
+    model's own); sampler: euler, heun, dpm (flow), ddim, ddpm (DiT as published only); shift: a number or a rule of SHIFTS.
+    Sizes must divide by f p (ValueError). device: where to work; a model or autoencoder that is elsewhere comes there for
+    its part only (default: the model's). seconds: receives the times of denoising and decoding."""
+    size = size or (model.cfg.res,) * 2
+    h, w = latent_size(model.cfg, ae.cfg, size)
     if sampler in ("ddim", "ddpm") and model.cfg.predict != "epsilon":
-        raise ValueError(f"--sampler {sampler} is for a model that predicts epsilon on DDPM's clock; this one predicts a velocity: use euler or heun")
+        raise ValueError(f"--sampler {sampler} is for a model that predicts epsilon on DDPM's clock; this one predicts a velocity: use euler or heun, or dpm")
     if num_steps < 1:
         raise ValueError(f"--num-steps {num_steps}: at least 1")
-    device, images = next(model.parameters()).device, []
+    shift = resolve_shift(shift, model.cfg.in_channels, h, w, model.cfg.patch_size)
+    device, seconds, images = torch.device(device or next(model.parameters()).device), {} if seconds is None else seconds, []
     chain = Chain.spaced(num_steps, ddim=sampler == "ddim") if sampler in ("ddim", "ddpm") else None
-    for i in tqdm(range(0, len(y), batch), desc="drawing", disable=not progress or len(y) <= batch, leave=False):
-        yb = y[i : i + batch].to(device)
+    for i in tqdm(range(0, len(cond), batch), desc="drawing", disable=not progress or len(cond) <= batch, leave=False):
+        rows = cond[i : i + batch].to(device)
         generators = [torch.Generator().manual_seed(s) for s in seeds[i : i + batch]]
-        x = noise(generators, (model.cfg.in_channels, H // ae.cfg.f, W // ae.cfg.f)).to(device)
+        x = noise(generators, (model.cfg.in_channels, h, w)).to(device)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            if chain:
-                z = chain.sample(lambda x, clock: guided(model, x, clock, yb, cfg_scale, call=model.network), x, sampler == "ddim", generators, progress)
-            else:
-                z = integrate(lambda x, t: guided(model, x, t, yb, cfg_scale), x, time_grid(num_steps, shift), sampler, progress)
-            images += [ae.decode(part).float().cpu() for part in z.split(max(1, 2**22 // (H * W)))]      # pixels need more room than tokens
+            with timed(seconds, "denoising", device), visiting(model, device):
+                if chain:
+                    z = chain.sample(lambda x, clock: guided(model, x, clock, rows, cfg_scale, call=model.network), x, sampler == "ddim", generators, progress)
+                else:
+                    z = integrate(lambda x, t: guided(model, x, t, rows, cfg_scale), x, time_grid(num_steps, shift, START.get(sampler, 0.0)), sampler, progress)
+            with timed(seconds, "decoding", device), visiting(ae, device):
+                images += [ae.decode(part).float().cpu() for part in z.split(max(1, 2**22 // (size[0] * size[1])))]      # pixels need more room than tokens
     return torch.cat(images).clamp(-1, 1)
+
+
+# ---- what it costs, without a single weight ------------------------------------------------------------------------------------
+
+class Cost(TorchDispatchMode):
+    """Counts while code runs on the meta device: the most bytes alive at one time, of what the code itself made."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        storages = lambda tree: {id(s): s for t in tree_leaves(tree) if isinstance(t, Tensor) for s in [t.untyped_storage()]}
+        given = storages((args, kwargs))                             # a view of what was there makes nothing
+        for key, storage in storages(out).items():
+            if key not in given:
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self.gone, storage.nbytes())
+        self.peak = max(self.peak, self.now)
+        return out
+
+    def gone(self, size: int):
+        self.now -= size
+
+
+class FusedAttention(TorchFunctionMode):
+    """Softmax attention as fused kernels do it, without the table of scores; its arithmetic is counted here."""
+    flops = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is F.scaled_dot_product_attention:
+            q, k, v = args[:3]
+            self.flops += 2 * q.numel() * k.shape[-2] + 2 * q.numel() // q.shape[-1] * k.shape[-2] * v.shape[-1]
+            return torch.empty_like(q)
+        return func(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def cost(f, *args) -> tuple[float, float]:
+    """Floating-point operations (a multiplication with its addition is two) and peak bytes of f's own tensors, float32."""
+    with FlopCounterMode(display=False) as rest, FusedAttention() as attention, Cost() as memory:
+        f(*args)
+    return rest.get_total_flops() + attention.flops, memory.peak
+
+
+def estimate(cfg, ae_cfg, cond, size: tuple[int, int], num_steps: int, passes: int, dtype: torch.dtype) -> dict:
+    """What drawing one batch takes, from the configurations alone; cond on the meta device. Bytes are those of the dtype."""
+    h, w = latent_size(cfg, ae_cfg, size)
+    with torch.device("meta"):
+        model, ae = FAMILIES[type(cfg)](cfg).eval(), ae_class(ae_cfg)(ae_cfg).requires_grad_(False).eval()
+        x, t = torch.empty(len(cond), cfg.in_channels, h, w), torch.empty(len(cond))
+        step, step_bytes = cost(model, x, t, cond)
+        decode, decode_bytes = cost(ae.decode_raw, x[:1])
+    count = lambda m: sum(p.numel() for p in m.parameters())
+    return dict(parameters=count(model), decoder_parameters=count(ae.decoder), tokens=h * w // cfg.patch_size**2, latent=(cfg.in_channels, h, w),
+                step_flops=step * passes, decode_flops=decode * len(cond), total_flops=step * passes * num_steps + decode * len(cond),
+                weights_bytes=count(model) * dtype.itemsize, step_bytes=step_bytes * passes * dtype.itemsize // 4, decode_bytes=decode_bytes * dtype.itemsize // 4)
 
 
 # ---- pictures on disk ----------------------------------------------------------------------------------------------------------
@@ -250,12 +391,12 @@ def save_grid(path, rows: list[tuple[str, Tensor]], columns: list[str] = (), met
 
 # ---- models by name, shared flags ------------------------------------------------------------------------------------------------
 
-def add_model_args(p: argparse.ArgumentParser):
-    """The flags that choose a model; `load_base`, `load_run` and `load_ae` read them."""
+def add_model_args(p: argparse.ArgumentParser, res=int):
+    """The flags that choose a model; `load_base`, `load_run` and `load_ae` read them. res: what --res is read as."""
     p.add_argument("--base", default="tiny", metavar="NAME|RUN", help=f"pretrained model: {', '.join(BASES)}, or the folder of a finished run (default tiny)")
-    p.add_argument("--weights", metavar="FILE", help="the base's weight file, any published layout (default: shipped, or the model hub's cache)")
+    p.add_argument("--weights", metavar="PATH", help="the base's weights: a file in any published layout, or a pipeline folder (default: shipped, or the model hub's cache)")
     p.add_argument("--base-ae-weights", metavar="FILE", help="weight file of the base's own autoencoder (default: as above)")
-    p.add_argument("--res", type=int, help="pixels a side (default: the base's)")
+    p.add_argument("--res", type=res, help="pixels a side" + (", or WIDTHxHEIGHT" if res is str else "") + " (default: the base's)")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
     p.add_argument("--dtype", default="auto", choices=("auto", "bf16", "fp32"), help="arithmetic; auto = bf16 where it is faster (default auto)")
     p.add_argument("--seed", type=int, default=0, help="seed; picture i of a batch uses seed + i (default 0)")
@@ -265,17 +406,35 @@ def dtype_of(args) -> torch.dtype:
     return torch.bfloat16 if args.dtype == "bf16" or (args.dtype == "auto" and fast_bf16(args.device)) else torch.float32
 
 
-def load_base(name: str, weights: str | None = None, device="cpu"):
+def facts_of(name: str, ema: bool = True):
+    """A preset's or a run's configuration and facts, without its weights. ValueError lists the presets."""
+    if name in BASES:
+        return BASES[name], {}
+    if not Path(name).exists():
+        raise ValueError(f"--base {name}: not a preset ({', '.join(BASES)}) and not the folder of a run")
+    return run_facts(run_file(name, ema))
+
+
+def run_facts(file: Path):
+    """The configuration and the facts that a run's file carries. ValueError if it is not a run's."""
+    if not file.is_file():
+        raise ValueError(f"{file}: no such weight file")
+    info = read_config(file)
+    if "model" not in info:
+        raise ValueError(f"{file} is not a run's file; an official weight file goes to --weights, with --base naming its model")
+    return config_of(info["model"]), info
+
+
+def load_base(name: str, weights: str | None = None, device="cpu", dtype: torch.dtype | None = torch.float32):
     """A preset, or a finished run (its LoRA merged) -> model in eval mode, what a run trained from it has to know.
     ValueError lists the names."""
+    cfg, _ = facts_of(name)
     if name in BASES:
-        model, kept = build(BASES[name], find_weights(name, BASES[name].weights, weights)), {}
-    elif Path(name).exists():
+        model, kept = build(cfg, find_weights(name, cfg.weights, weights), dtype), {}
+    else:
         model, info = load_run(name, base_weights=weights)
         kept, weights = {k: info[k] for k in ("classes", "shift", "images", "ae_weights") if k in info}, None
         merge_lora(model)
-    else:
-        raise ValueError(f"--base {name}: not a preset ({', '.join(BASES)}) and not the folder of a run")
     return model.to(device).eval(), {**kept, "base": name, "base_weights": weights, "base_print": fingerprint(model)}
 
 
@@ -290,17 +449,14 @@ def run_file(path, ema: bool = True) -> Path:
     return next(f for f in files if f.exists())
 
 
-def load_run(path, device="cpu", ema: bool = True, base_weights: str | None = None):
+def load_run(path, device="cpu", ema: bool = True, base_weights: str | None = None, dtype: torch.dtype = torch.float32):
     """A run's folder or file -> model in eval mode (LoRA attached), the facts written with it. A run keeps what it
     trained; the rest comes from its base, which is loaded first unless everything was trained (base_weights: where its
     file is now). ValueError if this is not a run, or its base is another one than it was trained from."""
     path = run_file(path, ema)
-    tensors, info = read_tensors(path), read_config(path)
-    if "model" not in info:
-        raise ValueError(f"{path} is not a run's file; an official weight file goes to --weights, with --base naming its model")
-    cfg = config_of(info["model"])
+    (cfg, info), tensors = run_facts(path), read_tensors(path)
     if info.get("lora") or not any("blocks." in k for k in tensors):
-        base, found = load_base(info["base"], base_weights or info["base_weights"])
+        base, found = load_base(info["base"], base_weights or info["base_weights"], dtype=None)     # its print is of the file's own numbers
         if info.get("base_print", found["base_print"]) != found["base_print"]:
             raise ValueError(f"{path} was trained from another {info['base']} than the one found now; give that one's file with --weights")
         model = deepen(base, cfg)
@@ -309,7 +465,7 @@ def load_run(path, device="cpu", ema: bool = True, base_weights: str | None = No
         load_part(model, tensors, path)
     else:
         model = build(cfg, path)
-    return model.float().requires_grad_(False).to(device).eval(), info | {"file": str(path)}
+    return model.requires_grad_(False).to(device, dtype).eval(), info | {"file": str(path)}
 
 
 def load_part(model, tensors: dict[str, Tensor], source="the file"):
@@ -349,52 +505,211 @@ def parse_classes(text: list[str] | None, names: tuple[str, ...], count: int) ->
     return picked.repeat(-(-count // len(picked)))[: max(count, len(picked))]
 
 
+def export(model, ae, folder: Path):
+    """Write what the diffusers library reads: transformer/ and vae/ with everything merged; a LoRA once more, by itself."""
+    if lora_state(model):
+        save_peft(model, folder / "lora")
+    export_diffusers(merge_lora(model), folder)
+    export_autoencoder(ae, folder)
+    print(f"wrote {', '.join(str(d) + '/' for d in sorted(folder.iterdir()) if d.is_dir())}")
+
+
+def thumbnails(images: Tensor, side: int = 512) -> Tensor:
+    """(B,3,H,W) -> no side longer than `side`: a grid is for looking."""
+    scale = side / max(images.shape[-2:])
+    return images if scale >= 1 else F.interpolate(images, scale_factor=scale, mode="area")
+
+
+def reject(found, flag: str, why: str):
+    if found:
+        raise ValueError(f"{flag}: {why}")
+
+
+# ---- a model's own settings ------------------------------------------------------------------------------------------------------
+
+# How a family's authors draw with it, and what differs in a base of theirs. encoders: data.TEXT_ENCODERS; text: where they are
+SETTINGS = {
+    "DiTConfig":      dict(num_steps=25, cfg_scale=3.0, guidance=None, sampler="euler", shift=1.0, batch=64, encoders=None),
+    "FluxConfig":     dict(num_steps=20, cfg_scale=1.0, guidance=3.5, sampler="euler", shift="flux2", batch=1, encoders="flux", text="black-forest-labs/FLUX.1-Krea-dev::"),
+    "SanaConfig":     dict(num_steps=20, cfg_scale=4.5, guidance=None, sampler="dpm", shift=3.0, batch=1, encoders="sana", text="Efficient-Large-Model/SANA1.5_1.6B_1024px_diffusers::"),
+    "flux-krea":      dict(num_steps=28, guidance=4.5, shift="mu"),
+    "flux-dev":       dict(num_steps=50, shift="mu", text="black-forest-labs/FLUX.1-dev::"),
+    "dc-gen-flux-1k": dict(text=BASES["dc-gen-flux-1k"].weights),
+    "dc-gen-flux-4k": dict(text=BASES["dc-gen-flux-4k"].weights, shift="mu"),
+}
+
+
+def settings(cfg, base: str | None = None, **given) -> dict:
+    """A model's settings; those given, unless None, go first."""
+    own = {**SETTINGS[type(cfg).__name__], **SETTINGS.get(base, {})}
+    if cfg.predict == "epsilon":
+        own["sampler"] = "ddpm"                                      # DiT as published
+    return own | {k: v for k, v in given.items() if v is not None}
+
+
+def parse_size(text: str | None, res: int) -> tuple[int, int]:
+    """"1024" or "1216x832", width first as everybody writes it -> (H,W) in pixels."""
+    sides = str(text or res).lower().split("x")
+    if len(sides) > 2 or not all(side.isdecimal() and int(side) for side in sides):
+        raise ValueError(f"--res {text}: give pixels a side, or WIDTHxHEIGHT, as 1024 or 1216x832")
+    return int(sides[-1]), int(sides[0])
+
+
+def pick_prompts(given: list[str] | None, file: str | None, count: int | None) -> list[str]:
+    """The prompts of --prompt and of a file, in turn up to `count` (default: each once)."""
+    prompts = (given or []) + (read_prompts(file) if file else [])
+    if not prompts:
+        raise ValueError("this model draws prompts: give --prompt TEXT (again for another), or --prompts FILE with one on a line")
+    if count is not None and count < 1:
+        raise ValueError(f"--count {count}: at least 1")
+    return (prompts * -(-(count or 0) // len(prompts)) or prompts)[: max(count or 0, len(prompts))]
+
+
+def encode(family: str, folder, prompts: list[str], negative: str, guidance: float | None, length: int, dtype, device) -> tuple[Text, Text]:
+    """Prompts -> their Text with the guidance that a distilled model is told, and the null condition for `model.null`."""
+    kw, distinct = dict(dtype=dtype, device=device), list(dict.fromkeys(prompts))
+    text = encode_prompts(family, folder, distinct, length, **kw)[torch.tensor([distinct.index(p) for p in prompts])]
+    return replace(text, guidance=None if guidance is None else torch.full((len(prompts),), guidance)), null_prompt(family, folder, length, negative, **kw)
+
+
+def text_folder(name: str, family: str, spec: str, given: str | None, weights: str | None) -> Path:
+    """Where a family's text encoders are: the folder given, the pipeline folder that the weights came from, or the hub."""
+    parts = text_parts(family)
+    if not given and weights and (Path(weights) / parts[0]).is_dir():
+        return Path(weights)
+    return find_weights(f"{name}'s text encoder", spec, given, parts, "--text-encoders")
+
+
+def ae_folder(name: str, cfg, weights: str | None) -> Path | None:
+    """The pipeline folder that a model came from, if it did: its own autoencoder lies there, with its scale."""
+    if weights:
+        return Path(weights) if (Path(weights) / "vae").is_dir() else None
+    if cfg.weights and cfg.weights.endswith(("/", "::")):
+        return find_weights(f"{name}'s autoencoder", cfg.weights, None, ("vae",), "--base-ae-weights")
+
+
+def report(cfg, own: dict, size: tuple[int, int], count: int, dtype: torch.dtype, text_tokens: int | None, offload: bool) -> str:
+    """What drawing takes, in a few lines, from the configurations alone."""
+    ae_cfg, batch = ae_config(cfg.ae), min(own["batch"], count)
+    with torch.device("meta"):
+        cond = torch.zeros(batch, dtype=torch.long) if not own["encoders"] else example_text(cfg, batch, text_tokens)
+    e = estimate(cfg, ae_cfg, cond, size, own["num_steps"], 1 if own["cfg_scale"] == 1 else 2, dtype)
+    model, decoder = e["weights_bytes"], e["decoder_parameters"] * 4
+    gb, encoders = lambda n: f"{n / 1e9:.2f} GB", TEXT_ENCODERS.get(own["encoders"], ())
+    rows = [("model", f"{e['parameters'] / 1e6:,.1f}M parameters, {gb(model)} in {str(dtype).removeprefix('torch.')}"),
+            *((cls, f"{millions:,}M parameters, {gb(millions * 1e6 * dtype.itemsize)}, loaded before the model and freed") for *_, cls, _, millions in encoders),
+            (cfg.ae, f"decoder {e['decoder_parameters'] / 1e6:,.1f}M parameters, {gb(decoder)} in float32"),
+            ("picture", f"{size[1]}x{size[0]}, latent {'x'.join(map(str, e['latent']))}, {e['tokens']:,} tokens" + (f" and {text_tokens} of text" if encoders else "")),
+            ("arithmetic", f"{e['step_flops'] / 1e12:,.2f} TFLOPs a step of {batch}, {own['num_steps']} steps; {e['decode_flops'] / 1e12:,.2f} to decode; {e['total_flops'] / 1e12:,.1f} in all"),
+            ("memory", f"about {gb(model + e['step_bytes'] + (0 if offload else decoder))} while denoising, {gb(decoder + e['decode_bytes'] + (0 if offload else model))} while decoding")]
+    return "\n".join(f"{name:22}{text}" for name, text in rows)
+
+
+def example_text(cfg, rows: int, tokens: int) -> Text:
+    """A Text of the shapes that a model reads, with nothing in it."""
+    if isinstance(cfg, FluxConfig):
+        return Text(torch.zeros(rows, tokens, cfg.context_in_dim), None, torch.zeros(rows, cfg.vec_in_dim), torch.zeros(rows) if cfg.guidance_embed else None)
+    return Text(torch.zeros(rows, tokens, cfg.caption_channels), torch.ones(rows, tokens, dtype=torch.bool))
+
+
+def peak_gib(device) -> float:
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    import resource
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # kilobytes on Linux
+
+
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_model_args(p)
+    add_model_args(p, res=str)
     p.set_defaults(base=None)
     p.add_argument("--ckpt", metavar="RUN", help="a run's folder or file (default without --base: the newest run in runs/, else the embedded base)")
     p.add_argument("--ae-weights", metavar="FILE", help="weight file of the run's deep autoencoder (default: shipped, or the model hub's cache)")
+    p.add_argument("--text-encoders", metavar="DIR", help="pipeline folder with the text encoders (default: that of --weights, or the model hub's cache)")
     p.add_argument("--raw", action="store_true", help="the weights as trained, not their moving average")
     p.add_argument("--classes", nargs="+", help="class numbers or names (default: all in turn)")
-    p.add_argument("--count", type=int, default=8, help="pictures (default 8)")
-    p.add_argument("--num-steps", type=int, default=25, help="ODE or chain steps (default 25)")
-    p.add_argument("--cfg-scale", type=float, default=3.0, help="classifier-free guidance in two passes; 1 = off (default 3)")
-    p.add_argument("--sampler", default=None, choices=("euler", "heun", "ddim", "ddpm"), help="default: euler; ddpm for DiT as published")
-    p.add_argument("--shift", type=float, help="resolution shift of the time grid; 1 = off (default: the one trained with)")
-    p.add_argument("--batch", type=int, default=64, help="pictures at a time (default 64)")
+    p.add_argument("--prompt", action="append", metavar="TEXT", help="what to draw; again for another")
+    p.add_argument("--prompts", metavar="FILE", help="prompts, one a line, # for comments")
+    p.add_argument("--negative", default="", metavar="TEXT", help="what to keep away from, by --cfg-scale (default: the empty prompt)")
+    p.add_argument("--count", type=int, help="pictures (default 8, or one a prompt)")
+    p.add_argument("--num-steps", type=int, help="ODE or chain steps (default: the authors' for the model; DiT 25)")
+    p.add_argument("--cfg-scale", type=float, help="classifier-free guidance in two passes; 1 = off (default: the authors'; DiT 3, FLUX 1, SANA 4.5)")
+    p.add_argument("--guidance", type=float, help="the number that a distilled model (FLUX) is told, one pass (default 3.5, flux-krea 4.5)")
+    p.add_argument("--sampler", choices=(*SOLVERS, "ddim", "ddpm"), help="default: euler; dpm for SANA; ddpm for DiT as published")
+    p.add_argument("--shift", help=f"resolution shift of the time grid: a number, 1 = off, or a rule, {' or '.join(SHIFTS)} (default: the one trained with)")
+    p.add_argument("--text-tokens", type=int, help="prompt tokens kept (default: the model's; FLUX 512 or 256)")
+    p.add_argument("--batch", type=int, help="pictures at a time (default 64, with prompts 1)")
+    p.add_argument("--offload", action="store_true", help="model and autoencoder are on the device only for their part")
+    p.add_argument("--lora", metavar="PATH", help="a LoRA of diffusers or PEFT to add, a file or a folder with its embedder and head")
+    p.add_argument("--dry-run", action="store_true", help="print what it would take, and stop; touches no weights")
+    p.add_argument("--export", metavar="DIR", help="write model and autoencoder as a diffusers folder, LoRA merged (and beside it in lora/), and stop")
     p.add_argument("--out", help="folder for the pictures (default: samples/ in the run, or runs/samples-BASE)")
     args = p.parse_args(argv)
 
     if args.ckpt and args.base:
         raise ValueError("--base and --ckpt each name a model; give one of them")
-    ckpt = args.ckpt or (None if args.base else newest_run())
-    name = args.base or "tiny"
-    if ckpt:
-        model, info = load_run(ckpt, args.device, not args.raw, args.weights)
-        print(f"{info['file']}: {'moving average' if Path(info['file']).name.startswith('ema') else 'weights as trained'}, base {info['base']}, latents of {model.cfg.ae}")
+    ckpt, name, dtype, seconds = args.ckpt or (None if args.base else newest_run()), args.base or "tiny", dtype_of(args), {}
+    cfg, info = run_facts(run_file(ckpt, not args.raw)) if ckpt else facts_of(name)
+    label = str(ckpt or name)
+    own = settings(cfg, None if ckpt else name, num_steps=args.num_steps, cfg_scale=args.cfg_scale, guidance=args.guidance, sampler=args.sampler,
+                   shift=args.shift if args.shift is not None else info.get("shift"), batch=args.batch)
+    size, length = parse_size(args.res, cfg.res), args.text_tokens or getattr(cfg, "text_tokens", None)
+    resolve_shift(own["shift"], cfg.in_channels, *latent_size(cfg, ae_config(cfg.ae), size), cfg.patch_size)      # errors before anything is loaded
+    distilled = getattr(cfg, "guidance_embed", False)                 # told its guidance as a number
+    if own["encoders"]:
+        reject(args.classes, "--classes", f"{label} draws prompts, not classes: use --prompt")
+        reject(args.guidance is not None and not distilled, "--guidance", f"{label} is not a distilled model that is told its guidance: use --cfg-scale")
+        reject(args.negative and own["cfg_scale"] == 1, "--negative", "a negative prompt acts in classifier-free guidance: give --cfg-scale above 1")
+        draws = not args.dry_run and not args.export
+        shown_as = prompts = pick_prompts(args.prompt or ([""] if not draws and not args.prompts else None), args.prompts, args.count)
     else:
-        model, info = load_base(name, args.weights, args.device)
-    ae = load_autoencoder(model.cfg.ae, args.ae_weights or args.base_ae_weights or info.get("ae_weights"), device=args.device)
-    classes = tuple(info.get("classes") or (SHAPES if model.cfg.num_classes == len(SHAPES) else [str(i) for i in range(model.cfg.num_classes)]))
-    y = parse_classes(args.classes, classes, args.count)
-    seeds = [args.seed + i for i in range(len(y))]
-    sampler = args.sampler or ("ddpm" if model.cfg.predict == "epsilon" else "euler")
-    shift = args.shift if args.shift is not None else info.get("shift", 1.0)
+        for flag, value in (("--prompt", args.prompt), ("--prompts", args.prompts), ("--negative", args.negative), ("--guidance", args.guidance is not None), ("--text-tokens", args.text_tokens)):
+            reject(value, flag, f"{label} draws classes, not prompts: use --classes")
+        classes = tuple(info.get("classes") or (SHAPES if cfg.num_classes == len(SHAPES) else [str(i) for i in range(cfg.num_classes)]))
+        cond = parse_classes(args.classes, classes, 8 if args.count is None else args.count)
+        shown_as = [classes[k] for k in cond]
+    if args.dry_run:
+        print(report(cfg, own, size, len(shown_as), dtype, length, args.offload))
+        return
+    home, weights_dtype = "cpu" if args.offload or args.export else args.device, dtype if own["encoders"] else torch.float32
+
+    def load():
+        model, info = load_run(ckpt, home, not args.raw, args.weights, weights_dtype) if ckpt else load_base(name, args.weights, home, weights_dtype)
+        if ckpt:
+            print(f"{info['file']}: {'moving average' if Path(info['file']).name.startswith('ema') else 'weights as trained'}, base {info['base']}, latents of {model.cfg.ae}")
+        if args.lora:
+            left_out = load_peft(merge_lora(model), args.lora)
+            print(f"{args.lora}: added" + (f", without {', '.join(left_out)}, which are bound to another latent space" if left_out else ""))
+        return model, info, load_autoencoder(model.cfg.ae, args.ae_weights or args.base_ae_weights or info.get("ae_weights") or ae_folder(name, cfg, args.weights), device=home)
+
+    if args.export:
+        export(*load()[::2], Path(args.export))
+        return
+    if own["encoders"]:                                               # before the model: 10 GB of encoders are gone when it comes
+        with timed(seconds, "text", args.device):
+            cond, null = encode(own["encoders"], text_folder(label, own["encoders"], own["text"], args.text_encoders, args.weights), prompts, args.negative,
+                                own["guidance"] if distilled else None, length, dtype, args.device)
+    model, info, ae = load()
+    if own["encoders"]:
+        model.null = null
+    seeds = [args.seed + i for i in range(len(cond))]
     out = Path(args.out or (Path(info["file"]).parent / "samples" if ckpt else f"runs/samples-{Path(name).name}"))
     grid = out.with_name(f"{out.name}-grid.png")                      # beside the folder, which so holds samples only
-    facts = dict(sampler=sampler, num_steps=args.num_steps, cfg_scale=args.cfg_scale, shift=shift, weights=str(info.get("file", name)), model=config_dict(model.cfg))
+    facts = {k: own[k] for k in ("sampler", "num_steps", "cfg_scale", "shift")} | dict(weights=str(info.get("file", name)), model=config_dict(model.cfg))
+    if own["encoders"]:
+        facts |= dict(guidance=own["guidance"] if distilled else None, text_tokens=length)
+    said = {"prompt": shown_as, "negative": [args.negative] * len(cond)} if own["encoders"] else {"class": shown_as}
     shown, start = [], time.perf_counter()
-    for rows in torch.arange(len(y)).split(args.batch):               # written as they come: 50 000 do not fit in memory
-        images = generate(model, ae, y[rows], [seeds[i] for i in rows], args.num_steps, args.cfg_scale, sampler, shift, (args.res, args.res) if args.res else None,
-                          args.batch, dtype_of(args), progress=True)
+    for rows in torch.arange(len(cond)).split(own["batch"]):          # written as they come: 50 000 do not fit in memory
+        images = generate(model, ae, cond[rows], [seeds[i] for i in rows], own["num_steps"], own["cfg_scale"], own["sampler"], own["shift"], size, own["batch"], dtype,
+                          progress=True, device=args.device, seconds=seconds)
         for i, pixels in zip(rows.tolist(), to_uint8(images)):
-            save_png(out / f"{i:05d}_seed{seeds[i]}.png", pixels, {"class": classes[y[i]], "seed": str(seeds[i]), "dcgen": facts})
-        shown += list(images[: 64 - len(shown)])
-    seconds = time.perf_counter() - start
-    save_grid(grid, [(f"seed {seeds[i]} +", torch.stack(shown[i : i + 8])) for i in range(0, len(shown), 8)], [classes[k] for k in y[:8]] if len(y) <= 8 else (), {"dcgen": facts})
-    peak = f", peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if args.device.startswith("cuda") else ""
-    print(f"wrote {len(y)} pictures to {out}/ and {grid} ({seconds:.1f} s, {seconds / len(y):.2f} s each{peak})")
+            save_png(out / f"{i:05d}_seed{seeds[i]}.png", pixels, {**{k: v[i] for k, v in said.items()}, "seed": str(seeds[i]), "dcgen": facts})
+        shown += list(thumbnails(images[: 64 - len(shown)]))
+    total = time.perf_counter() - start + seconds.get("text", 0.0)
+    save_grid(grid, [(f"seed {seeds[i]} +", torch.stack(shown[i : i + 8])) for i in range(0, len(shown), 8)], shown_as if len(cond) <= 8 else (), {"dcgen": facts})
+    print(f"wrote {len(cond)} pictures to {out}/ and {grid} ({total:.1f} s, {total / len(cond):.2f} s each: "
+          f"{', '.join(f'{what} {s:.1f} s' for what, s in seconds.items())}; peak {peak_gib(args.device):.1f} GiB)")
 
 
 if __name__ == "__main__":

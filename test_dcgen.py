@@ -11,17 +11,22 @@ import math
 import os
 import pickle
 import re
+import shutil
+import subprocess
 import sys
+import threading
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
+from urllib.parse import unquote, urlparse
 
 import numpy as np
 import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -29,20 +34,22 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import align
 import autoencoder
+import data
 import evaluate
 import finetune
 import lora
 import model
 import sample
-from autoencoder import AUTOENCODERS, DCAE, KLVAE, DCAEConfig, KLConfig, ae_class, ae_config, ae_table, in_strips, in_tiles, load_autoencoder, psnr, ssim
-from data import SHAPES, ImageFolder, LatentCache, ShapesSource, load_image, open_source, order, shape_facts, shapes
+from autoencoder import (AUTOENCODERS, DCAE, KLVAE, DCAEConfig, KLConfig, ae_class, ae_config, ae_table, diffusers_ae_config, export_autoencoder, in_strips, in_tiles,
+                         load_autoencoder, psnr, ssim, stated_config)
+from data import SANA_INSTRUCTION, SHAPES, ImageFolder, LatentCache, ShapesSource, encode_prompts, load_image, null_prompt, open_source, order, read_prompts, shape_facts, shapes
 from evaluate import accuracy, frechet_distance, gap_table, inception_score, judged_source, layer_gap, load_classifier, share_right
-from lora import LoRALinear, add_lora, lora_state, merge_lora
+from lora import LoRALinear, add_lora, load_peft, lora_from_peft, lora_state, lora_to_peft, merge_lora, save_peft
 from model import (BASES, DIT_TABLES, FAMILIES, TABLES, DiT, DiTConfig, Flux, FluxConfig, Sana, SanaConfig, Text, build, cat_conditions, choose_conditions, config_dict,
-                   config_facts, ddpm_alphas_cumprod, ddpm_times, deepen, find_weights, fit_config, linear_attention, load_weights, map_keys, read_config, read_tensors, recognise,
+                   config_facts, ddpm_alphas_cumprod, ddpm_times, deepen, find_weights, fit_config, export_diffusers, linear_attention, load_weights, map_keys, read_config, read_tensors, recognise,
                    sincos_2d, timestep_embedding, to_deep_latent, unmap_keys, write_tensors)
-from sample import (Chain, ddpm_loss, generate, guided, integrate, load_base, load_part, load_run, newest_run, noise, parse_classes, path, sample_t, save_png, shift_time,
-                    time_grid, to_uint8)
+from sample import (Chain, ddpm_loss, generate, guided, integrate, load_base, load_part, load_run, newest_run, noise, parse_classes, parse_size, path, resolve_shift, sample_t,
+                    save_png, shift_time, time_grid, to_uint8)
 
 HERE = Path(__file__).parent
 SHARED = HERE / "../shared"
@@ -706,11 +713,8 @@ def kl_of(config):
 
 def dc_of(config):
     """Our config for an AutoencoderDC of diffusers."""
-    first = lambda types: (list(types) + ["EfficientViTBlock"]).index("EfficientViTBlock")
-    return DCAEConfig("test", config["latent_channels"], 1.0, tuple(config["encoder_block_out_channels"]), tuple(config["encoder_layers_per_block"]),
-                      tuple(config["decoder_layers_per_block"]), first(config["encoder_block_types"]), first(config["decoder_block_types"]),
-                      any(map(len, config["encoder_qkv_multiscales"])), config["downsample_block_type"] == "Conv", config["upsample_block_type"] == "interpolate",
-                      "batch_norm" in config["decoder_norm_types"], config["encoder_out_shortcut"], config["decoder_conv_act_fn"])
+    preset = DCAEConfig("test", config["latent_channels"], widths=tuple(config["encoder_block_out_channels"]))
+    return replace(stated_config(preset, {**config, "_class_name": "AutoencoderDC"}), scale=1.0)
 
 
 # the four kinds of published DC-AE, small: widths and depths differ everywhere, so that a mix-up shows
@@ -1056,6 +1060,202 @@ def test_training_goes_on_where_it_was_killed_and_measures_the_scale(cfg, tmp_pa
     ae.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in a.items()})
     z = ae.encode(Colours().batch(torch.arange(40))[0])
     assert z.square().mean().sqrt().item() == pytest.approx(1, abs=0.05)
+
+
+# weights of whole folders, in and out
+
+def tiny_of(name):
+    cfg = TINIES[name]
+    return scramble(FAMILIES[type(cfg)](cfg))
+
+
+def run_of(net, n=2):
+    """A forward pass with fixed inputs, on our clock."""
+    g = torch.Generator().manual_seed(5)
+    x = torch.randn(n, net.cfg.in_channels, 4, 6, generator=g)
+    return net(x, torch.tensor([0.2, 0.7])[:n], condition_of(net.cfg, n))
+
+
+@pytest.mark.parametrize("name", TINIES)
+def test_an_exported_model_loads_again_with_or_without_its_configuration(name, tmp_path):
+    net = tiny_of(name)
+    export_diffusers(net, tmp_path, shard_bytes=100_000)
+    folder = tmp_path / "transformer"
+    assert len(list(folder.glob("*-of-*.safetensors"))) > 1
+    for place in (tmp_path, folder, folder / "diffusion_pytorch_model.safetensors.index.json"):
+        assert hash_of(build(net.cfg, place).state_dict()) == hash_of(net.state_dict()), place
+    found = build(None, tmp_path).cfg                                # config.json knows the heads and axes
+    keys = ("hidden_size", "depth", "num_heads") + (("axes_dim", "depth_single") if name == "flux" else ("in_channels", "patch_size"))
+    assert all(getattr(found, k) == getattr(net.cfg, k) for k in keys)
+    with pytest.raises(ValueError, match="holds a model already"):
+        export_diffusers(net, tmp_path)
+    with pytest.raises(ValueError, match="merge"):
+        export_diffusers(merge_lora(net) if not add_lora(net, 2) else net, tmp_path / "lora")
+
+
+@pytest.mark.parametrize("channels, patch", [(4, 2), (12, 1)])
+@pytest.mark.parametrize("name", TINIES)
+def test_stock_diffusers_loads_an_exported_model_with_equal_outputs(name, channels, patch, tmp_path):
+    diffusers = pytest.importorskip("diffusers")
+    cfg = replace(TINIES[name], in_channels=channels, patch_size=patch)
+    net = scramble(FAMILIES[type(cfg)](cfg))
+    export_diffusers(net, tmp_path, shard_bytes=200_000)
+    cls = {"dit": diffusers.DiTTransformer2DModel, "flux": diffusers.FluxTransformer2DModel, "sana": diffusers.SanaTransformer2DModel}[name]
+    theirs, said = cls.from_pretrained(tmp_path, subfolder="transformer", output_loading_info=True)
+    assert not any(said[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    x, clock, cond = torch.randn(2, channels, 8, 8), torch.tensor([0.25, 0.875]), condition_of(cfg)
+    if name == "flux":
+        n = 8 // patch
+        ids = torch.stack([torch.zeros(n, n), *torch.meshgrid(torch.arange(n), torch.arange(n), indexing="ij")], dim=-1).view(-1, 3)
+        want = net.unpatchify(theirs(net.patchify(x), cond.tokens, cond.pooled, clock, ids, torch.zeros(5, 3), cond.guidance).sample, (8, 8))
+    elif name == "sana":
+        clock = 1000 * clock
+        want = theirs(x, cond.tokens, clock, encoder_attention_mask=cond.mask).sample
+    else:
+        clock = torch.tensor([250, 875])                             # diffusers' DiT wants whole steps
+        for block in theirs.transformer_blocks:
+            block.norm1.emb.time_proj.downscale_freq_shift = 0       # 128, as trained
+        want = theirs(x, timestep=clock, class_labels=cond).sample
+    close(net.network(x, clock, cond), want, 2e-5 if name == "sana" else 1e-5)      # SANA: the epsilon of cross-attention
+
+
+@pytest.mark.parametrize("cfg", [TINY_KL, replace(TINY_KL, quant_conv=True), *STYLES.values()], ids=lambda c: c.name)
+def test_stock_diffusers_loads_an_exported_autoencoder_with_equal_outputs(cfg, tmp_path, monkeypatch):
+    diffusers = pytest.importorskip("diffusers")
+    cfg = replace(cfg, scale=0.61)
+    ae = scramble(ae_class(cfg)(cfg))
+    export_autoencoder(ae, tmp_path)
+    theirs, said = (diffusers.AutoencoderKL if isinstance(cfg, KLConfig) else diffusers.AutoencoderDC).from_pretrained(tmp_path, subfolder="vae", output_loading_info=True)
+    assert not any(said[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert theirs.config.scaling_factor == 0.61
+    x, z = torch.randn(1, 3, 4 * cfg.f, 2 * cfg.f), torch.randn(1, cfg.channels, 2, 3)
+    latent = theirs.encode(x).latent_dist.mean if isinstance(cfg, KLConfig) else theirs.encode(x).latent
+    close(ae.moments(x)[0], latent), close(ae.decode_raw(z), theirs.decode(z).sample)
+    # and back: the folder's config.json is believed, the scale above all
+    monkeypatch.setitem(AUTOENCODERS, cfg.name, replace(cfg, scale=99.0))
+    monkeypatch.setattr(autoencoder, "find_weights", lambda name, spec, path: Path(path))
+    again = load_autoencoder(cfg.name, tmp_path)
+    assert diffusers_ae_config(again.cfg) == diffusers_ae_config(cfg)
+    assert all(torch.equal(v, ae.state_dict()[k]) for k, v in again.state_dict().items())
+
+
+def test_the_scale_of_a_folder_is_the_one_in_its_config_and_a_foreign_folder_is_refused(tmp_path, monkeypatch):
+    """The DC-Gen releases state their scaling factor in vae/config.json, and nowhere else for certain."""
+    monkeypatch.setattr(autoencoder, "find_weights", lambda name, spec, path: Path(path))
+    cfg = replace(STYLES["in"], scale=0.25)
+    monkeypatch.setitem(AUTOENCODERS, "preset", replace(cfg, name="preset"))
+    ae = scramble(DCAE(cfg))
+    export_autoencoder(ae, tmp_path)
+    file = tmp_path / "vae/config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"scaling_factor": 0.7}))
+    got = load_autoencoder("preset", tmp_path)
+    x = torch.randn(1, 3, 16, 16)
+    close(got.encode(x), 0.7 * ae.moments(x)[0], 1e-6), close(got.decode(got.encode(x)), ae.decode_raw(ae.moments(x)[0]), 1e-4)
+    for other, said in ((replace(cfg, channels=16), "f8c8, and preset is f8c16"), (TINY_KL, "AutoencoderDC, and")):
+        monkeypatch.setitem(AUTOENCODERS, "preset", replace(other, name="preset"))
+        with pytest.raises(ValueError, match=said):
+            load_autoencoder("preset", tmp_path)
+
+
+def test_checkpoints_of_the_authors_trainer_load(tmp_path):
+    net = tiny_of("flux")
+    theirs = {f"0.{k}": v for k, v in unmap_keys(net.state_dict(), TABLES[Flux]["diffusers"]).items()}
+    other = {k: v + 1 for k, v in theirs.items()}
+    for i, saved in enumerate(({"model_state_dict": theirs, "step": 3}, {"model_state_dict": other, "ema_model_state_dict": {0.9: other, 0.999: theirs}},
+                               {"model_state_dict": other, "ema": {"0.999": theirs}, "optimizer_state_dict": {"state": {}}}, {"model_state_dict": theirs, "ema_model_state_dict": {}})):
+        torch.save(saved, tmp_path / f"{i}.pt")
+        assert hash_of(build(net.cfg, tmp_path / f"{i}.pt").state_dict()) == hash_of(net.state_dict()), i
+    torch.save({"state_dict": sana_original(tiny_of("sana")), "epoch": 1}, tmp_path / "sana.pth")
+    assert hash_of(build(TINY_SANA, tmp_path / "sana.pth").state_dict()) == hash_of(tiny_of("sana").state_dict())
+
+
+def sana_original(net):
+    """A state dict of ours as NVlabs publish it."""
+    extra = {"pos_embed": torch.zeros(1, 4, 64), "y_embedder.y_embedding": torch.zeros(5, 24)}
+    return extra | unmap_keys(net.state_dict(), [row for row in TABLES[Sana]["original"] if row[1]])
+
+
+def test_a_file_of_another_model_is_one_error_that_says_what_it_is_and_what_fits(tmp_path, monkeypatch):
+    flux, sana = tiny_of("flux"), tiny_of("sana")
+    monkeypatch.setitem(BASES, "fits", TINY_SANA)
+    write_tensors(tmp_path / "sana.safetensors", sana_original(sana))
+    write_tensors(tmp_path / "flux.safetensors", flux.state_dict())
+    write_tensors(tmp_path / "ae.safetensors", scramble(KLVAE(TINY_KL)).state_dict())
+    deep = to_deep_latent(TINY_FLUX, AUTOENCODERS["tiny-dc-ae-f32c32"])
+    for cfg, file, said in ((TINY_FLUX, "sana", ("a Sana with", "a Flux of another", "the preset that fits them is fits")), (replace(TINY_SANA, depth=3), "sana", ("depth 2 (not 3)", "fits")),
+                            (deep, "flux", ("token_channels 16 (not 32)", "no preset fits")), (TINY_DIT, "flux", ("a Flux with hidden_size 48",)),
+                            (TINY_FLUX, "ae", ("not the weights of a DiT, FLUX or SANA", "--ae-weights"))):
+        with pytest.raises(ValueError) as e:
+            build(cfg, tmp_path / f"{file}.safetensors")
+        assert f"{file}.safetensors" in str(e.value) and all(part in str(e.value) for part in said) and "\n" not in str(e.value), str(e.value)
+    broken = flux.state_dict()
+    broken.pop("double_blocks.1.txt_attn.norm.key_norm.scale")
+    write_tensors(tmp_path / "part.safetensors", broken)
+    with pytest.raises(ValueError, match="1 missing: double_blocks.1.txt_attn.norm.key_norm.scale"):
+        build(TINY_FLUX, tmp_path / "part.safetensors")
+
+
+def test_an_index_that_points_elsewhere_or_is_incomplete_is_one_clear_error(tmp_path):
+    net = tiny_of("flux")
+    export_diffusers(net, tmp_path, shard_bytes=100_000)
+    folder, name = tmp_path / "transformer", "diffusion_pytorch_model.safetensors.index.json"
+    good = (folder / name).read_text()
+    shard = sorted(set(json.loads(good)["weight_map"].values()))[0]
+    (tmp_path / shard).write_bytes((folder / shard).read_bytes())    # the bait exists
+    for bait in (f"../{shard}", str(tmp_path / shard), f"..\\\\{shard}", f"C:{shard}", f"./{shard}", "config.json", ".hidden.safetensors"):
+        (folder / name).write_text(good.replace(f'"{shard}"', f'"{bait}"', 1))
+        with pytest.raises(ValueError, match="beside the index"):
+            read_tensors(folder)
+    for text in ("{", "[]", '{"weight_map": [1]}', '{"weight_map": {"a": 1}}', "{}"):
+        (folder / name).write_text(text)
+        with pytest.raises(ValueError, match="not an index"):
+            read_tensors(folder)
+    (folder / name).write_text(good)
+    whole = (folder / shard).read_bytes()
+    for content, said in ((whole[: len(whole) // 2], "not a whole safetensors"), (b"version https://git-lfs.github.com/spec/v1\nsize 5\n", "git lfs pull"), (b"", "not a whole")):
+        (folder / shard).write_bytes(content)
+        with pytest.raises(ValueError, match=said) as e:
+            build(TINY_FLUX, tmp_path)
+        assert shard in str(e.value) and "\n" not in str(e.value)
+    (folder / shard).unlink()
+    with pytest.raises(ValueError, match=f"lacks 1 of the .* shards.*{shard}"):
+        build(TINY_FLUX, tmp_path)
+    (tmp_path / "none").mkdir()
+    with pytest.raises(ValueError, match="holds no weights"):
+        build(TINY_FLUX, tmp_path / "none")
+    (folder / shard).write_bytes(whole)
+    with pytest.raises(ValueError, match="one part of several"):
+        build(TINY_FLUX, folder / shard)
+    (folder / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="not JSON"):
+        build(TINY_FLUX, tmp_path)
+
+
+def test_what_is_loaded_as_it_is_stays_the_files_own_memory(tmp_path):
+    """Twelve billion weights must not be in memory twice."""
+    net = tiny_of("flux").bfloat16()
+    write_tensors(tmp_path / "w.safetensors", net.state_dict())
+    before = (tmp_path / "w.safetensors").read_bytes()
+    with open("/proc/self/maps" if Path("/proc/self/maps").exists() else os.devnull) as maps:
+        loaded = build(TINY_FLUX, tmp_path / "w.safetensors", dtype=None)
+        spans = [tuple(int(x, 16) for x in line.split()[0].split("-")) for line in maps if "w.safetensors" in line]
+    if spans:
+        assert all(any(a <= v.data_ptr() < b for a, b in spans) for v in loaded.state_dict().values())
+    assert hash_of(loaded.state_dict()) == hash_of(net.state_dict())
+    loaded.img_in.weight.zero_()                                     # the map is private
+    assert (tmp_path / "w.safetensors").read_bytes() == before
+    assert {v.dtype for v in build(TINY_FLUX, tmp_path / "w.safetensors", torch.float32).state_dict().values()} == {torch.float32}
+
+
+def test_weights_with_an_odd_header_load(tmp_path):
+    """Writers that do not pad their header leave the tensors at odd addresses."""
+    values = torch.arange(6, dtype=torch.float32)
+    header = json.dumps({"a": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}, "none": {"dtype": "F32", "shape": [0], "data_offsets": [24, 24]}}).encode()
+    for pad in range(4):
+        padded = header + b" " * pad
+        (tmp_path / "odd.safetensors").write_bytes(len(padded).to_bytes(8, "little") + padded + values.numpy().tobytes())
+        got = read_tensors(tmp_path / "odd.safetensors")
+        assert torch.equal(got["a"], values.view(2, 3)) and got["none"].shape == (0,)
 
 
 # ---- data.py -------------------------------------------------------------------------------------------------------------
@@ -1439,6 +1639,114 @@ def test_lora_is_scaled_by_alpha_over_rank():
         close(layer.delta(), alpha / rank * (layer.B @ layer.A), 1e-6)
         x = torch.randn(2, 48)
         close(layer(x) - layer.base(x), alpha / rank * x @ layer.A.T @ layer.B.T, 1e-4)
+
+
+def flux_lora_case():
+    config, weights, x, out = fixture("flux_lora")
+    tensors = load_file(SHARED / "parity/flux_lora.a.safetensors")
+    net = load_weights(on_meta(Flux, flux_of(config)), weights, TABLES[Flux]["diffusers"])
+    run = lambda net: net.patchify(net.network(net.unpatchify(x["hidden_states"], (4, 6)), x["timestep"], diffusers_text(x)))
+    return net, {k.removeprefix("lora."): v for k, v in tensors.items() if k.startswith("lora.")}, run, out
+
+
+def test_a_lora_of_diffusers_loads_at_its_strength_and_merges_to_the_same_weights():
+    net, lora, run, out = flux_lora_case()
+    close(run(net), out["base"])
+    assert lora_from_peft(net, lora) == []
+    assert net.single_blocks[0].linear1.scale == 2.0                 # alpha 8, rank 4 of each of its four parts
+    close(run(net), out["with_alpha"])
+    back, alphas = lora_to_peft(net)                                 # alpha kept, each part its own rank again
+    assert set(alphas.values()) == {8.0} and all(torch.equal(lora[f"transformer.{k}"], v) for k, v in back.items())
+    assert len(back) == sum(not k.endswith("alpha") for k in lora)
+    merge_lora(net)
+    close(run(net), out["with_alpha_merged"])
+    merged = unmap_keys(net.state_dict(), TABLES[Flux]["diffusers"])
+    for k in [k for k in out if k.startswith("merged.")]:
+        close(merged[k.removeprefix("merged.")], out[k], 1e-6)
+    net, lora, run, out = flux_lora_case()
+    lora_from_peft(net, {k: v for k, v in lora.items() if not k.endswith("alpha")})
+    close(run(net), out["without_alpha"])
+    net, lora, run, out = flux_lora_case()
+    lora_from_peft(net, {k: v / 2 if k.endswith("alpha") else v for k, v in lora.items()})
+    close(run(net), out["with_alpha_scale_half"])
+
+
+@pytest.mark.parametrize("name", TINIES)
+def test_a_saved_lora_brings_its_embedder_and_head_and_draws_the_same(name, tmp_path):
+    cfg = TINIES[name]
+    base = scramble(FAMILIES[type(cfg)](cfg))
+    deep = lambda: deepen(base, to_deep_latent(cfg, AUTOENCODERS["tiny-dc-ae-f32c32"]))
+    tuned = deep()
+    names = add_lora(tuned, 4, 6)
+    assert len(names) == {"dit": 12, "flux": 2 * 8 + 2 * 2, "sana": 2 * 7}[name], names
+    assert not any(re.search(r"mod|norm|img_in|txt_in|embedder|final|t_block", n) for n in names)
+    assert torch.equal(run_of(tuned), run_of(merge_lora(tuned)))
+    add_lora(tuned, 4, 6), draw_b(tuned)
+    save_peft(tuned, tmp_path)
+    again = deep()
+    assert load_peft(again, tmp_path) == []
+    close(run_of(again), run_of(tuned), 1e-6)
+    assert {m.scale for m in again.modules() if isinstance(m, LoRALinear)} == {1.5}
+    with pytest.raises(ValueError, match="already"):
+        load_peft(again, tmp_path)
+    with pytest.raises(ValueError, match="no LoRA"):
+        save_peft(base, tmp_path / "other")
+
+
+def test_a_lora_of_the_base_loads_onto_the_deep_model_without_what_is_bound_to_the_old_latent():
+    base = scramble(Flux(TINY_FLUX))
+    add_lora(base, 3, targets=r"img_in|final_layer\.linear|double_blocks\.0\.img_attn\.qkv|double_blocks\.1\.txt_mod\.lin|final_layer\.adaLN_modulation\.1"), draw_b(base)
+    tensors, alphas = lora_to_peft(base)
+    tensors = {k: v for k, v in tensors.items() if "to_k" not in k}  # trainers often leave some out
+    deep = deepen(scramble(Flux(TINY_FLUX)), to_deep_latent(TINY_FLUX, AUTOENCODERS["tiny-dc-ae-f32c32"]))
+    before = deep.double_blocks[0].img_attn.qkv.weight.clone()
+    assert sorted(lora_from_peft(deep, {f"base_model.model.{k}": v for k, v in tensors.items()}, alphas)) == ["proj_out", "x_embedder"]
+    assert isinstance(deep.final_layer.adaLN_modulation[1], LoRALinear)
+    close(deep.final_layer.adaLN_modulation[1].delta(), base.final_layer.adaLN_modulation[1].delta(), 1e-6)        # its halves are swapped twice
+    delta, want = deep.double_blocks[0].img_attn.qkv.delta(), base.double_blocks[0].img_attn.qkv.delta()
+    close(delta[:48], want[:48], 1e-6), close(delta[96:], want[96:], 1e-6)
+    assert not delta[48:96].any() and torch.equal(deep.double_blocks[0].img_attn.qkv.base.weight, before)
+    fresh = scramble(Flux(TINY_FLUX))
+    bad = {**tensors, "transformer_blocks.7.attn.to_q.lora_A.weight": torch.zeros(3, 48), "transformer_blocks.7.attn.to_q.lora_B.weight": torch.zeros(48, 3)}
+    for wrong, said in ((bad, "transformer_blocks.7"), ({"transformer.x.diff": torch.zeros(1)}, "not a LoRA's tensor"),
+                        ({k: v[..., :20] if "to_q.lora_A" in k else v for k, v in tensors.items()}, "another model")):
+        with pytest.raises(ValueError, match=said):
+            lora_from_peft(fresh, wrong)
+    assert not any(isinstance(m, LoRALinear) for m in fresh.modules())      # all or nothing
+
+
+def test_parts_of_different_strength_add_up_in_one_matrix():
+    net = scramble(Flux(TINY_FLUX))
+    g = torch.Generator().manual_seed(3)
+    name = "transformer_blocks.0.attn.{}.lora_{}.weight"
+    lora = {name.format(x, m): torch.randn(*((r, 48) if m == "A" else (48, r)), generator=g) for x, r in (("to_q", 2), ("to_v", 5)) for m in "AB"}
+    lora_from_peft(net, lora | {"transformer_blocks.0.attn.to_v.alpha": torch.tensor(15.0)}, {})
+    delta = net.double_blocks[0].img_attn.qkv.delta()
+    for part, x, scale in ((slice(0, 48), "to_q", 1), (slice(96, 144), "to_v", 3)):
+        close(delta[part], scale * lora[name.format(x, "B")] @ lora[name.format(x, "A")], 1e-5)
+
+
+@pytest.mark.parametrize("name", ["flux", "sana"])
+def test_stock_diffusers_loads_a_saved_lora_at_its_strength(name, tmp_path):
+    diffusers = pytest.importorskip("diffusers")
+    pytest.importorskip("peft")
+    net = tiny_of(name)
+    export_diffusers(net, tmp_path)
+    add_lora(net, 4, 10), draw_b(net)
+    save_peft(net, tmp_path / "lora")
+    pipeline = diffusers.FluxPipeline if name == "flux" else diffusers.SanaPipeline
+    cls = diffusers.FluxTransformer2DModel if name == "flux" else diffusers.SanaTransformer2DModel
+    theirs = cls.from_pretrained(tmp_path, subfolder="transformer")
+    parts = dict(scheduler=None, vae=None, text_encoder=None, tokenizer=None, transformer=theirs)
+    pipe = pipeline(**parts, text_encoder_2=None, tokenizer_2=None) if name == "flux" else pipeline(**parts)
+    pipe.load_lora_weights(tmp_path / "lora", weight_name="pytorch_lora_weights.safetensors")
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    merged = unmap_keys(merge_lora(net).state_dict(), TABLES[type(net)]["diffusers"])
+    fused = theirs.state_dict()
+    assert fused.keys() == merged.keys()
+    for k, v in merged.items():
+        close(fused[k], v, 1e-5)
 
 
 def test_lora_on_a_pointwise_convolution_and_no_other():
@@ -2379,3 +2687,516 @@ def test_every_flag_in_the_readme_exists():
     for script, rest in commands:
         known = set(re.findall(r"--[a-z0-9-]+", (HERE / f"{script}.py").read_text() + (HERE / "sample.py").read_text() + (HERE / "align.py").read_text()))
         assert set(re.findall(r"--[a-z0-9-]+", rest)) <= known, f"python {script}.py{rest}"
+
+
+# ---- the model hub, played by a server of the test's own -------------------------------------------------------------------
+
+class Hub(ThreadingHTTPServer):
+    """Repositories {name: {path: bytes}} as the hub serves them, for one commit. A path in `cut` breaks off in the middle
+    once, one in `short` always ends early, a repository in `gated` is closed to all but the holder of a token it knows."""
+    commit = "c" * 40
+
+    def __init__(self, repos, cut=(), short=(), gated=()):
+        self.repos, self.cut, self.short, self.gated, self.asked = repos, set(cut), set(short), set(gated), []
+        super().__init__(("127.0.0.1", 0), HubRequest)
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.shutdown(), self.server_close()
+
+
+class HubRequest(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_):
+        pass
+
+    def answer(self, status, body=b"", sent=None, **headers):
+        self.send_response(status)
+        for k, v in ({"Content-Length": str(len(body)), "X-Repo-Commit": Hub.commit} | {k.replace("_", "-"): v for k, v in headers.items()}).items():
+            self.send_header(k, v)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body[:sent])
+        self.close_connection = sent is not None
+
+    def do_GET(self):
+        hub, where = self.server, unquote(urlparse(self.path).path)
+        hub.asked.append((self.command, where, self.headers.get("Range"), self.headers.get("Authorization")))
+        if match := re.match(r"/api/models/(\w+/\w+)/(revision|tree)/", where):
+            files = hub.repos[match[1]]
+            answer = dict(id=match[1], sha=hub.commit, siblings=[dict(rfilename=f) for f in files]) if match[2] == "revision" else \
+                [dict(type="file", path=f, size=len(b), oid=hashlib.sha1(b).hexdigest()) for f, b in files.items()]
+            return self.answer(200, json.dumps(answer).encode(), Content_Type="application/json")
+        if not (match := re.match(r"/(\w+/\w+)/resolve/\w+/(.+)", where)):
+            return self.answer(404)
+        repo, file = match.groups()
+        if repo in hub.gated and self.headers.get("Authorization") != "Bearer hf_member":
+            return self.answer(403, X_Error_Code="GatedRepo")
+        if file not in hub.repos.get(repo, {}):
+            return self.answer(404, X_Error_Code="EntryNotFound")
+        body, start = hub.repos[repo][file], int((self.headers.get("Range") or "bytes=0-")[6:].split("-")[0])
+        tag = dict(ETag=f'"{hashlib.sha1(body).hexdigest()}"')
+        if file in hub.short and self.command == "GET":
+            return self.answer(200, body[: len(body) // 2], **tag)
+        sent = len(body) // 2 if file in hub.cut and self.command == "GET" else None
+        hub.cut -= {file} if sent else set()
+        if start:
+            return self.answer(206, body[start:], Content_Range=f"bytes {start}-{len(body) - 1}/{len(body)}", **tag)
+        self.answer(200, body, sent, **tag)
+
+    do_HEAD = do_GET
+
+
+def ask_hub(tmp_path, endpoint, calls, **env):
+    """find_weights with these arguments in a process of its own, because the hub's library reads its environment when it
+    is imported -> what each gave: a path or an error; and all that the process said."""
+    code = ("import json, sys\nfrom model import find_weights\n"
+            "for args in json.loads(sys.argv[1]):\n"
+            "    try: print('RESULT', json.dumps(str(find_weights(*args))))\n"
+            "    except ValueError as e: print('RESULT', json.dumps('error: ' + str(e)))\n")
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))} | {"HF_HOME": str(tmp_path / "hub"), "HF_ENDPOINT": endpoint} | env
+    done = subprocess.run([sys.executable, "-c", code, json.dumps(calls)], cwd=model.HERE, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line[7:]) for line in done.stdout.splitlines() if line.startswith("RESULT")], done.stdout + done.stderr
+
+
+def test_weights_come_from_the_hub_whole_and_once(tmp_path):
+    """Complete, interrupted, missing, of the wrong size, gated; then the same cache without a network."""
+    pytest.importorskip("huggingface_hub")
+    blob = lambda n: np.random.default_rng(n).bytes(24 * 10**6 if n == 2 else 999)      # goes on in steps of ten million bytes
+    pipe = {"sub/transformer/config.json": b"{}", "sub/transformer/model-00001-of-00002.safetensors": blob(1), "sub/transformer/model.fp16.safetensors": b"no",
+            "sub/transformer/model.bin": b"no", "sub/vae/config.json": b"{}", "sub/scheduler/scheduler_config.json": b"no", "sub/tokenizer/spiece.model": b"s", "other.safetensors": b"no"}
+    repos = {"a/b": {"w.safetensors": blob(0), "cut.safetensors": blob(2), "short.safetensors": blob(4)}, "a/pipe": pipe, "a/gated": {"w.safetensors": b"w"}}
+    with Hub(repos, cut={"cut.safetensors"}, short={"short.safetensors"}, gated={"a/gated"}) as hub:
+        url = f"http://127.0.0.1:{hub.server_port}"
+        calls = [("m", "a/b::w.safetensors"), ("m", "a/b::cut.safetensors"), ("m", "a/b::none.safetensors"), ("m", "a/b::short.safetensors"), ("m", "a/gated::w.safetensors"),
+                 ("m", "a/pipe::sub/", None, ["transformer", "tokenizer"]), ("m", "a/pipe::sub/", None, ["unet"])]
+        got, said = ask_hub(tmp_path, url, calls, HF_TOKEN="hf_secret")
+        whole, cut, none, short, gated, folder, part = got
+        assert Path(whole).read_bytes() == blob(0) and Path(cut).read_bytes() == blob(2)
+        ranges = [r for method, where, r, _ in hub.asked if method == "GET" and "cut" in where]
+        assert ranges[0] is None and len(ranges) == 2 and 0 < int(ranges[1][6:-1]) <= 12 * 10**6     # not from the start
+        assert none.startswith("error: m wants none.safetensors of a/b; it is not in ") and f"({url}: RemoteEntryNotFoundError)\nWith it at hand, give --weights PATH" in none
+        assert "could not be downloaded" in short and "OSError" in short and not list((tmp_path / "hub").rglob("*short*"))
+        assert f"accept their licence: do that at {url}/a/gated, and set HF_TOKEN" in gated
+        assert sorted(str(f.relative_to(folder)) for f in Path(folder).rglob("*") if f.is_file()) == ["tokenizer/spiece.model", "transformer/config.json", "transformer/model-00001-of-00002.safetensors"]
+        assert folder.endswith("/sub") and "have no unet\nWith it at hand, give --weights DIR" in part
+        assert all(e.count("\n") == 1 for e in (none, short, gated, part))
+        assert all(auth == "Bearer hf_secret" for _, where, _, auth in hub.asked if "a/" in where) and "hf_secret" not in said
+        asked = len(hub.asked)
+        again, _ = ask_hub(tmp_path, url, calls[:2] + calls[4:6], HF_TOKEN="hf_member")
+        assert again[:2] == [whole, cut] and Path(again[2]).read_bytes() == b"w" and again[3] == folder
+        assert not [w for method, w, *_ in hub.asked[asked:] if method == "GET" and "/resolve/" in w and "gated" not in w]       # no file twice
+        asked = len(hub.asked)
+        offline, _ = ask_hub(tmp_path, url, [*calls[:1], ("m", "a/b::none.safetensors"), calls[5], ("m", "new/repo::x/")], HF_HUB_OFFLINE="1")
+        assert [offline[0], offline[2]] == [whole, folder] and "(HF_HUB_OFFLINE is set)\n" in offline[1] and "(HF_HUB_OFFLINE is set)\n" in offline[3] and len(hub.asked) == asked
+    dead, _ = ask_hub(tmp_path, url, [("m", "a/b::w.safetensors"), ("m", "new/repo::", None, ["vae"])])
+    assert dead[0] == whole and f"m wants {{vae}} of new/repo; it is not in {tmp_path / 'hub/hub'} and could not be downloaded ({url}: LocalEntryNotFoundError)\nWith it" in dead[1]
+
+
+def test_without_the_hubs_package_the_error_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(ValueError, match=r"m wants x/\{transformer,vae\} of a/b, and downloading needs: pip install huggingface_hub\nWith it at hand, give --weights DIR"):
+        find_weights("m", "a/b::x/", parts=("transformer", "vae"))
+
+
+# ---- prompts: the whole path with text encoders of the test's own ------------------------------------------------------------
+
+PROMPTS = ["a red cat on a mat", "two blue squares, a ring and nothing else", ""]
+
+
+def small_tokenizer(kind, folder):
+    """A byte-level tokenizer trained here, with the special tokens and the ends of T5's, CLIP's or Gemma's."""
+    tokenizers, transformers = pytest.importorskip("tokenizers"), pytest.importorskip("transformers")
+    pad, eos, ends, special = {"t5": ("<pad>", "</s>", "$A </s>", ["<pad>", "</s>"]), "gemma": ("<pad>", "<eos>", "<bos> $A", ["<pad>", "<eos>", "<bos>"]),
+                               "clip": ("<end>", "<end>", "<start> $A <end>", ["<start>", "<end>"])}[kind]
+    tok = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tok.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tok.train_from_iterator(PROMPTS * 9, tokenizers.trainers.BpeTrainer(vocab_size=300, special_tokens=special, show_progress=False,
+                                                                        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()))
+    tok.post_processor = tokenizers.processors.TemplateProcessing(single=ends, special_tokens=[(s, tok.token_to_id(s)) for s in special])
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tok, pad_token=pad, eos_token=eos, model_max_length=24 if kind == "clip" else 10**6).save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def encoders(tmp_path_factory):
+    """Two pipeline folders, "flux" and "sana", with tiny random text encoders of the real classes and their tokenizers."""
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("diffusers")
+    root, size = tmp_path_factory.mktemp("encoders"), dict(vocab_size=300, num_hidden_layers=2, num_attention_heads=4)
+    t5 = transformers.T5EncoderModel(transformers.T5Config(vocab_size=300, d_model=64, d_kv=16, d_ff=96, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu"))
+    clip = transformers.CLIPTextModel(transformers.CLIPTextConfig(**size, hidden_size=64, intermediate_size=96, max_position_embeddings=24, bos_token_id=0, eos_token_id=1, pad_token_id=1))
+    gemma = transformers.Gemma2Model(transformers.Gemma2Config(**size, hidden_size=64, intermediate_size=96, num_key_value_heads=2, head_dim=16))
+    for k, (kind, net, part) in enumerate((("t5", t5, "flux/{}_2"), ("clip", clip, "flux/{}"), ("gemma", gemma, "sana/{}"))):
+        scramble(net, seed=k).save_pretrained(root / part.format("text_encoder"))
+        small_tokenizer(kind, root / part.format("tokenizer"))
+    return root
+
+
+def official_pipeline(name, root):
+    """diffusers' pipeline around the same encoders, nothing else in it."""
+    import diffusers
+    import transformers
+    auto = lambda cls, part: getattr(transformers, cls).from_pretrained(root / name / part)
+    if name == "sana":
+        return diffusers.SanaPipeline(auto("AutoTokenizer", "tokenizer"), auto("Gemma2Model", "text_encoder"), None, None, None)
+    return diffusers.FluxPipeline(None, None, auto("CLIPTextModel", "text_encoder"), auto("AutoTokenizer", "tokenizer"), auto("T5EncoderModel", "text_encoder_2"), auto("AutoTokenizer", "tokenizer_2"), None)
+
+
+@pytest.mark.parametrize("length", [16, 40])
+def test_flux_prompts_match_diffusers(length, encoders, tmp_path):
+    got = encode_prompts("flux", encoders / "flux", PROMPTS, length, cache=tmp_path)
+    tokens, pooled, _ = official_pipeline("flux", encoders).encode_prompt(PROMPTS, device="cpu", max_sequence_length=length)
+    assert got.tokens.shape == (3, length, 64) and got.mask is None and got.guidance is None
+    close(got.tokens, tokens), close(got.pooled, pooled)
+
+
+def test_sana_prompts_match_diffusers(encoders, tmp_path):
+    """The instruction is the official text, the first token and the last length - 1 are kept, and nothing is cleaned."""
+    from inspect import signature
+    from diffusers import SanaPipeline
+    official, instruction = official_pipeline("sana", encoders), signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default
+    assert SANA_INSTRUCTION == "\n".join(instruction)
+    for length in (12, 300):
+        tokens, mask, null, null_mask = official.encode_prompt(PROMPTS[:2], device="cpu", negative_prompt="", max_sequence_length=length, complex_human_instruction=instruction)
+        got, plain = encode_prompts("sana", encoders / "sana", PROMPTS[:2], length, cache=tmp_path), encode_prompts("sana", encoders / "sana", [""], length, True, tmp_path)
+        assert got.tokens.shape == (2, length, 64) and torch.equal(got.mask, mask.bool()) and torch.equal(plain.mask, null_mask[:1].bool()) and got.mask.sum() > 10
+        close(got.tokens, tokens), close(plain.tokens, null[:1])
+    upper = [encode_prompts("sana", encoders / "sana", [p], 40, cache=tmp_path).tokens for p in ("a CAT", "a cat", " a cat ")]
+    assert off(upper[0], upper[1]) > 1e-3 and torch.equal(upper[1], upper[2])       # capitals are kept, unlike in diffusers, spaces at the ends are not
+
+
+def test_prompts_are_read_once_and_by_themselves(encoders, tmp_path, monkeypatch):
+    loads, load = [], data._load_encoder
+    monkeypatch.setattr(data, "_load_encoder", lambda cls, *args: (loads.append(cls), load(cls, *args))[1])
+    read = lambda prompts, folder=encoders / "flux", **kw: encode_prompts("flux", folder, prompts, cache=tmp_path / "cache", **{"length": 16} | kw)
+    three = read(PROMPTS)
+    assert loads == ["T5EncoderModel", "CLIPTextModel"]              # one after the other
+    again = read([PROMPTS[1], PROMPTS[1], PROMPTS[0]])
+    assert len(loads) == 2 and torch.equal(again.tokens, three.tokens[[1, 1, 0]]) and torch.equal(again.pooled, three.pooled[[1, 1, 0]])
+    alone = encode_prompts("flux", encoders / "flux", [PROMPTS[1]], 16, cache=tmp_path / "other")
+    assert torch.equal(alone.tokens, three.tokens[1:2]) and torch.equal(alone.pooled, three.pooled[1:2])
+    for n, change in ((4, dict(length=17)), (6, dict(length=16, dtype=torch.bfloat16)), (8, dict(plain=True))):          # each is another file
+        read(PROMPTS[:1], **change)
+        assert len(loads) > n
+    moved = tmp_path / "moved"
+    shutil.copytree(encoders / "flux", moved)
+    count = len(loads)
+    assert torch.equal(read(PROMPTS, moved).tokens, three.tokens) and len(loads) == count                             # the same encoder elsewhere
+    weights = load_file(moved / "text_encoder_2/model.safetensors")
+    save_file({k: v * 1.5 if "final_layer_norm" in k else v for k, v in weights.items()}, moved / "text_encoder_2/model.safetensors", {"format": "pt"})
+    assert off(read(PROMPTS, moved).tokens, three.tokens) > 0.1 and len(loads) == count + 1                           # a fine-tuned one
+    assert all(f.suffix == ".safetensors" for f in (tmp_path / "cache").iterdir())
+
+
+def test_the_null_prompt_is_the_encoded_empty_one(encoders, tmp_path):
+    """SANA dropped captions but kept their masks when it was trained; a negative prompt has tokens of its own to show."""
+    read = lambda family, text: null_prompt(family, encoders / family, 20, text, cache=tmp_path)
+    null, negative = read("sana", ""), read("sana", "two blue squares")
+    assert len(null) == 1 and null.mask is None and negative.mask.sum() > 3 and off(null.tokens, negative.tokens) > 0.1
+    close(null.tokens, encode_prompts("sana", encoders / "sana", [""], 20, True, tmp_path).tokens)
+    flux = read("flux", "")
+    assert flux.mask is None and flux.guidance is None and flux.pooled.abs().max() > 0.1 and flux.tokens.abs().max() > 0.1      # not zeros
+
+
+def test_long_prompts_are_cut_with_a_note(encoders, tmp_path, capsys):
+    encode_prompts("flux", encoders / "flux", ["a cat " * 30], 16, cache=tmp_path)
+    assert re.search(r"note: a prompt of \d+ tokens is cut to 16; its end is lost: ... '.*cat ", capsys.readouterr().out)
+
+
+def test_text_encoders_that_cannot_be_had_are_one_clear_error(encoders, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="gone.text_encoder_2: no such folder; the text encoders are text_encoder_2, tokenizer_2, text_encoder, tokenizer of a diffusers pipeline.*--text-encoders"):
+        encode_prompts("flux", tmp_path / "gone", ["x"], 16, cache=tmp_path)
+    shutil.copytree(encoders / "sana", tmp_path / "sana")
+    (tmp_path / "sana/text_encoder/model.safetensors").write_bytes(b"half")
+    with pytest.raises(ValueError, match="text_encoder and tokenizer are not a whole Gemma2Model with its tokenizer"):
+        encode_prompts("sana", tmp_path / "sana", ["x"], 16, cache=tmp_path)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ValueError, match="pip install transformers"):
+        encode_prompts("sana", encoders / "sana", ["never read before"], 16, cache=tmp_path)
+
+
+def test_prompt_files_have_a_prompt_a_line(tmp_path):
+    (tmp_path / "p.txt").write_text("# mine\n a cat \n\nein Hündchen\n", encoding="utf-8")
+    assert read_prompts(tmp_path / "p.txt") == ["a cat", "ein Hündchen"]
+    (tmp_path / "empty.txt").write_text("# nothing\n")
+    (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\xff")
+    for name, said in (("empty.txt", "no prompts in it"), ("bytes.txt", "not a readable text file"), ("gone.txt", "not a readable text file .FileNotFound")):
+        with pytest.raises(ValueError, match=f"--prompts .*{name}: {said}"):
+            read_prompts(tmp_path / name)
+
+
+# ---- text models: schedules, solvers, the whole loop ---------------------------------------------------------------------------
+
+def stored_facts(name):
+    file = SHARED / f"parity/{name}.a.json"
+    if not file.exists():
+        pytest.skip("needs ../shared/parity")
+    return json.loads(file.read_text())
+
+
+def test_shifts_follow_from_the_size_as_published():
+    seen = set()
+    for s in stored_facts("dcgen_schedules")["schedules"]:
+        rule = {"flux2_r": "flux2", "flowmatch_mu": "mu"}[s["kind"]]
+        f = round(math.sqrt(s["height"] * s["width"] / s["tokens"]))
+        times = time_grid(s["steps"], resolve_shift(rule, s["channels"], s["height"] // f, s["width"] // f, 1))
+        assert max(abs(1 - t - sigma) for t, sigma in zip(times, s["sigmas"], strict=True)) < 1e-6, (s["size"], rule)
+        seen.add((rule, s["tokens"], s["channels"]))
+    assert len(seen) > 5
+    _, _, _, out = fixture("flux_bfl")
+    for tokens, steps, want in ((256, 4, "4steps_seq256"), (4096, 4, "4steps_seq4096"), (16384, 4, "4steps_seq16384"), (1024, 20, "20steps_seq1024")):
+        side = math.isqrt(tokens) * 2                                # packed two by two
+        times = torch.tensor(time_grid(steps, resolve_shift("mu", 16, side, side, 2)))
+        close(1 - times, out[f"schedule_{want}"], 1e-6)
+    assert resolve_shift("flux2", 32, 32, 32, 1) == resolve_shift("flux2", 8, 64, 64, 2) == math.sqrt(8)       # packing does not count
+    assert resolve_shift(3, 1, 1, 1, 1) == resolve_shift("3.0", 1, 1, 1, 1) == 3.0
+    for bad in ("flux3", "0", "-1", 0.0):
+        with pytest.raises(ValueError, match=f"--shift {bad}: give a positive number, or one of mu, flux2"):
+            resolve_shift(bad, 16, 8, 8, 1)
+
+
+def test_sanas_times_are_the_official_ones():
+    _, _, _, out = fixture("sana_dcgen")
+    close(1000 * (1 - torch.tensor(time_grid(8, 3.0, sample.START["dpm"])[:-1])), out["dpms_model_t"], 1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:__array__")
+def test_dpm_solver_matches_diffusers():
+    """On a velocity that bends, with the grid of its own: steps few and many, where it chooses the orders differently."""
+    diffusers = pytest.importorskip("diffusers")
+    g = torch.Generator().manual_seed(0)
+    x0, w = torch.randn(2, 4, 8, 8, generator=g), torch.randn(4, 4, generator=g)
+    velocity = lambda x, t: torch.einsum("bchw,cd->bdhw", x, w).tanh() * (1 + t.view(-1, 1, 1, 1)) - x
+    for steps, shift in ((1, 3.0), (4, 1.0), (8, 3.0), (20, 3.0), (30, 2.83)):
+        official, x = diffusers.DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift), x0
+        official.set_timesteps(steps)
+        for k, t in enumerate(official.timesteps):
+            x = official.step(-velocity(x, 1 - official.sigmas[k].expand(2)), t, x).prev_sample
+        mine = integrate(velocity, x0, time_grid(steps, shift, sample.START["dpm"]), "dpm")
+        close(mine, x, 2e-5)
+        assert steps < 3 or off(integrate(velocity, x0, time_grid(steps, shift, sample.START["dpm"])), x) > 1e-3        # which Euler is not
+
+
+def test_dpm_solver_is_of_second_order_and_starts_anywhere():
+    """dx/dt = x cos(5t): x(b) = x(a) exp((sin(5b) - sin(5a)) / 5). Away from both ends, where log(t / (1-t)) is infinite."""
+    x, inner = torch.ones(1, 1, 1, 1, dtype=torch.float64), lambda n: [0.1 + 0.8 * t for t in time_grid(n)]
+    bend = lambda x, t: SimpleNamespace(float=lambda: x * math.cos(5 * t.double().item()))
+    error = lambda n: (integrate(bend, x, inner(n), "dpm") - math.exp((math.sin(4.5) - math.sin(0.5)) / 5)).abs().item()
+    assert 1.7 < math.log2(error(64) / error(128)) < 2.3
+    got = integrate(lambda x, t: torch.full_like(x, 2.0), torch.zeros(1, 1, 1, 1), time_grid(5), "dpm")
+    close(got, torch.full((1, 1, 1, 1), 2.0), 1e-6)                  # a straight path is exact, also from 0
+
+
+def test_sana_with_its_solver_matches_the_official_loop():
+    """Eight steps with guidance 4.5. The official model cuts its clock to whole steps, and its null caption keeps the mask."""
+    config, weights, x, out = fixture("sana_dcgen")
+    cfg = replace(BASES["sana-1.6b"], in_channels=config["in_channels"], hidden_size=config["hidden_size"], depth=config["depth"], num_heads=config["num_heads"],
+                  mlp_ratio=config["mlp_ratio"], caption_channels=config["caption_channels"], integer_time=True)
+    net = load_weights(Sana(cfg), weights, TABLES[Sana][recognise(weights)[1]]).eval()
+    cond, net.null = Text(x["y"][:, 0], x["mask"].bool()), Text(weights["y_embedder.y_embedding"][None])
+    times = time_grid(config["sampler_steps"], config["flow_shift"], sample.START["dpm"])
+    close(integrate(lambda z, t: guided(net, z, t, cond, config["cfg_scale"]), x["sample_noise"], times, "dpm"), out["dpms_sample"], 1e-4)
+
+
+@pytest.mark.parametrize("name, rule", [("flowmatch", "mu"), ("flux2", "flux2")])
+def test_dc_gen_flux_draws_the_official_picture(name, rule, monkeypatch):
+    """The authors' whole text-to-image loop: both schedules, every step, and the decoded picture."""
+    config, weights, x, out = fixture("dcgen_pipeline")
+    part = lambda prefix: {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
+    t, vae = config["transformer"], part("vae.")
+    cfg = FluxConfig(t["in_channels"], t["patch_size"], "test", hidden_size=t["attention_head_dim"] * t["num_attention_heads"], depth=t["num_layers"],
+                     depth_single=t["num_single_layers"], num_heads=t["num_attention_heads"], axes_dim=tuple(t["axes_dims_rope"]), context_in_dim=t["joint_attention_dim"],
+                     vec_in_dim=t["pooled_projection_dim"])
+    net = load_weights(Flux(cfg), part("transformer."), TABLES[Flux]["diffusers"]).eval()
+    v = config["vae"]
+    ae_cfg = DCAEConfig("test", v["latent_channels"], v["scaling_factor"], tuple(v["encoder_block_out_channels"]), tuple(v["encoder_layers_per_block"]),
+                        tuple(v["decoder_layers_per_block"]), 9, 9)
+    ae = load_weights(DCAE(ae_cfg), vae, ae_table(ae_cfg, vae)).eval()
+    cond = Text(x["prompt_embeds"], None, x["pooled_prompt_embeds"], torch.full((2,), config["guidance_scale"]))
+    steps, follow = [], sample.integrate
+    monkeypatch.setattr(sample, "noise", lambda generators, shape: x["noise"])
+    monkeypatch.setattr(sample, "integrate", lambda *args: follow(*args, each=lambda z: steps.append(net.patchify(z))))
+    picture = generate(net, ae, cond, [0, 1], config["steps"], 1.0, "euler", rule, (config["height"], config["width"]))
+    for got, want in zip(steps, out[f"{name}_steps"], strict=True):
+        close(got, want, 1e-4)
+    close((picture + 1) / 2, out[f"{name}_image"], 1e-4)
+
+
+@pytest.fixture
+def text_bases(encoders, tmp_path, monkeypatch):
+    """Scrambled bases "test-flux" and "test-sana" with files of their own, in a working folder; the flags that draw little."""
+    monkeypatch.chdir(tmp_path)
+    for name, cls in (("flux", Flux), ("sana", Sana)):
+        cfg = replace(BASES[f"tiny-{name}"], res=64, depth=1, weights=str(tmp_path / f"{name}.safetensors"), **(dict(depth_single=1) if name == "flux" else {}))
+        write_tensors(cfg.weights, scramble(cls(cfg)).state_dict())
+        monkeypatch.setitem(BASES, f"test-{name}", cfg)
+    return lambda name: ["--base", f"test-{name}", "--text-encoders", str(encoders / name), "--num-steps", "2", "--device", "cpu", "--dtype", "fp32"]
+
+
+def pictures(folder):
+    from PIL import Image
+    return {f.name: np.array(Image.open(f)) for f in sorted(Path(folder).iterdir())}
+
+
+@pytest.mark.parametrize("name, extra", [("flux", ["--guidance", "2.5"]), ("sana", ["--negative", "a dog"]), ("flux", ["--negative", "a dog", "--cfg-scale", "2", "--sampler", "heun"])])
+def test_prompts_become_pictures_that_say_how_they_were_made(name, extra, text_bases, capsys):
+    from PIL import Image
+    Path("p.txt").write_text("two blue squares\n# no\n")
+    sample.main([*text_bases(name), "--prompt", "a red cat", "--prompts", "p.txt", "--count", "3", "--seed", "5", "--res", "96x48", "--shift", "2", *extra])
+    folder = f"runs/samples-test-{name}"
+    assert sorted(p.name for p in Path(folder).iterdir()) == ["00000_seed5.png", "00001_seed6.png", "00002_seed7.png"] and Path(f"{folder}-grid.png").is_file()
+    for k, prompt in enumerate(("a red cat", "two blue squares", "a red cat")):
+        with Image.open(f"{folder}/0000{k}_seed{5 + k}.png") as im:
+            facts = json.loads(im.info["dcgen"])
+            assert im.size == (96, 48) and im.info["prompt"] == prompt and im.info["negative"] == ("a dog" if "--negative" in extra else "") and im.info["seed"] == str(5 + k)
+    assert facts["num_steps"] == 2 and facts["shift"] == "2" and facts["text_tokens"] == 32 and facts["model"]["family"] == ("FluxConfig" if name == "flux" else "SanaConfig")
+    assert (facts["sampler"], facts["guidance"], facts["cfg_scale"]) == {"--guidance": ("euler", 2.5, 1.0), "--negative": ("dpm", None, 4.5)}.get(extra[0] if len(extra) < 3 else "", ("heun", 3.5, 2.0))
+    said = capsys.readouterr().out
+    assert re.search(r"wrote 3 pictures to .*text [\d.]+ s, denoising [\d.]+ s, decoding [\d.]+ s; peak [\d.]+ GiB", said)
+    first = pictures(folder)
+    sample.main([*text_bases(name), "--prompt", "a red cat", "--prompts", "p.txt", "--count", "3", "--seed", "5", "--res", "96x48", "--shift", "2", *extra, "--batch", "3", "--offload", "--out", "other"])
+    again = pictures("other")
+    assert all(np.abs(first[k].astype(int) - again[k]).max() <= 1 for k in first) and first["00000_seed5.png"].std() > 1       # the batch changes nothing
+    assert np.abs(first["00000_seed5.png"].astype(int) - first["00002_seed7.png"]).mean() > 1                                   # the seed does
+
+
+def test_text_models_are_told_apart_by_their_flags(text_bases):
+    """The guidance of a distilled model, true guidance, its negative prompt and the prompt each change the picture."""
+    def draw(name, *flags):
+        sample.main([*text_bases(name), "--out", "x", *(flags if "--prompt" in flags else [*flags, "--prompt", "a red cat"])])
+        return pictures("x")["00000_seed0.png"].astype(int)
+    differs = lambda a, b: np.abs(a - b).mean() > 0.05
+    flux = draw("flux")
+    assert not differs(flux, draw("flux", "--guidance", "3.5")) and differs(flux, draw("flux", "--guidance", "1")) and differs(flux, draw("flux", "--cfg-scale", "3"))
+    assert differs(draw("flux", "--cfg-scale", "3"), draw("flux", "--cfg-scale", "3", "--negative", "two blue squares"))
+    sana = draw("sana")
+    assert differs(sana, draw("sana", "--negative", "two blue squares")) and differs(sana, draw("sana", "--cfg-scale", "1")) and differs(sana, draw("sana", "--sampler", "euler"))
+    assert differs(sana, draw("sana", "--prompt", "two blue squares"))
+    for name, full in (("flux", flux), ("sana", sana)):
+        half = draw(name, "--dtype", "bf16")                         # text encoders, model and arithmetic
+        assert 0 < np.abs(half - full).mean() < 4
+
+
+@pytest.mark.parametrize("cls, name", [(Flux, "tiny-flux"), (Sana, "tiny-sana")])
+def test_the_null_condition_keeps_guidance_and_true_guidance_extrapolates_from_it(cls, name):
+    net = scramble(cls(replace(BASES[name], depth=1)))
+    g = torch.Generator().manual_seed(0)
+    rows = lambda n: Text(torch.randn(n, 7, 64, generator=g), torch.arange(7) < torch.tensor([[7], [3]])[:n] if cls is Sana else None,
+                          torch.randn(n, 64, generator=g) if cls is Flux else None, torch.tensor([2.0, 5.0])[:n] if cls is Flux else None)
+    cond, null = rows(2), rows(1)
+    net.null = replace(null, mask=None, guidance=None)
+    x, t = torch.randn(2, 4, 8, 8, generator=g), torch.tensor([0.2, 0.7])
+    off_by = net.null_condition(cond)
+    assert len(off_by) == 2 and torch.equal(off_by.tokens[1], null.tokens[0])
+    if cls is Flux:
+        assert torch.equal(off_by.guidance, cond.guidance)           # each picture's own
+    else:
+        assert torch.equal(off_by.mask, cond.mask)
+    by_hand = net(x, t, off_by) + 3.0 * (net(x, t, cond) - net(x, t, off_by))
+    close(guided(net, x, t, cond, 3.0), by_hand, 1e-4)
+    assert torch.equal(guided(net, x, t, cond, 1.0), net(x, t, cond))
+    net.null = None
+    with pytest.raises(ValueError, match="does not know its null prompt"):
+        guided(net, x, t, cond, 3.0)
+
+
+def test_what_cannot_be_drawn_is_said_before_anything_is_loaded(text_bases, monkeypatch):
+    monkeypatch.setattr(sample, "find_weights", lambda *a: pytest.fail("looked for weights"))
+    monkeypatch.setattr(sample, "build", lambda *a: pytest.fail("loaded weights"))
+    p = ["--prompt", "x"]
+    for flags, said in ((["--base", "flux-krea", *p, "--res", "1000"], "--res 1000: flux-vae-f8c16 with patch 2 needs a multiple of 16; try 992 or 1008"),
+                        (["--base", "dc-gen-flux-1k", *p, "--res", "1000x512"], "--res 1000x512: dc-ae-f32c32-in-1.0 with patch 1 needs a multiple of 32; try 992x512 or 1024x512"),
+                        (["--base", "flux-krea", *p, "--res", "big"], "--res big: give pixels a side, or WIDTHxHEIGHT"), (["--base", "flux-krea", *p, "--res", "8x8x8"], "--res 8x8x8"),
+                        (["--base", "flux-kera", *p], "--base flux-kera: not a preset .*flux-krea.*sana-4.8b"), (["--base", "flux-krea"], "draws prompts: give --prompt TEXT"),
+                        (["--base", "flux-krea", "--classes", "3"], "--classes: flux-krea draws prompts"), (["--base", "dit-xl", *p], "--prompt: dit-xl draws classes"),
+                        (["--base", "dit-xl", "--negative", "x"], "--negative: dit-xl draws classes"), (["--base", "sana-1.6b", *p, "--guidance", "3"], "--guidance: sana-1.6b is not a distilled"),
+                        (["--base", "flux-krea", *p, "--negative", "y"], "--negative: .*--cfg-scale above 1"), (["--base", "flux-krea", *p, "--count", "0"], "--count 0: at least 1"),
+                        (["--base", "flux-krea", *p, "--shift", "mue"], "--shift mue: give a positive number, or one of mu, flux2"),
+                        (["--base", "flux-krea", "--prompts", "gone.txt"], "--prompts gone.txt: not a readable text file")):
+        with pytest.raises(ValueError, match=said):
+            sample.main(flags)
+
+
+def test_a_dry_run_prints_what_it_would_take_and_touches_nothing(text_bases, monkeypatch, capsys):
+    for place in (sample, autoencoder, model):
+        monkeypatch.setattr(place, "find_weights", lambda *a: pytest.fail("looked for weights"))
+    said = lambda *flags: (sample.main([*flags, "--dry-run"]), capsys.readouterr().out)[1]
+    krea = said("--base", "flux-krea", "--dtype", "bf16", "--prompt", "x")
+    assert "11,901.4M parameters, 23.80 GB in bfloat16" in krea and "4,096 tokens and 512 of text" in krea and "T5EncoderModel" in krea and "28 steps" in krea
+    number = lambda text, unit: float(re.search(rf"([\d,.]+) {unit}", text)[1].replace(",", ""))
+    assert 60 < number(krea, "TFLOPs a step") < 90
+    deep = said("--base", "dc-gen-flux-1k", "--dtype", "bf16")
+    assert "1,024 tokens" in deep and 3 < number(krea, "TFLOPs a step") / number(deep, "TFLOPs a step") < 4
+    sana = said("--base", "sana-1.6b")
+    assert "1,604.6M parameters" in sana and "Gemma2Model" in sana
+    with_guidance, without = (number(said("--base", "dit-xl", "--cfg-scale", s), "TFLOPs a step") for s in ("4", "1"))
+    assert with_guidance == pytest.approx(2 * without, rel=0.02)
+    memory = lambda text: number(text.split("denoising,")[1], "GB")
+    assert memory(deep) - memory(said("--base", "dc-gen-flux-1k", "--dtype", "bf16", "--offload")) == pytest.approx(23.8, abs=0.1) and not Path("runs").exists()
+
+
+def test_cost_counts_operations_and_what_is_alive_at_once():
+    with torch.device("meta"):
+        net, x = nn.Sequential(nn.Linear(10, 100), nn.ReLU(), nn.Linear(100, 10)), torch.zeros(5, 10)
+        q, k = torch.zeros(2, 3, 7, 4), torch.zeros(2, 3, 9, 4)
+        assert sample.cost(net, x) == (2 * 5 * 10 * 100 * 2, 4 * 5 * 100 * 2)             # two hidden layers' worth
+        flops, peak = sample.cost(F.scaled_dot_product_attention, q, k, k)
+        assert flops == 2 * 2 * 6 * 7 * 9 * 4 and peak == q.nbytes       # without the table of scores
+
+
+def test_a_visiting_model_goes_home_without_a_copy():
+    net = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)).requires_grad_(False)
+    before, first = {k: v.data_ptr() for k, v in net.state_dict().items()}, net[0].weight
+    with sample.visiting(net, "meta"):
+        assert all(v.is_meta for v in net.state_dict().values())
+    assert {k: v.data_ptr() for k, v in net.state_dict().items()} == before and net[0].weight is first
+
+
+@pytest.mark.parametrize("name", ["flux", "sana"])
+def test_an_exported_folder_is_a_pipeline_to_draw_from(name, text_bases, encoders, capsys, monkeypatch):
+    """Out and in again: transformer and autoencoder in diffusers layout, the text encoders beside them, one --weights."""
+    sample.main([*text_bases(name), "--export", "pipe"])
+    assert "wrote pipe/transformer/, pipe/vae/" in capsys.readouterr().out
+    sample.main([*text_bases(name), "--prompt", "a red cat", "--out", "one"])
+    shutil.copytree(encoders / name, "pipe", dirs_exist_ok=True)
+    with pytest.raises(ValueError, match="pipe/transformer"):        # never written over
+        sample.main([*text_bases(name), "--export", "pipe"])
+    flags = ["--base", f"test-{name}", "--weights", "pipe", "--num-steps", "2", "--device", "cpu", "--dtype", "fp32", "--prompt", "a red cat"]
+    monkeypatch.setattr(autoencoder, "find_weights", lambda name, spec, path=None, *a, **k: find_weights(name, None, path))     # its own autoencoder, not the preset's
+    sample.main([*flags, "--out", "two"])
+    one, two = (pictures(k)["00000_seed0.png"].astype(int) for k in ("one", "two"))
+    assert np.abs(one - two).max() <= 1 and one.std() > 1
+
+
+def test_a_run_of_a_text_model_draws_exports_and_takes_a_lora(text_bases, encoders, capsys):
+    """What stage 3 will leave of a FLUX: a new embedder and head, and a LoRA, on latents of a deep autoencoder."""
+    base, info = load_base("test-flux")
+    net = deepen(base, to_deep_latent(base.cfg, ae_config("tiny-dc-ae-f32c32")))
+    scramble(net.img_in), scramble(net.final_layer.linear, seed=1)
+    add_lora(net, rank=2)
+    draw_b(net)
+    own = {k: v for k, v in net.state_dict().items() if k.startswith((net.EMBEDDER, net.HEAD)) or k.endswith((".A", ".B"))}
+    write_tensors("runs/finetune-test-1/model.safetensors", own, {**info, "kind": "finetune", "model": config_dict(net.cfg), "lora": dict(rank=2, alpha=2), "shift": "flux2"})
+    draw = lambda *flags: sample.main([*flags, "--text-encoders", str(encoders / "flux"), "--prompt", "a red cat", "--num-steps", "2", "--device", "cpu", "--dtype", "fp32"])
+    draw("--ckpt", "runs/finetune-test-1")
+    one = pictures("runs/finetune-test-1/samples")["00000_seed0.png"].astype(int)
+    draw("--ckpt", "runs/finetune-test-1", "--dtype", "bf16", "--out", "half")       # the base is known again by its file's own numbers
+    draw("--base", "runs/finetune-test-1", "--out", "merged")
+    assert np.abs(one - pictures("merged")["00000_seed0.png"]).max() <= 1
+    sample.main(["--ckpt", "runs/finetune-test-1", "--export", "pipe", "--device", "cpu", "--dtype", "fp32"])
+    assert "wrote pipe/lora/, pipe/transformer/, pipe/vae/" in capsys.readouterr().out
+    write_tensors("runs/align-test-1/model.safetensors", {k: v for k, v in own.items() if not k.endswith((".A", ".B"))}, {**info, "kind": "align", "model": config_dict(net.cfg), "shift": "flux2"})
+    draw("--ckpt", "runs/align-test-1", "--lora", "pipe/lora", "--out", "lora")
+    draw("--ckpt", "runs/align-test-1", "--out", "plain")
+    assert np.abs(one - pictures("lora")["00000_seed0.png"]).max() <= 1 and np.abs(one - pictures("plain")["00000_seed0.png"]).mean() > 0.05
+
+
+def test_a_grid_of_large_pictures_is_of_small_ones():
+    x = torch.randn(2, 3, 64, 128)
+    assert sample.thumbnails(x) is x and sample.thumbnails(x, 32).shape == (2, 3, 16, 32)
+    close(sample.thumbnails(x, 64), F.avg_pool2d(x, 2), 1e-6)
