@@ -185,7 +185,7 @@ def test_dit_matches_diffusers(patch, size):
 def test_dit_stages_compose_to_the_network():
     net = scramble(DiT(OLD_DIT))
     x, clock, y = torch.randn(2, 4, 6, 10), torch.tensor([3.0, 700.5]), torch.tensor([1, 8])
-    c, taps = net.condition(clock, y), []
+    c, taps = net.condition(clock, y, (6, 10)), []
     h = net.trunk(net.embed(x), c, taps)
     assert h.shape == (2, 15, 48) and len(taps) == 3 and taps[-1] is h
     out = net.head(h, c, (6, 10))
@@ -351,7 +351,7 @@ def test_sana_matches_the_official_code():
     net = load_weights(Sana(sana_of(config)), weights, TABLES[Sana]["original"])
     text = Text(x["y"][:, 0], x["mask"].bool())
     c = net.condition(x["t"].float(), text, (5, 7))
-    close(c.t, out["t_emb"]), close(c.y[:, None], out["caption"])
+    close(c.mods[-1], out["t_emb"]), close(c.context.y[:, None], out["caption"])
     close(net.network(x["x"], x["t"].float(), text), out["forward"])
     close(net.network(x["x"], x["t"].float(), replace(text, mask=torch.ones_like(text.mask))), out["forward_all_tokens"])
     close(net.network(x["x"], x["t"].float(), Text(text.tokens)), out["forward_all_tokens"])
