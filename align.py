@@ -37,7 +37,7 @@ from autoencoder import AUTOENCODERS, ae_config, load_autoencoder
 from data import LatentCache, open_source, order, write_json
 from evaluate import accuracy, gap_table, layer_gap, load_classifier
 from model import atomic, choose_conditions, config_dict, deepen, run, to_deep_latent, write_tensors
-from sample import Chain, add_model_args, ddpm_loss, dtype_of, generate, load_base, path, sample_t, save_grid
+from sample import Chain, add_model_args, ddpm_loss, dtype_of, generate, load_base, path, peak_gib, sample_t, save_grid
 
 
 # ---- the losses --------------------------------------------------------------------------------------------------------------
@@ -169,7 +169,7 @@ def solve_head(model, batches, ridge: float = 1e-6, dtype=torch.float32) -> Leas
             x, clock = model.own_clock(xt, t)
             c = model.condition(clock, y, xt.shape[-2:])
             h = model.head_features(model.trunk(model.embed(x), c), c)
-        v = model.patchify(v)
+        v = model.patchify(model.velocity(v, xt, t))                  # what the head has to say for v: v or, where noise - data is predicted, -v
         sums = sums or LeastSquares(h.shape[-1], v.shape[-1], h.device)
         sums.add(h, v)
     sums.mse = sums.loss(*_set(model.head_linear, *sums.solve(ridge)))
@@ -440,13 +440,6 @@ def plot_gap(file: Path, gaps: dict[str, list[float]]):
     plt.close(fig)
 
 
-def peak_gib(device) -> float:
-    if torch.device(device).type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**30
-    import resource
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # kilobytes on Linux
-
-
 # ---- main --------------------------------------------------------------------------------------------------------------------------
 
 def main(argv=None):
@@ -457,6 +450,7 @@ def main(argv=None):
                    help="how stage 1, and the head before stage 2, find their optimum (default closed-form)")
     p.add_argument("--ridge", type=float, default=1e-6, help="closed form: relative ridge (default 1e-6)")
     p.add_argument("--head-samples", type=int, default=8192, help="closed form: noisy samples for the head; 0 = leave it random (default 8192)")
+    p.add_argument("--head-only", action="store_true", help="stage 2 leaves the embedder alone, as the closed form does: to compare the two")
     p.add_argument("--match", default="downsample", choices=MATCHES, help="stage 1 by AdamW: how embeddings are compared (default downsample)")
     p.add_argument("--stage1-steps", type=int, help="AdamW steps of stage 1 (default: the recipe's)")
     p.add_argument("--stage2-steps", type=int, help="AdamW steps of embedder and head together (default: the recipe's; 0 = none)")
@@ -534,7 +528,7 @@ def main(argv=None):
     look("stage 1: embedder", model)
 
     # stage 2: embedder and head
-    both = pick(model, ends(model, args.final_adaln))
+    both = pick(model, ends(model, args.final_adaln)[args.head_only:])
     clock, s2 = time.perf_counter(), recipe["stage2"]
     batch2, head_steps = args.batch or s2["batch"], 0
     if closed and args.head_samples and args.objective == "flow":

@@ -243,7 +243,8 @@ def open_source(images: str | None, res: int, split: str = "train"):
 SANA_INSTRUCTION = "\n".join((
     "Given a user prompt, generate an 'Enhanced prompt' that provides detailed visual descriptions suitable for image generation. "
     "Evaluate the level of detail in the user prompt:",
-    "- If the prompt is simple, focus on adding specifics about colors, shapes, sizes, textures, and spatial relationships to create vivid and concrete scenes.",
+    "- If the prompt is simple, focus on adding specifics about colors, shapes, sizes, textures, and spatial relationships to create vivid and "
+    "concrete scenes.",
     "- If the prompt is already detailed, refine and enhance the existing details slightly without overcomplicating.",
     "Here are examples of how to transform or refine prompts:",
     "- User Prompt: A cat sleeping -> Enhanced: A small, fluffy white cat curled up in a round shape, sleeping peacefully on a warm sunny windowsill, "
@@ -337,7 +338,8 @@ def encode_prompts(family: str, folder, prompts: list[str], length: int, plain: 
         alone = len(encoders) == 1 and (folder / "config.json").is_file()       # a folder that is the encoder itself
         parts = [folder if alone else folder / part for part in (model_part, tokenizer_part)]
         if missing := [str(part) for part in parts if not part.is_dir()]:
-            raise ValueError(f"{missing[0]}: no such folder; the text encoders are {', '.join(text_parts(family))} of a diffusers pipeline folder: give one with --text-encoders DIR")
+            raise ValueError(f"{missing[0]}: no such folder; the text encoders are {', '.join(text_parts(family))} of a diffusers pipeline folder: "
+                             "give one with --text-encoders DIR")
         what = f"{cls} {files_print(*dict.fromkeys(parts))} {length} {plain} {dtype}"
         files = [Path(cache) / f"text-{hashlib.sha256(f'{what} {prompt}'.encode()).hexdigest()[:32]}.safetensors" for prompt in prompts]
         if any(not f.is_file() for f in files):
@@ -371,7 +373,8 @@ def _load_encoder(cls: str, model_folder: Path, tokenizer_folder: Path, dtype: t
         tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer_folder, local_files_only=True)
         model = getattr(transformers, cls).from_pretrained(model_folder, dtype=dtype, local_files_only=True, use_safetensors=True)
     except Exception as e:                                           # a dozen kinds, for files missing, damaged, or of another class
-        raise ValueError(f"{model_folder} and {tokenizer_folder.name} are not a whole {cls} with its tokenizer ({type(e).__name__}: {str(e).splitlines()[0][:200]})") from None
+        why = str(e).partition("\n")[0][:200]
+        raise ValueError(f"{model_folder} and {tokenizer_folder.name} are not a whole {cls} with its tokenizer ({type(e).__name__}: {why})") from None
     return tokenizer, model.to(device).eval().requires_grad_(False)
 
 

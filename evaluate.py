@@ -25,7 +25,7 @@ from tqdm import tqdm
 from autoencoder import load_autoencoder
 from data import SHAPES, ImageFolder, open_source, order
 from model import HERE, find_weights, read_config, read_tensors, run, write_tensors
-from sample import add_model_args, dtype_of, generate, load_base, load_run, newest_run, path, run_file, to_uint8
+from sample import add_model_args, dtype_of, generate, load_base, load_run, newest_run, path, run_file, save_grid, to_uint8
 
 
 # ---- the gap between two models' representations (Fig. 4a) ----------------------------------------------------------------------
@@ -271,7 +271,7 @@ def main(argv=None):
         no_judge = f"the shipped classifier knows the procedural pictures only; train one: python evaluate.py --train-classifier --images {folder} --classifier FILE"
     elif judge.classes != tuple(train.classes):
         no_judge = f"the classifier knows {', '.join(judge.classes[:3])} ..., the pictures are {', '.join(train.classes[:3]) or 'without classes'} ..."
-    rows, notes = [], [f"no accuracy, no Frechet distance: {no_judge}"] if no_judge else []
+    rows, drawn, notes = [], [], [f"no accuracy, no Frechet distance: {no_judge}"] if no_judge else []
     if not no_judge:
         reference = judged_source(judge, train, max(2048, args.count))[0]
         f, y = judged_source(judge, val, args.count)
@@ -289,6 +289,7 @@ def main(argv=None):
             y = torch.arange(args.count) % model.cfg.num_classes
             row["sampler"] = "DDIM" if model.cfg.predict == "epsilon" else "Euler"
             images = generate(model, ae, y, seeds, args.num_steps, args.cfg_scale, row["sampler"].lower(), info.get("shift", 1.0), (side, side), dtype=dtype, progress=True)
+            drawn.append((f"{row['name']}\n{row['tokens']} tokens", images[:8]))
             f = judged(judge, images)
             row |= dict(accuracy=share_right(judge, f, y), frechet=frechet_distance(f, reference))
         rows.append(row)
@@ -305,7 +306,11 @@ def main(argv=None):
     print(f"[{protocol}]" + "".join(f"\n{note}" for note in notes))
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     Path(args.out).write_text(json.dumps(dict(protocol=protocol, notes=notes, rows=rows), indent=1))
-    print(f"wrote {args.out}")
+    if drawn:                                                        # pictures of several sizes do not make one grid
+        size = drawn[0][1].shape[-2:]
+        save_grid(Path(args.out).with_suffix(".png"), [(n, x) for n, x in drawn if x.shape[-2:] == size],
+                  list(judge.classes)[:8] if len(judge.classes) >= 8 else (), {"protocol": protocol})
+    print(f"wrote {args.out}" + (f" and {Path(args.out).with_suffix('.png')}" if drawn else ""))
 
 
 if __name__ == "__main__":

@@ -139,7 +139,7 @@ def lora_from_peft(model: nn.Module, tensors: dict[str, Tensor], alphas: dict[st
         if not (here := [n for n in names if n in theirs]):
             continue
         used.update(here)
-        rows, (cout, cin) = [len(part) for part in turn.split(layer.weight, len(names))], layer.weight.flatten(1).shape
+        rows, cin = [len(part) for part in turn.split(layer.weight, len(names))], layer.weight.flatten(1).shape[1]
         pairs = [(theirs[n].get("A"), theirs[n].get("B")) if n in theirs else (torch.zeros(0, cin), torch.zeros(r, 0)) for n, r in zip(names, rows)]
         if any(A is None or B is None or A.shape[1] != cin or B.shape != (r, len(A)) for (A, B), r in zip(pairs, rows)):
             if not name.startswith((model.EMBEDDER.rstrip("."), model.HEAD.rstrip("."))):

@@ -934,6 +934,8 @@ class Sana(Backbone):
 
     def __init__(self, cfg: SanaConfig):
         super().__init__()
+        if cfg.hidden_size % cfg.num_heads or cfg.hidden_size % 32:
+            raise ValueError(f"a width of {cfg.hidden_size} does not divide into {cfg.num_heads} heads of cross-attention and heads of 32")
         self.cfg = cfg
         D = cfg.hidden_size
         self.x_embedder = PatchEmbed(cfg.patch_size, cfg.in_channels, D)
@@ -1200,6 +1202,8 @@ class TensorFiles(Mapping):
                 header = json.loads(f.read(size))
             for key, v in header.items():
                 if key != "__metadata__":
+                    if v["dtype"] not in DTYPES:
+                        raise ValueError(f"{file} holds {key} as {v['dtype']}, which is not read here; take a file in bf16 or fp32")
                     start, end = v["data_offsets"]
                     self.places[key] = (file, DTYPES[v["dtype"]], tuple(v["shape"]), 8 + size + start, end - start)
 
@@ -1387,12 +1391,16 @@ STATED = {DiT: {"num_heads": "num_attention_heads"}, Flux: {"axes_dim": "axes_di
 def config_facts(family: type, table: list[tuple], theirs: Mapping[str, Tensor], stated: dict) -> dict:
     """What a weight file says of its model's configuration. Shapes say nearly all, and they cannot be wrong; `stated` (its
     config.json, or {}) adds what they do not show. token_channels is C p^2: a FLUX token does not show its C and p."""
+    def has(key):
+        return sources(key, table, theirs) is not None
+
     def shape(key):
-        names, _ = sources(key, table, theirs) or ([], SAME)
-        return theirs[names[0]].shape if names else None              # of the first part, where several are fused
+        if not has(key):
+            raise ValueError(f"{key} is missing, and every {family.__name__} has it: the file is not whole, or not of this family")
+        return theirs[sources(key, table, theirs)[0][0]].shape        # of the first part, where several are fused
 
     def count(key):
-        return next(i for i in range(10_000) if shape(key.format(i)) is None)
+        return next(i for i in range(10_000) if not has(key.format(i)))
 
     facts = {ours: tuple(stated[name]) if isinstance(stated[name], list) else stated[name] for ours, name in STATED[family].items() if name in stated}
     if family is Flux:
@@ -1400,19 +1408,20 @@ def config_facts(family: type, table: list[tuple], theirs: Mapping[str, Tensor],
         return facts | dict(
             hidden_size=hidden, token_channels=tokens, depth=count("double_blocks.{}.img_mod.lin.bias"), depth_single=count("single_blocks.{}.modulation.lin.bias"),
             num_heads=hidden // shape("double_blocks.0.img_attn.norm.query_norm.scale")[0], context_in_dim=shape("txt_in.weight")[1],
-            vec_in_dim=shape("vector_in.in_layer.weight")[1], guidance_embed=shape("guidance_in.in_layer.bias") is not None)
+            vec_in_dim=shape("vector_in.in_layer.weight")[1], guidance_embed=has("guidance_in.in_layer.bias"))
     hidden, channels, patch, _ = shape("x_embedder.proj.weight")
     facts |= dict(hidden_size=hidden, in_channels=channels, patch_size=patch, depth=count("blocks.{}.attn.proj.bias"))
     if family is Sana:
         return facts | dict(mlp_ratio=shape("blocks.0.mlp.conv_point.weight")[1] / hidden, caption_channels=shape("y_embedder.y_proj.fc1.weight")[1])
-    one = shape("final_layer.linear.bias")[0] == channels * patch**2
-    return facts | dict(num_classes=shape("y_embedder.embedding_table.weight")[0] - 1, predict="velocity" if one else "epsilon")
+    variance = shape("final_layer.linear.bias")[0] != channels * patch**2
+    return facts | dict(num_classes=shape("y_embedder.embedding_table.weight")[0] - 1, predict="epsilon" if variance else "velocity")
 
 
 def fit_config(cfg, family: type, facts: dict):
     """The configuration of a file with these facts. Given one, it must agree: a ValueError names the difference and the
-    presets that would fit. Given None it is the first preset that agrees, or the family's first one with the facts put in
-    (a FLUX token of 64 numbers is taken for 16 channels in patches of 2x2, any other for one latent cell)."""
+    presets that would fit. Given None it is the first preset that agrees, or the family's first one with the facts put in:
+    what they leave open stays as it is there (SANA's heads in the original layout), and a FLUX token of 64 numbers is taken
+    for 16 channels in patches of 2x2, any other for one latent cell."""
     differs = lambda c: {k: v for k, v in facts.items() if getattr(c, k) != v} if FAMILIES[type(c)] is family else facts
     fitting = [name for name, c in BASES.items() if not differs(c)]
     if cfg is None:
@@ -1495,10 +1504,10 @@ def diffusers_config(cfg) -> dict:
 
 def export_diffusers(model: Backbone, folder, dtype: torch.dtype | None = None, shard_bytes: int = 5 * 10**9):
     """Write <folder>/transformer, which the diffusers library loads by itself: its FluxTransformer2DModel,
-    SanaTransformer2DModel or DiTTransformer2DModel. dtype None keeps the model's. It computes the same network; but a
-    FLUX comes out packed, and diffusers' DiT has other timestep frequencies than its weights were trained with (the
-    exponent over 127, not 128). ValueError if a LoRA is not merged yet, if the folder is taken, or for what diffusers
-    does not have: FLUX and DiT with spread positions are laid out by its pipelines and its table."""
+    SanaTransformer2DModel or DiTTransformer2DModel. dtype None keeps the model's. They compute the same network, with what
+    is not in a file left to them: a FLUX is fed packed tokens and their places, diffusers' DiT has other timestep
+    frequencies than its weights were trained with (the exponent over 127, not 128), and SANA is clamped in fp16 only.
+    ValueError if a LoRA is not merged yet, if the folder is taken, or for a DiT with spread positions."""
     cfg, state = model.cfg, model.state_dict()
     if any(k.endswith(".base.weight") for k in state):
         raise ValueError("this model carries a LoRA; merge it before the export (lora.merge_lora), or save it beside (lora.save_peft)")

@@ -35,8 +35,8 @@ from tqdm import tqdm
 from autoencoder import ae_class, ae_config, export_autoencoder, load_autoencoder
 from data import SHAPES, TEXT_ENCODERS, encode_prompts, fingerprint, null_prompt, read_prompts, text_parts
 from lora import add_lora, load_peft, lora_state, merge_lora, save_peft
-from model import (BASES, FAMILIES, Condition, FluxConfig, Text, build, cat_conditions, config_dict, config_of, ddpm_alphas_cumprod, deepen, export_diffusers, fast_bf16, find_weights,
-                   read_config, read_tensors, run)
+from model import (BASES, FAMILIES, Condition, FluxConfig, Text, build, cat_conditions, config_dict, config_of, ddpm_alphas_cumprod, deepen, export_diffusers,
+                   fast_bf16, find_weights, read_config, read_tensors, run)
 
 
 # ---- the path and its ODE ------------------------------------------------------------------------------------------------
@@ -247,7 +247,8 @@ def latent_size(cfg, ae_cfg, size: tuple[int, int]) -> tuple[int, int]:
     if H % unit or W % unit:
         name = lambda H, W: f"{H}" if H == W else f"{W}x{H}"
         down, up = (name(*(max(unit, round_(s / unit) * unit) for s in (H, W))) for round_ in (math.floor, math.ceil))
-        raise ValueError(f"--res {name(H, W)}: {ae_cfg.name} with patch {cfg.patch_size} needs a multiple of {unit}; try {up if up == down else f'{down} or {up}'}")
+        raise ValueError(f"--res {name(H, W)}: {ae_cfg.name} with patch {cfg.patch_size} needs a multiple of {unit}; "
+                         f"try {up if up == down else f'{down} or {up}'}")
     return H // ae_cfg.f, W // ae_cfg.f
 
 
@@ -283,7 +284,8 @@ def generate(model, ae, cond, seeds: list[int], num_steps: int = 25, cfg_scale: 
     size = size or (model.cfg.res,) * 2
     h, w = latent_size(model.cfg, ae.cfg, size)
     if sampler in ("ddim", "ddpm") and model.cfg.predict != "epsilon":
-        raise ValueError(f"--sampler {sampler} is for a model that predicts epsilon on DDPM's clock; this one predicts a velocity: use euler or heun, or dpm")
+        raise ValueError(f"--sampler {sampler} is for a model that predicts epsilon on DDPM's clock; this one predicts a velocity: "
+                         "use euler or heun, or dpm")
     if num_steps < 1:
         raise ValueError(f"--num-steps {num_steps}: at least 1")
     shift = resolve_shift(shift, model.cfg.in_channels, h, w, model.cfg.patch_size)
@@ -296,11 +298,14 @@ def generate(model, ae, cond, seeds: list[int], num_steps: int = 25, cfg_scale: 
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             with timed(seconds, "denoising", device), visiting(model, device):
                 if chain:
-                    z = chain.sample(lambda x, clock: guided(model, x, clock, rows, cfg_scale, call=model.network), x, sampler == "ddim", generators, progress)
+                    network = lambda x, clock: guided(model, x, clock, rows, cfg_scale, call=model.network)
+                    z = chain.sample(network, x, sampler == "ddim", generators, progress)
                 else:
-                    z = integrate(lambda x, t: guided(model, x, t, rows, cfg_scale), x, time_grid(num_steps, shift, START.get(sampler, 0.0)), sampler, progress)
+                    velocity = lambda x, t: guided(model, x, t, rows, cfg_scale)
+                    z = integrate(velocity, x, time_grid(num_steps, shift, START.get(sampler, 0.0)), sampler, progress)
             with timed(seconds, "decoding", device), visiting(ae, device):
-                images += [ae.decode(part).float().cpu() for part in z.split(max(1, 2**22 // (size[0] * size[1])))]      # pixels need more room than tokens
+                parts = z.split(max(1, 2**22 // (size[0] * size[1])))  # pixels need more room than tokens
+                images += [ae.decode(part).float().cpu() for part in parts]
     return torch.cat(images).clamp(-1, 1)
 
 
@@ -466,7 +471,8 @@ def estimate(cfg, ae_cfg, cond, size: tuple[int, int], num_steps: int, passes: i
     count = lambda m: sum(p.numel() for p in m.parameters())
     return dict(parameters=count(model), decoder_parameters=count(ae.decoder), tokens=h * w // cfg.patch_size**2, latent=(cfg.in_channels, h, w),
                 step_flops=step * passes, decode_flops=decode * len(cond), total_flops=step * passes * num_steps + decode * len(cond),
-                weights_bytes=count(model) * dtype.itemsize, step_bytes=step_bytes * passes * dtype.itemsize // 4, decode_bytes=decode_bytes * dtype.itemsize // 4)
+                weights_bytes=count(model) * dtype.itemsize, step_bytes=step_bytes * passes * dtype.itemsize // 4,
+                decode_bytes=decode_bytes * dtype.itemsize // 4)
 
 
 # ---- pictures on disk ----------------------------------------------------------------------------------------------------------
@@ -507,7 +513,8 @@ def save_grid(path, rows: list[tuple[str, Tensor]], columns: list[str] = (), met
 def add_model_args(p: argparse.ArgumentParser, res=int):
     """The flags that choose a model; `load_base`, `load_run` and `load_ae` read them. res: what --res is read as."""
     p.add_argument("--base", default="tiny", metavar="NAME|RUN", help=f"pretrained model: {', '.join(BASES)}, or the folder of a finished run (default tiny)")
-    p.add_argument("--weights", metavar="PATH", help="the base's weights: a file in any published layout, or a pipeline folder (default: shipped, or the model hub's cache)")
+    p.add_argument("--weights", metavar="PATH", help="the base's weights: a file in any published layout, or a pipeline folder "
+                                                     "(default: shipped, or the model hub's cache)")
     p.add_argument("--base-ae-weights", metavar="FILE", help="weight file of the base's own autoencoder (default: as above)")
     p.add_argument("--res", type=res, help="pixels a side" + (", or WIDTHxHEIGHT" if res is str else "") + " (default: the base's)")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
@@ -548,7 +555,7 @@ def load_base(name: str, weights: str | None = None, device="cpu", dtype: torch.
         model, info = load_run(name, base_weights=weights)
         kept, weights = {k: info[k] for k in ("classes", "shift", "images", "ae_weights") if k in info}, None
         merge_lora(model)
-    return model.to(device).eval(), {**kept, "base": name, "base_weights": weights, "base_print": fingerprint(model)}
+    return model.to(device=device, dtype=dtype).eval(), {**kept, "base": name, "base_weights": weights, "base_print": fingerprint(model)}
 
 
 def run_file(path, ema: bool = True) -> Path:
@@ -582,7 +589,8 @@ def load_run(path, device="cpu", ema: bool = True, base_weights: str | None = No
 
 
 def load_part(model, tensors: dict[str, Tensor], source="the file"):
-    """Copy tensors over a model's own of the same names; what the file leaves out stays, as its base has it. ValueError
+    """Put tensors in the place of a model's own of the same names, in the file's precision: a base in bf16 must not round
+    what was trained in float32. What the file leaves out stays, as its base has it. ValueError
     for a name or a shape that the model does not have, and for a missing embedder, head or LoRA: no base has those."""
     own = model.state_dict()
     wrong = [k for k, v in tensors.items() if k not in own or own[k].shape != v.shape]
@@ -590,8 +598,7 @@ def load_part(model, tensors: dict[str, Tensor], source="the file"):
     for what, keys in (("tensors that this model does not have in that shape", wrong), ("tensors missing that no base has", missing)):
         if keys:
             raise ValueError(f"{source}: {len(keys)} {what}: {', '.join(keys[:3])}")
-    for k, v in tensors.items():
-        own[k].copy_(v)
+    model.load_state_dict(dict(tensors), strict=False, assign=True)
 
 
 def newest_run(root="runs", kinds=("align", "finetune")) -> Path | None:
@@ -642,9 +649,11 @@ def reject(found, flag: str, why: str):
 
 # How a family's authors draw with it, and what differs in a base of theirs. encoders: data.TEXT_ENCODERS; text: where they are
 SETTINGS = {
-    "DiTConfig":      dict(num_steps=25, cfg_scale=3.0, guidance=None, sampler="euler", shift=1.0, batch=64, encoders=None),
-    "FluxConfig":     dict(num_steps=20, cfg_scale=1.0, guidance=3.5, sampler="euler", shift="flux2", batch=1, encoders="flux", text="black-forest-labs/FLUX.1-Krea-dev::"),
-    "SanaConfig":     dict(num_steps=20, cfg_scale=4.5, guidance=None, sampler="dpm", shift=3.0, batch=1, encoders="sana", text="Efficient-Large-Model/SANA1.5_1.6B_1024px_diffusers::"),
+    "DiTConfig":  dict(num_steps=25, cfg_scale=3.0, guidance=None, sampler="euler", shift=1.0, batch=64, encoders=None),
+    "FluxConfig": dict(num_steps=20, cfg_scale=1.0, guidance=3.5, sampler="euler", shift="flux2", batch=1, encoders="flux",
+                       text="black-forest-labs/FLUX.1-Krea-dev::"),
+    "SanaConfig": dict(num_steps=20, cfg_scale=4.5, guidance=None, sampler="dpm", shift=3.0, batch=1, encoders="sana",
+                       text="Efficient-Large-Model/SANA1.5_1.6B_1024px_diffusers::"),
     "flux-krea":      dict(num_steps=28, guidance=4.5, shift="mu"),
     "flux-dev":       dict(num_steps=50, shift="mu", text="black-forest-labs/FLUX.1-dev::"),
     "dc-gen-flux-1k": dict(text=BASES["dc-gen-flux-1k"].weights),
@@ -675,14 +684,17 @@ def pick_prompts(given: list[str] | None, file: str | None, count: int | None) -
         raise ValueError("this model draws prompts: give --prompt TEXT (again for another), or --prompts FILE with one on a line")
     if count is not None and count < 1:
         raise ValueError(f"--count {count}: at least 1")
-    return (prompts * -(-(count or 0) // len(prompts)) or prompts)[: max(count or 0, len(prompts))]
+    count = max(count or 0, len(prompts))
+    return (prompts * -(-count // len(prompts)))[:count]
 
 
 def encode(family: str, folder, prompts: list[str], negative: str, guidance: float | None, length: int, dtype, device) -> tuple[Text, Text]:
     """Prompts -> their Text with the guidance that a distilled model is told, and the null condition for `model.null`."""
     kw, distinct = dict(dtype=dtype, device=device), list(dict.fromkeys(prompts))
     text = encode_prompts(family, folder, distinct, length, **kw)[torch.tensor([distinct.index(p) for p in prompts])]
-    return replace(text, guidance=None if guidance is None else torch.full((len(prompts),), guidance)), null_prompt(family, folder, length, negative, **kw)
+    if guidance is not None:
+        text = replace(text, guidance=torch.full((len(prompts),), guidance))
+    return text, null_prompt(family, folder, length, negative, **kw)
 
 
 def text_folder(name: str, family: str, spec: str, given: str | None, weights: str | None) -> Path:
@@ -693,12 +705,13 @@ def text_folder(name: str, family: str, spec: str, given: str | None, weights: s
     return find_weights(f"{name}'s text encoder", spec, given, parts, "--text-encoders")
 
 
-def ae_folder(name: str, cfg, weights: str | None) -> Path | None:
-    """The pipeline folder that a model came from, if it did: its own autoencoder lies there, with its scale."""
-    if weights:
+def ae_folder(base: str, weights: str | None) -> Path | None:
+    """The pipeline folder that a preset came from, if it did: its own autoencoder lies there, with its scale."""
+    spec = BASES[base].weights if base in BASES else None
+    if weights and spec:
         return Path(weights) if (Path(weights) / "vae").is_dir() else None
-    if cfg.weights and cfg.weights.endswith(("/", "::")):
-        return find_weights(f"{name}'s autoencoder", cfg.weights, None, ("vae",), "--base-ae-weights")
+    if spec and spec.endswith(("/", "::")):
+        return find_weights(f"{base}'s autoencoder", spec, None, ("vae",), "--base-ae-weights")
 
 
 def report(cfg, own: dict, size: tuple[int, int], count: int, dtype: torch.dtype, text_tokens: int | None, offload: bool) -> str:
@@ -707,21 +720,24 @@ def report(cfg, own: dict, size: tuple[int, int], count: int, dtype: torch.dtype
     with torch.device("meta"):
         cond = torch.zeros(batch, dtype=torch.long) if not own["encoders"] else example_text(cfg, batch, text_tokens)
     e = estimate(cfg, ae_cfg, cond, size, own["num_steps"], 1 if own["cfg_scale"] == 1 else 2, dtype)
-    model, decoder = e["weights_bytes"], e["decoder_parameters"] * 4
     gb, encoders = lambda n: f"{n / 1e9:.2f} GB", TEXT_ENCODERS.get(own["encoders"], ())
+    model, decoder = e["weights_bytes"], e["decoder_parameters"] * 4
+    denoising, decoding = model + e["step_bytes"] + (0 if offload else decoder), decoder + e["decode_bytes"] + (0 if offload else model)
+    tera = lambda key: f"{e[key] / 1e12:,.2f}"
     rows = [("model", f"{e['parameters'] / 1e6:,.1f}M parameters, {gb(model)} in {str(dtype).removeprefix('torch.')}"),
-            *((cls, f"{millions:,}M parameters, {gb(millions * 1e6 * dtype.itemsize)}, loaded before the model and freed") for *_, cls, _, millions in encoders),
+            *((cls, f"{millions:,}M parameters, {gb(millions * 1e6 * dtype.itemsize)}, there before the model and freed") for *_, cls, _, millions in encoders),
             (cfg.ae, f"decoder {e['decoder_parameters'] / 1e6:,.1f}M parameters, {gb(decoder)} in float32"),
             ("picture", f"{size[1]}x{size[0]}, latent {'x'.join(map(str, e['latent']))}, {e['tokens']:,} tokens" + (f" and {text_tokens} of text" if encoders else "")),
-            ("arithmetic", f"{e['step_flops'] / 1e12:,.2f} TFLOPs a step of {batch}, {own['num_steps']} steps; {e['decode_flops'] / 1e12:,.2f} to decode; {e['total_flops'] / 1e12:,.1f} in all"),
-            ("memory", f"about {gb(model + e['step_bytes'] + (0 if offload else decoder))} while denoising, {gb(decoder + e['decode_bytes'] + (0 if offload else model))} while decoding")]
+            ("arithmetic", f"{tera('step_flops')} TFLOPs a step of {batch}, {own['num_steps']} steps; {tera('decode_flops')} to decode; {tera('total_flops')} in all"),
+            ("memory", f"about {gb(denoising)} while denoising, {gb(decoding)} while decoding")]
     return "\n".join(f"{name:22}{text}" for name, text in rows)
 
 
 def example_text(cfg, rows: int, tokens: int) -> Text:
     """A Text of the shapes that a model reads, with nothing in it."""
     if isinstance(cfg, FluxConfig):
-        return Text(torch.zeros(rows, tokens, cfg.context_in_dim), None, torch.zeros(rows, cfg.vec_in_dim), torch.zeros(rows) if cfg.guidance_embed else None)
+        guidance = torch.zeros(rows) if cfg.guidance_embed else None
+        return Text(torch.zeros(rows, tokens, cfg.context_in_dim), None, torch.zeros(rows, cfg.vec_in_dim), guidance)
     return Text(torch.zeros(rows, tokens, cfg.caption_channels), torch.ones(rows, tokens, dtype=torch.bool))
 
 
@@ -749,7 +765,7 @@ def main(argv=None):
     p.add_argument("--cfg-scale", type=float, help="classifier-free guidance in two passes; 1 = off (default: the authors'; DiT 3, FLUX 1, SANA 4.5)")
     p.add_argument("--guidance", type=float, help="the number that a distilled model (FLUX) is told, one pass (default 3.5, flux-krea 4.5)")
     p.add_argument("--sampler", choices=(*SOLVERS, "ddim", "ddpm"), help="default: euler; dpm for SANA; ddpm for DiT as published")
-    p.add_argument("--shift", help=f"resolution shift of the time grid: a number, 1 = off, or a rule, {' or '.join(SHIFTS)} (default: the one trained with)")
+    p.add_argument("--shift", help=f"resolution shift of the time grid: a number, 1 = off, or {' or '.join(SHIFTS)} (default: the one trained with)")
     p.add_argument("--text-tokens", type=int, help="prompt tokens kept (default: the model's; FLUX 512 or 256)")
     p.add_argument("--batch", type=int, help="pictures at a time (default 64, with prompts 1)")
     p.add_argument("--offload", action="store_true", help="model and autoencoder are on the device only for their part")
@@ -776,8 +792,8 @@ def main(argv=None):
         draws = not args.dry_run and not args.export
         shown_as = prompts = pick_prompts(args.prompt or ([""] if not draws and not args.prompts else None), args.prompts, args.count)
     else:
-        for flag, value in (("--prompt", args.prompt), ("--prompts", args.prompts), ("--negative", args.negative), ("--guidance", args.guidance is not None), ("--text-tokens", args.text_tokens)):
-            reject(value, flag, f"{label} draws classes, not prompts: use --classes")
+        for flag in ("prompt", "prompts", "negative", "guidance", "text_tokens"):
+            reject(getattr(args, flag) not in (None, ""), f"--{flag.replace('_', '-')}", f"{label} draws classes, not prompts: use --classes")
         classes = tuple(info.get("classes") or (SHAPES if cfg.num_classes == len(SHAPES) else [str(i) for i in range(cfg.num_classes)]))
         cond = parse_classes(args.classes, classes, 8 if args.count is None else args.count)
         shown_as = [classes[k] for k in cond]
@@ -789,19 +805,22 @@ def main(argv=None):
     def load():
         model, info = load_run(ckpt, home, not args.raw, args.weights, weights_dtype) if ckpt else load_base(name, args.weights, home, weights_dtype)
         if ckpt:
-            print(f"{info['file']}: {'moving average' if Path(info['file']).name.startswith('ema') else 'weights as trained'}, base {info['base']}, latents of {model.cfg.ae}")
+            kind = "moving average" if Path(info["file"]).name.startswith("ema") else "weights as trained"
+            print(f"{info['file']}: {kind}, base {info['base']}, latents of {model.cfg.ae}")
         if args.lora:
             left_out = load_peft(merge_lora(model), args.lora)
             print(f"{args.lora}: added" + (f", without {', '.join(left_out)}, which are bound to another latent space" if left_out else ""))
-        return model, info, load_autoencoder(model.cfg.ae, args.ae_weights or args.base_ae_weights or info.get("ae_weights") or ae_folder(name, cfg, args.weights), device=home)
+        file = args.ae_weights or args.base_ae_weights or info.get("ae_weights") or (None if ckpt else ae_folder(name, args.weights))
+        return model, info, load_autoencoder(model.cfg.ae, file, device=home)
 
     if args.export:
         export(*load()[::2], Path(args.export))
         return
     if own["encoders"]:                                               # before the model: 10 GB of encoders are gone when it comes
+        folder = text_folder(label, own["encoders"], own["text"], args.text_encoders, args.weights)
         with timed(seconds, "text", args.device):
-            cond, null = encode(own["encoders"], text_folder(label, own["encoders"], own["text"], args.text_encoders, args.weights), prompts, args.negative,
-                                own["guidance"] if distilled else None, length, dtype, args.device)
+            guidance = own["guidance"] if distilled else None
+            cond, null = encode(own["encoders"], folder, prompts, args.negative, guidance, length, dtype, args.device)
     model, info, ae = load()
     if own["encoders"]:
         model.null = null
@@ -810,17 +829,18 @@ def main(argv=None):
     grid = out.with_name(f"{out.name}-grid.png")                      # beside the folder, which so holds samples only
     facts = {k: own[k] for k in ("sampler", "num_steps", "cfg_scale", "shift")} | dict(weights=str(info.get("file", name)), model=config_dict(model.cfg))
     if own["encoders"]:
-        facts |= dict(guidance=own["guidance"] if distilled else None, text_tokens=length)
+        facts |= dict(guidance=guidance, text_tokens=length)
     said = {"prompt": shown_as, "negative": [args.negative] * len(cond)} if own["encoders"] else {"class": shown_as}
     shown, start = [], time.perf_counter()
     for rows in torch.arange(len(cond)).split(own["batch"]):          # written as they come: 50 000 do not fit in memory
-        images = generate(model, ae, cond[rows], [seeds[i] for i in rows], own["num_steps"], own["cfg_scale"], own["sampler"], own["shift"], size, own["batch"], dtype,
-                          progress=True, device=args.device, seconds=seconds)
+        images = generate(model, ae, cond[rows], [seeds[i] for i in rows], own["num_steps"], own["cfg_scale"], own["sampler"], own["shift"], size,
+                          own["batch"], dtype, progress=True, device=args.device, seconds=seconds)
         for i, pixels in zip(rows.tolist(), to_uint8(images)):
             save_png(out / f"{i:05d}_seed{seeds[i]}.png", pixels, {**{k: v[i] for k, v in said.items()}, "seed": str(seeds[i]), "dcgen": facts})
-        shown += list(thumbnails(images[: 64 - len(shown)]))
+        shown += list(thumbnails(images)[: 64 - len(shown)])
     total = time.perf_counter() - start + seconds.get("text", 0.0)
-    save_grid(grid, [(f"seed {seeds[i]} +", torch.stack(shown[i : i + 8])) for i in range(0, len(shown), 8)], shown_as if len(cond) <= 8 else (), {"dcgen": facts})
+    rows = [(f"seed {seeds[i]} +", torch.stack(shown[i : i + 8])) for i in range(0, len(shown), 8)]
+    save_grid(grid, rows, shown_as if len(cond) <= 8 else (), {"dcgen": facts})
     print(f"wrote {len(cond)} pictures to {out}/ and {grid} ({total:.1f} s, {total / len(cond):.2f} s each: "
           f"{', '.join(f'{what} {s:.1f} s' for what, s in seconds.items())}; peak {peak_gib(args.device):.1f} GiB)")
 

@@ -40,6 +40,7 @@ import finetune
 import lora
 import model
 import sample
+from align import drop_labels, embedding_loss, flow_matching_loss, solve_embedder, solve_head
 from autoencoder import (AUTOENCODERS, DCAE, KLVAE, DCAEConfig, KLConfig, ae_class, ae_config, ae_table, diffusers_ae_config, export_autoencoder, in_strips, in_tiles,
                          load_autoencoder, psnr, ssim, stated_config)
 from data import SANA_INSTRUCTION, SHAPES, ImageFolder, LatentCache, ShapesSource, encode_prompts, load_image, null_prompt, open_source, order, read_prompts, shape_facts, shapes
@@ -48,7 +49,7 @@ from lora import LoRALinear, add_lora, load_peft, lora_from_peft, lora_state, lo
 from model import (BASES, DIT_TABLES, FAMILIES, TABLES, DiT, DiTConfig, Flux, FluxConfig, Sana, SanaConfig, Text, build, cat_conditions, choose_conditions, config_dict,
                    config_facts, ddpm_alphas_cumprod, ddpm_times, deepen, find_weights, fit_config, export_diffusers, linear_attention, load_weights, map_keys, read_config, read_tensors, recognise,
                    sincos_2d, timestep_embedding, to_deep_latent, unmap_keys, write_tensors)
-from sample import (Chain, ddpm_loss, generate, guided, integrate, load_base, load_part, load_run, newest_run, noise, parse_classes, parse_size, path, resolve_shift, sample_t,
+from sample import (Chain, ddpm_loss, generate, guided, integrate, load_base, load_part, load_run, newest_run, noise, parse_classes, path, resolve_shift, sample_t,
                     save_png, shift_time, time_grid, to_uint8)
 
 HERE = Path(__file__).parent
@@ -451,6 +452,17 @@ def test_a_text_model_reads_every_part_of_its_condition_and_no_neighbour(name):
     else:
         with pytest.raises(ValueError, match="guidance"):
             net(x, t, replace(cond, guidance=None))
+
+
+@pytest.mark.parametrize("name", TINIES)
+def test_blocks_compile_without_a_graph_break(name):
+    cfg = TINIES[name]
+    net = scramble(FAMILIES[type(cfg)](cfg))
+    want = run_of(net)
+    for block in net.blocks:
+        block.compile(fullgraph=True, backend="eager")
+    close(run_of(net), want, 1e-6)
+    torch._dynamo.reset()
 
 
 def test_conditions_of_both_kinds_are_joined_and_chosen_alike():
@@ -1193,6 +1205,13 @@ def test_a_file_of_another_model_is_one_error_that_says_what_it_is_and_what_fits
     write_tensors(tmp_path / "part.safetensors", broken)
     with pytest.raises(ValueError, match="1 missing: double_blocks.1.txt_attn.norm.key_norm.scale"):
         build(TINY_FLUX, tmp_path / "part.safetensors")
+    broken.pop("img_in.weight")
+    write_tensors(tmp_path / "part.safetensors", broken)
+    with pytest.raises(ValueError, match="img_in.weight is missing, and every Flux has it"):
+        build(TINY_FLUX, tmp_path / "part.safetensors")
+    monkeypatch.delitem(BASES, "fits")
+    with pytest.raises(ValueError, match="64 does not divide into 20 heads"):        # nothing states them: a default, checked
+        build(None, tmp_path / "sana.safetensors")
 
 
 def test_an_index_that_points_elsewhere_or_is_incomplete_is_one_clear_error(tmp_path):
@@ -1245,6 +1264,25 @@ def test_what_is_loaded_as_it_is_stays_the_files_own_memory(tmp_path):
     loaded.img_in.weight.zero_()                                     # the map is private
     assert (tmp_path / "w.safetensors").read_bytes() == before
     assert {v.dtype for v in build(TINY_FLUX, tmp_path / "w.safetensors", torch.float32).state_dict().values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("schedule", ["flowmatch", "flux2"])
+def test_a_dc_gen_pipeline_folder_draws_what_the_authors_pipeline_draws(schedule, tmp_path, monkeypatch):
+    """Transformer and autoencoder from one diffusers folder, each with its config.json; the sampler's noise levels as stored."""
+    config, weights, x, out = fixture("dcgen_pipeline")
+    for part, name in (("transformer", "FluxTransformer2DModel"), ("vae", "AutoencoderDC")):
+        write_tensors(tmp_path / part / "diffusion_pytorch_model.safetensors", {k[len(part) + 1 :]: v for k, v in weights.items() if k.startswith(part)})
+        (tmp_path / part / "config.json").write_text(json.dumps({**config[part], "_class_name": name}))
+    monkeypatch.setattr(autoencoder, "find_weights", lambda name, spec, path: Path(path))
+    monkeypatch.setitem(AUTOENCODERS, "any", DCAEConfig("any", 8, scale=None, widths=(8, 8, 16, 32)))
+    net, ae = build(None, tmp_path), load_autoencoder("any", tmp_path)
+    text = Text(x["prompt_embeds"], None, x["pooled_prompt_embeds"], torch.full((2,), config["guidance_scale"]))
+    states, times = [], (1 - out[f"{schedule}_sigmas"].double()).tolist()
+    with torch.no_grad():
+        for i in range(len(times) - 1):
+            states.append(integrate(lambda x, t: net(x, t, text), states[-1] if states else x["noise"], times[i : i + 2]))
+        close(torch.stack([net.patchify(z) for z in states]), out[f"{schedule}_steps"], 1e-4)
+        close((ae.decode(states[-1]) / 2 + 0.5).clamp(0, 1), out[f"{schedule}_image"], 1e-4)
 
 
 def test_weights_with_an_odd_header_load(tmp_path):
@@ -2171,6 +2209,34 @@ def test_sample_writes_pictures_that_say_how_they_were_made(tiny, capsys):
     assert {p.suffix for p in Path(".").rglob("*") if p.is_file()} == {".png", ".safetensors"} and not list(Path("..").glob("x*"))
 
 
+# ---- align.py ------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name", ["flux", "sana"])
+def test_every_stage_of_the_method_runs_on_a_text_model(name):
+    """Alignment, its closed forms, the flow loss with dropped prompts and the gap per layer take a Text as they take labels."""
+    cfg = TINIES[name]
+    base = scramble(FAMILIES[type(cfg)](cfg))
+    net = deepen(base, to_deep_latent(cfg, AUTOENCODERS["tiny-dc-ae-f32c32"]))
+    g = torch.Generator().manual_seed(0)
+    scale = 4 if name == "flux" else 2                               # cells of the old latent a side of a new token
+    z_dc, z_base = torch.randn(40, 32, 2, 3, generator=g), torch.randn(40, cfg.in_channels, 2 * scale, 3 * scale, generator=g)
+    text, t, x0 = prompts(cfg, 40, 45), torch.rand(40, generator=g), torch.randn(z_dc.shape, generator=g)
+    net.null = base.null = prompts(cfg, 1, 45)
+    before = embedding_loss(net, base, z_dc, z_base).item()
+    sums = solve_embedder(net, base, [(z_dc[:20], z_base[:20]), (z_dc[20:], z_base[20:])], 1e-9)
+    assert embedding_loss(net, base, z_dc, z_base).item() == pytest.approx(sums.mse, rel=1e-3) and sums.mse < 0.8 * before
+    dropped = drop_labels(net, text, 0.5, g)
+    same = (dropped.tokens == net.null.tokens).all(dim=(1, 2))
+    assert 8 < same.sum() < 32 and torch.equal(dropped.tokens[~same], text.tokens[~same])
+    loss = lambda: flow_matching_loss(net, z_dc, t, text, x0)[0].mean().item()
+    before = loss()
+    sums = solve_head(net, [(z_dc, t, text, x0)], 1e-9)
+    assert loss() == pytest.approx(sums.mse, rel=1e-3) and sums.mse < 0.8 * before
+    gaps = layer_gap(net, base, z_dc, z_base, text)
+    assert len(gaps) == len(net.blocks) + 1 and all(math.isfinite(g) for g in gaps)
+    assert layer_gap(base, base, z_base, z_base, text) == [0] * len(gaps)
+
+
 # ---- evaluate.py ---------------------------------------------------------------------------------------------------------
 
 def test_the_gap_of_a_model_to_itself_is_0_and_of_a_random_embedder_about_1(tiny):
@@ -2341,352 +2407,6 @@ def test_inception_that_cannot_be_had_is_one_clear_error(tmp_path, monkeypatch):
     (tmp_path / "wrong.pth").write_bytes(b"rubbish")
     with pytest.raises(ValueError, match="the Inception weights in .*wrong.pth do not fit .*weights-inception-2015-12-05-6726825d.pth"):
         ask("--inception", str(tmp_path / "wrong.pth"))
-
-
-# ---- align.py --------------------------------------------------------------------------------------------------------
-
-def small_pair(seed=0, clock="flow"):
-    """A small base on f8 latents with a live (not zero-gated) trunk, its conversion, and paired latents of 48 pictures."""
-    torch.manual_seed(seed)
-    predict = "epsilon" if clock == "ddpm" else "velocity"
-    base = DiT(DiTConfig(32, 3, 4, 2, 4, "tiny-kl-f8c4", 64, num_classes=8, clock=clock, predict=predict)).initialise()
-    for p in base.parameters():
-        torch.nn.init.normal_(p, std=0.15) if p.ndim > 1 else None
-    base.requires_grad_(False)
-    model = deepen(base, to_deep_latent(base.cfg, AUTOENCODERS["tiny-dc-ae-f32c32"]))
-    g = torch.Generator().manual_seed(seed)
-    z_base = torch.randn(48, 4, 16, 8, generator=g)
-    mix = torch.randn(32, 4, generator=g)
-    z_dc = torch.einsum("oc,bchw->bohw", mix, torch.nn.functional.avg_pool2d(z_base, 2)) * 0.5 + 0.3 * torch.randn(48, 32, 8, 4, generator=g)
-    return base, model, z_dc, z_base, torch.arange(48) % 8
-
-
-def test_stage_1_targets_are_the_bases_embeddings_averaged_over_each_new_cell():
-    base, model, z_dc, z_base, _ = small_pair()
-    old = base.embed(z_base).view(48, 8, 4, 32)
-    target = old.view(48, 8, 1, 4, 1, 32).mean(dim=(2, 4))                       # the grids here are equal: 8x4 tokens each
-    new = model.embed(z_dc).view(48, 8, 4, 32)
-    assert_close(align.embedding_loss(model, base, z_dc, z_base), (new - target).square().mean())
-    coarse = z_dc[:, :, ::2, ::2]
-    target = old.view(48, 4, 2, 2, 2, 32).mean(dim=(2, 4))                       # rows in pairs, columns in pairs
-    assert_close(align.embedding_loss(model, base, coarse, z_base), (model.embed(coarse).view(48, 4, 2, 32) - target).square().mean())
-
-
-def test_pooling_keeps_rows_and_columns_apart_on_a_picture_twice_as_high_as_wide():
-    base, *_ = small_pair()
-    ramp = torch.linspace(-1, 1, 8).view(1, 1, 1, 8).expand(1, 4, 16, 8)
-    bare = align.grid_tokens(base, ramp) - align.grid_tokens(base, torch.zeros_like(ramp))    # without positions
-    pooled = torch.nn.functional.adaptive_avg_pool2d(bare, (4, 2))
-    assert pooled.std(dim=2).max() < 1e-5                                        # constant down the picture
-    assert (pooled[..., 1] - pooled[..., 0]).abs().max() > 0.1                   # not across
-
-
-@pytest.mark.parametrize("match", ["downsample", "upsample", "average", "mixed"])
-def test_every_way_of_matching_embeddings_is_zero_for_equal_embedders(match):
-    base, model, *_ = small_pair()
-    z = torch.randn(4, 4, 8, 8)
-    assert float(align.embedding_loss(base, base, z, z, match)) < 1e-10
-    with pytest.raises(ValueError, match="downsample, upsample"):
-        align.embedding_loss(base, base, z, z, "nearest")
-
-
-def test_least_squares_is_the_exact_optimum_and_shards_add_up():
-    g = torch.Generator().manual_seed(0)
-    x, w = torch.randn(500, 7, generator=g), torch.randn(3, 7, generator=g)
-    y = x @ w.T + 2.0 + 0.1 * torch.randn(500, 3, generator=g)
-    whole = align.LeastSquares(7, 3)
-    whole.add(x, y)
-    parts = [align.LeastSquares(7, 3) for _ in range(2)]
-    parts[0].add(x[:123], y[:123]), parts[1].add(x[123:], y[123:])
-    reference = torch.linalg.lstsq(torch.cat([torch.ones(500, 1), x], 1).double(), y.double()).solution
-    for sums in (whole, parts[0] + parts[1]):
-        got_w, got_b = sums.solve(ridge=1e-12)
-        assert_close(torch.cat([got_b[:, None], got_w], 1).T, reference, atol=1e-8, rtol=0)
-        assert abs(sums.loss(got_w, got_b) - float((x.double() @ got_w.T + got_b - y).square().mean())) < 1e-10
-
-
-def test_the_closed_form_embedder_is_where_adamw_would_end():
-    """At the optimum of Eq. 1 no gradient is left, and every other embedder is worse."""
-    base, model, z_dc, z_base, _ = small_pair()
-    sums = align.solve_embedder(model, base, [(z_dc[:20], z_base[:20]), (z_dc[20:], z_base[20:])])
-    params = [p.requires_grad_(True) for p in model.x_embedder.parameters()]
-    best = align.embedding_loss(model, base, z_dc, z_base)
-    grads = torch.autograd.grad(best, params)
-    assert max(g.abs().max() for g in grads) < 1e-5
-    assert abs(float(best) - sums.mse) < 1e-5
-    with torch.no_grad():
-        params[0].add_(0.01 * torch.randn_like(params[0]))
-    assert align.embedding_loss(model, base, z_dc, z_base) > best
-
-
-def test_the_closed_form_head_leaves_no_gradient_in_the_flow_loss():
-    base, model, z_dc, z_base, y = small_pair()
-    g = torch.Generator().manual_seed(1)
-    t, x0 = torch.rand(48, generator=g), torch.randn(z_dc.shape, generator=g)
-    sums = align.solve_head(model, [(z_dc[:30], t[:30], y[:30], x0[:30]), (z_dc[30:], t[30:], y[30:], x0[30:])])
-    params = [p.requires_grad_(True) for p in model.final_layer.linear.parameters()]
-    loss = align.flow_matching_loss(model, z_dc, t, y, x0)[0].mean()
-    assert max(g.abs().max() for g in torch.autograd.grad(loss, params)) < 1e-4
-    assert abs(float(loss) - sums.mse) < 1e-4
-
-
-def test_stage_1_brings_every_layer_closer_to_the_base():
-    base, model, z_dc, z_base, y = small_pair()
-    before = evaluate.layer_gap(model, base, z_dc, z_base, y)
-    align.solve_embedder(model, base, [(z_dc, z_base)])
-    after = evaluate.layer_gap(model, base, z_dc, z_base, y)
-    assert all(a < b for a, b in zip(after, before)), (before, after)
-
-
-def run_train(out, seed=0, steps=12, loss=None, **kw):
-    """A short run of the real loop on a small converted model; returns model, base, log."""
-    base, model, z_dc, z_base, y = small_pair(seed)
-    def flow(rows, g):
-        return align.sample_loss(model, z_dc[rows], y[rows], g, objective="flow", t_sampling="logit-normal", shift=1.0, label_dropout=0.1)
-    named = align.pick(model, (model.EMBEDDER, model.HEAD))
-    log = align.train(out, model, named, (loss or (lambda f, m: f))(flow, model), 48, steps, **{**dict(batch=8, lr=1e-3, info={}, log_every=1, save_every=5), **kw})
-    return model, base, log
-
-
-def test_only_what_is_trained_moves_and_all_of_it_does(tmp_path):
-    base, model, *_ = small_pair()
-    before = {k: v.clone() for k, v in model.state_dict().items()}
-    trained, its_base, _ = run_train(tmp_path, steps=5)
-    for k, v in trained.state_dict().items():
-        moved = not torch.equal(v, before[k])
-        assert moved == k.startswith((model.EMBEDDER, model.HEAD)), k
-    assert all(torch.equal(v, w) for (_, v), (_, w) in zip(its_base.state_dict().items(), base.state_dict().items()))
-
-
-def test_a_new_head_passes_gradients_to_the_embedder_from_the_first_step():
-    """A zero head, DiT's own initialisation, would leave the embedder without any."""
-    base, model, z_dc, _, y = small_pair()
-    model.x_embedder.requires_grad_(True)
-    align.flow_matching_loss(model, z_dc, torch.full((48,), 0.5), y, torch.randn_like(z_dc))[0].mean().backward()
-    assert model.x_embedder.proj.weight.grad.norm() > 0
-
-
-@pytest.mark.parametrize("ema", [None, 0.99])
-def test_a_killed_run_resumes_to_the_same_numbers(tmp_path, ema):
-    """Killed after step 8 with its last state from step 5: twelve steps all the same, bit for bit, and across the end of
-    an epoch (six steps of eight are one)."""
-    straight, _, log = run_train(tmp_path / "a", ema=ema)
-    class Killed(Exception): pass
-    def dies(flow, model):
-        calls = []
-        def loss(rows, g):
-            calls.append(1)
-            if len(calls) == 9: raise Killed
-            return flow(rows, g)
-        return loss
-    with pytest.raises(Killed):
-        run_train(tmp_path / "b", ema=ema, loss=dies)
-    resumed, _, log2 = run_train(tmp_path / "b", ema=ema)
-    drop = lambda rows: [{k: v for k, v in r.items() if k != "images_per_s"} for r in rows]
-    assert drop(log) == drop(log2)
-    assert all(torch.equal(v, w) for v, w in zip(straight.state_dict().values(), resumed.state_dict().values()))
-    if ema:
-        a, b = (torch.load(tmp_path / d / "train.train", weights_only=True)["ema"] for d in "ab")
-        assert all(torch.equal(x, y) for x, y in zip(a, b))
-
-
-def test_the_moving_average_is_float32_warms_up_and_leaves_the_raw_weights_alone(tmp_path):
-    model, _, _ = run_train(tmp_path, steps=3, ema=0.999, save_every=1)
-    state = torch.load(tmp_path / "train.train", weights_only=True)
-    raw = dict(model.named_parameters())
-    for (k, w), s in zip(state["weights"].items(), state["ema"]):
-        assert torch.equal(w, raw[k]) and s.dtype == torch.float32 and not torch.equal(s, w)
-    _, before, _ = run_train(tmp_path / "one", steps=1, ema=0.999, save_every=1)
-    state = torch.load(tmp_path / "one/train.train", weights_only=True)
-    start = small_pair()[1].state_dict()
-    for (k, w), s in zip(state["weights"].items(), state["ema"]):
-        assert_close(s, start[k] + (1 - 1 / 10) * (w - start[k]))                # decay (1 + 0) / (10 + 0) at the first step
-
-
-def test_accumulated_gradients_equal_the_big_batch(tmp_path):
-    """The same eight samples, with the same noise, in one pass or in parts whose sizes differ."""
-    def fixed(flow, model):
-        _, _, z_dc, _, y = small_pair()
-        noise = torch.randn(z_dc.shape, generator=torch.Generator().manual_seed(3))
-        return lambda rows, g: (align.flow_matching_loss(model, z_dc[rows], torch.full((len(rows),), 0.4), y[rows], noise[rows])[0].mean(), {})
-    whole, _, _ = run_train(tmp_path / "a", steps=3, loss=fixed)
-    parts, _, _ = run_train(tmp_path / "b", steps=3, loss=fixed, accumulate=3)
-    for v, w in zip(whole.state_dict().values(), parts.state_dict().values()):
-        assert_close(v, w, atol=2e-6, rtol=1e-5)
-
-
-def test_a_non_finite_gradient_is_skipped_and_the_third_in_a_row_ends_the_run(tmp_path, capsys):
-    def poisoned(when):
-        def wrap(flow, model):
-            calls = []
-            def loss(rows, g):
-                calls.append(1)
-                value, said = flow(rows, g)
-                return (value * float("nan") if len(calls) in when else value), said
-            return loss
-        return wrap
-    model, _, _ = run_train(tmp_path / "a", loss=poisoned({4, 5}))               # two, then fine
-    assert all(torch.isfinite(p).all() for p in model.parameters()) and "not finite, step skipped" in capsys.readouterr().out
-    before, _, _ = run_train(tmp_path / "c", steps=5)
-    with pytest.raises(RuntimeError, match="three non-finite gradients in a row"):
-        run_train(tmp_path / "b", loss=poisoned({6, 7, 8}))
-    state = torch.load(tmp_path / "b/train.train", weights_only=True)
-    assert state["step"] == 5 and all(torch.equal(state["weights"][k], dict(before.named_parameters())[k]) for k in state["weights"])
-
-
-def test_a_signal_finishes_the_step_saves_and_ends(tmp_path):
-    import os, signal
-    def interrupted(flow, model):
-        calls = []
-        def loss(rows, g):
-            calls.append(1)
-            if len(calls) == 3: os.kill(os.getpid(), signal.SIGTERM)
-            return flow(rows, g)
-        return loss
-    with pytest.raises(SystemExit, match="--resume"):
-        run_train(tmp_path, loss=interrupted)
-    assert torch.load(tmp_path / "train.train", weights_only=True)["step"] == 3
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL                    # the old handlers are back
-
-
-def test_weight_decay_spares_norms_biases_and_embeddings():
-    base, *_ = small_pair()
-    decayed, spared = align.decay_groups(list(base.named_parameters()), 0.1)
-    names = {id(p): k for k, p in base.named_parameters()}
-    assert decayed["weight_decay"] == 0.1 and spared["weight_decay"] == 0
-    assert {names[id(p)] for p in spared["params"]} == {k for k in names.values() if k.endswith("bias") or "embedding_table" in k}
-
-
-def test_labels_are_dropped_at_the_given_rate_to_the_null_class():
-    base, *_ = small_pair()
-    y = torch.arange(10_000) % 8
-    dropped = align.drop_labels(base, y, 0.1, torch.Generator().manual_seed(0))
-    assert 0.08 < float((dropped == 8).float().mean()) < 0.12
-    assert torch.equal(dropped[dropped != 8], y[dropped != 8]) and torch.equal(base.null_condition(y[:2]), torch.tensor([8, 8]))
-
-
-def test_the_ddpm_objective_trains_a_head_of_twice_the_channels(tmp_path):
-    base, _, z_dc, _, y = small_pair(clock="ddpm")
-    model = deepen(base, to_deep_latent(base.cfg, AUTOENCODERS["tiny-dc-ae-f32c32"], "epsilon"))
-    assert model.final_layer.linear.out_features == 64
-    loss, said = align.sample_loss(model, z_dc, y, torch.Generator().manual_seed(0), objective="ddpm", t_sampling="uniform", shift=1.0, label_dropout=0.0)
-    assert torch.isfinite(loss) and said["mse"] > 0
-    assert model(z_dc, torch.full((48,), 0.5), y).shape == z_dc.shape            # its forward is a velocity all the same
-
-
-def test_a_missing_hub_is_told_in_two_lines_with_the_way_out(monkeypatch, capsys):
-    hub = pytest.importorskip("huggingface_hub")
-    def unreachable(*a, **k): raise OSError("no network")
-    monkeypatch.setattr(hub, "hf_hub_download", unreachable)
-    with pytest.raises(ValueError) as e:
-        align.main(["--base", "dit-xl"])
-    assert len(str(e.value).split("\n")) == 2 and "facebook/DiT-XL-2-256" in str(e.value) and "--weights PATH" in str(e.value)
-
-
-def test_bad_flags_are_told_before_anything_is_loaded(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for flags, words in ((["--match", "upsample"], "adamw"), (["--ae", "vae"], "tiny-dc-ae-f32c32"), (["--base", "dit-huge"], "dit-xl"),
-                         (["--objective", "ddpm"], "flow's"), (["--res", "100"], "divide by")):
-        with pytest.raises(ValueError, match=words):
-            align.main([*flags, "--pictures", "8", "--count", "0"])
-
-
-# ---- finetune.py, and the scripts from end to end -------------------------------------------------------------------------
-
-@pytest.fixture(scope="module")
-def aligned(tmp_path_factory):
-    """The embedded base, aligned in a hurry by the script itself."""
-    import os
-    root, here = tmp_path_factory.mktemp("project"), os.getcwd()
-    os.chdir(root)
-    try:
-        align.main(["--pictures", "64", "--stage2-steps", "3", "--batch", "8", "--head-samples", "64", "--count", "8", "--device", "cpu"])
-    finally:
-        os.chdir(here)
-    return root
-
-
-def test_align_writes_a_whole_run(aligned):
-    run = aligned / "runs/align-tiny-1"
-    assert {"config.json", "model.safetensors", "metrics.jsonl", "samples.png", "gap.png", "curves.png"} <= {p.name for p in run.iterdir()}
-    model, info = sample.load_run(run)
-    assert info["kind"] == "align" and model.cfg.ae == "tiny-dc-ae-f32c32" and model.cfg.patch_size == 1
-    assert set(read_tensors(run / "model.safetensors")) == {"x_embedder.proj.weight", "x_embedder.proj.bias", "final_layer.linear.weight", "final_layer.linear.bias",
-                                                            "final_layer.adaLN_modulation.1.weight", "final_layer.adaLN_modulation.1.bias"}
-    assert info["stages"][1]["gap"] > info["stages"][2]["gap"]                   # stage 1 closes the gap
-
-
-@pytest.mark.parametrize("flags, kind", [([], "finetune"), (["--tune", "full"], "finetune"), (["--init", "base"], "noalign"), (["--init", "scratch"], "scratch")])
-def test_finetune_trains_saves_and_draws(aligned, monkeypatch, flags, kind):
-    monkeypatch.chdir(aligned)
-    out = Path("runs") / f"{kind}-{len(flags)}-{flags[-1:] or ['lora']}"
-    finetune.main([*flags, "--pictures", "64", "--train-steps", "2", "--batch", "8", "--out", str(out), "--device", "cpu", "--dtype", "fp32"])
-    model, info = sample.load_run(out)
-    assert (out / "samples.png").exists() and info["kind"] == kind
-    keys = set(read_tensors(out / "model.safetensors"))
-    if flags in ([], ["--init", "base"]):
-        assert any(k.endswith("attn.qkv.A") for k in keys) and "x_embedder.proj.weight" in keys and not any(k.endswith("qkv.weight") for k in keys)
-        x, y = torch.randn(2, 32, 4, 4), torch.tensor([1, 2])
-        before = model(x, torch.tensor([0.3, 0.6]), y)
-        assert_close(lora.merge_lora(model)(x, torch.tensor([0.3, 0.6]), y), before, atol=1e-4, rtol=1e-4)
-    with pytest.raises(ValueError, match="finished run"):
-        finetune.main([*flags, "--out", str(out)])
-
-
-def test_sample_draws_from_the_newest_run_and_evaluate_scores_it(aligned, monkeypatch, capsys):
-    monkeypatch.chdir(aligned)
-    sample.main(["--count", "2", "--num-steps", "2", "--ckpt", "runs/align-tiny-1", "--device", "cpu"])
-    assert len(list(Path("runs/align-tiny-1/samples").glob("*.png"))) == 2 and Path("runs/align-tiny-1/samples-grid.png").exists()
-    evaluate.main(["runs/align-tiny-1", "--count", "16", "--num-steps", "2", "--device", "cpu"])
-    said = capsys.readouterr().out
-    assert "align-tiny-1" in said and "N 16" in said and Path("runs/evaluate.json").exists()
-
-
-def test_finetune_without_an_alignment_names_the_command(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match="python align.py --base tiny"):
-        finetune.main([])
-
-
-def test_kill_9_and_resume_give_the_losses_of_an_unbroken_run(aligned, tmp_path):
-    """The real script, the real signal: killed in mid-run, started again with --resume."""
-    import os, signal, subprocess, sys, time
-    flags = ["--init", "base", "--pictures", "64", "--train-steps", "14", "--batch", "8", "--save-every", "4", "--device", "cpu", "--dtype", "fp32"]
-    call = lambda out, *more: [sys.executable, str(HERE / "finetune.py"), *flags, "--out", str(tmp_path / out), *more]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run(call("straight"), cwd=aligned, env=env, check=True, capture_output=True)
-    victim = subprocess.Popen(call("killed"), cwd=aligned, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    for _ in range(1200):
-        if (tmp_path / "killed/train.train").exists() or victim.poll() is not None:
-            break
-        time.sleep(0.05)
-    victim.send_signal(signal.SIGKILL)
-    victim.wait()
-    assert not (tmp_path / "killed/model.safetensors").exists(), "it finished before it was killed"
-    subprocess.run(call("killed", "--resume"), cwd=aligned, env=env, check=True, capture_output=True)
-    read = lambda out: [{k: v for k, v in json.loads(line).items() if k != "images_per_s"} for line in (tmp_path / out / "metrics.jsonl").read_text().splitlines()]
-    last = lambda out: [r for r in read(out) if r["step"] == 14]
-    assert last("straight") == last("killed")
-    a, b = (read_tensors(tmp_path / out / "model.safetensors") for out in ("straight", "killed"))
-    assert all(torch.equal(a[k], b[k]) for k in a)
-
-
-# ---- the project ---------------------------------------------------------------------------------------------------------
-
-def test_imports_point_left():
-    line = "model data autoencoder lora sample evaluate align finetune".split()
-    for i, name in enumerate(line):
-        tree = ast.parse((HERE / f"{name}.py").read_text())
-        ours = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)} | {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
-        assert ours & set(line[i:]) == set(), f"{name}.py imports {ours & set(line[i:])}"
-
-
-def test_every_flag_in_the_readme_exists():
-    commands = re.findall(r"python (\w+)\.py([^\n`]*)", (HERE / "README.md").read_text())
-    assert commands
-    for script, rest in commands:
-        known = set(re.findall(r"--[a-z0-9-]+", (HERE / f"{script}.py").read_text() + (HERE / "sample.py").read_text() + (HERE / "align.py").read_text()))
-        assert set(re.findall(r"--[a-z0-9-]+", rest)) <= known, f"python {script}.py{rest}"
 
 
 # ---- the model hub, played by a server of the test's own -------------------------------------------------------------------
@@ -3200,3 +2920,376 @@ def test_a_grid_of_large_pictures_is_of_small_ones():
     x = torch.randn(2, 3, 64, 128)
     assert sample.thumbnails(x) is x and sample.thumbnails(x, 32).shape == (2, 3, 16, 32)
     close(sample.thumbnails(x, 64), F.avg_pool2d(x, 2), 1e-6)
+
+
+# ---- align.py --------------------------------------------------------------------------------------------------------
+
+def small_pair(seed=0, clock="flow"):
+    """A small base on f8 latents with a live (not zero-gated) trunk, its conversion, and paired latents of 48 pictures."""
+    torch.manual_seed(seed)
+    predict = "epsilon" if clock == "ddpm" else "velocity"
+    base = DiT(DiTConfig(32, 3, 4, 2, 4, "tiny-kl-f8c4", 64, num_classes=8, clock=clock, predict=predict)).initialise()
+    for p in base.parameters():
+        torch.nn.init.normal_(p, std=0.15) if p.ndim > 1 else None
+    base.requires_grad_(False)
+    model = deepen(base, to_deep_latent(base.cfg, AUTOENCODERS["tiny-dc-ae-f32c32"]))
+    g = torch.Generator().manual_seed(seed)
+    z_base = torch.randn(48, 4, 16, 8, generator=g)
+    mix = torch.randn(32, 4, generator=g)
+    z_dc = torch.einsum("oc,bchw->bohw", mix, torch.nn.functional.avg_pool2d(z_base, 2)) * 0.5 + 0.3 * torch.randn(48, 32, 8, 4, generator=g)
+    return base, model, z_dc, z_base, torch.arange(48) % 8
+
+
+def test_stage_1_targets_are_the_bases_embeddings_averaged_over_each_new_cell():
+    base, model, z_dc, z_base, _ = small_pair()
+    old = base.embed(z_base).view(48, 8, 4, 32)
+    target = old.view(48, 8, 1, 4, 1, 32).mean(dim=(2, 4))                       # the grids here are equal: 8x4 tokens each
+    new = model.embed(z_dc).view(48, 8, 4, 32)
+    assert_close(align.embedding_loss(model, base, z_dc, z_base), (new - target).square().mean())
+    coarse = z_dc[:, :, ::2, ::2]
+    target = old.view(48, 4, 2, 2, 2, 32).mean(dim=(2, 4))                       # rows in pairs, columns in pairs
+    assert_close(align.embedding_loss(model, base, coarse, z_base), (model.embed(coarse).view(48, 4, 2, 32) - target).square().mean())
+
+
+def test_pooling_keeps_rows_and_columns_apart_on_a_picture_twice_as_high_as_wide():
+    base, *_ = small_pair()
+    ramp = torch.linspace(-1, 1, 8).view(1, 1, 1, 8).expand(1, 4, 16, 8)
+    bare = align.grid_tokens(base, ramp) - align.grid_tokens(base, torch.zeros_like(ramp))    # without positions
+    pooled = torch.nn.functional.adaptive_avg_pool2d(bare, (4, 2))
+    assert pooled.std(dim=2).max() < 1e-5                                        # constant down the picture
+    assert (pooled[..., 1] - pooled[..., 0]).abs().max() > 0.1                   # not across
+
+
+@pytest.mark.parametrize("match", ["downsample", "upsample", "average", "mixed"])
+def test_every_way_of_matching_embeddings_is_zero_for_equal_embedders(match):
+    base, model, *_ = small_pair()
+    z = torch.randn(4, 4, 8, 8)
+    assert float(align.embedding_loss(base, base, z, z, match)) < 1e-10
+    with pytest.raises(ValueError, match="downsample, upsample"):
+        align.embedding_loss(base, base, z, z, "nearest")
+
+
+def test_the_ways_of_matching_embeddings_measure_what_their_names_say():
+    base, model, z_dc, z_base, _ = small_pair()
+    z_dc = z_dc[:, :, ::2, ::2]
+    new, old = align.grid_tokens(model, z_dc), align.grid_tokens(base, z_base)
+    loss = {m: align.embedding_loss(model, base, z_dc, z_base, m) for m in align.MATCHES}
+    assert_close(loss["average"], (new.mean(dim=(2, 3)) - old.mean(dim=(2, 3))).square().mean())
+    assert_close(loss["mixed"], loss["downsample"] + loss["average"])
+    assert_close(loss["upsample"], (torch.nn.functional.interpolate(new, (8, 4), mode="bilinear") - old).square().mean())
+
+
+def test_least_squares_is_the_exact_optimum_and_shards_add_up():
+    g = torch.Generator().manual_seed(0)
+    x, w = torch.randn(500, 7, generator=g), torch.randn(3, 7, generator=g)
+    y = x @ w.T + 2.0 + 0.1 * torch.randn(500, 3, generator=g)
+    whole = align.LeastSquares(7, 3)
+    whole.add(x, y)
+    parts = [align.LeastSquares(7, 3) for _ in range(2)]
+    parts[0].add(x[:123], y[:123]), parts[1].add(x[123:], y[123:])
+    reference = torch.linalg.lstsq(torch.cat([torch.ones(500, 1), x], 1).double(), y.double()).solution
+    for sums in (whole, parts[0] + parts[1]):
+        got_w, got_b = sums.solve(ridge=1e-12)
+        assert_close(torch.cat([got_b[:, None], got_w], 1).T, reference, atol=1e-8, rtol=0)
+        assert abs(sums.loss(got_w, got_b) - float((x.double() @ got_w.T + got_b - y).square().mean())) < 1e-10
+
+
+def test_the_closed_form_embedder_is_where_adamw_would_end():
+    """At the optimum of Eq. 1 no gradient is left, and every other embedder is worse."""
+    base, model, z_dc, z_base, _ = small_pair()
+    sums = align.solve_embedder(model, base, [(z_dc[:20], z_base[:20]), (z_dc[20:], z_base[20:])])
+    params = [p.requires_grad_(True) for p in model.x_embedder.parameters()]
+    best = align.embedding_loss(model, base, z_dc, z_base)
+    grads = torch.autograd.grad(best, params)
+    assert max(g.abs().max() for g in grads) < 1e-5
+    assert abs(float(best) - sums.mse) < 1e-5
+    with torch.no_grad():
+        params[0].add_(0.01 * torch.randn_like(params[0]))
+    assert align.embedding_loss(model, base, z_dc, z_base) > best
+
+
+def test_the_closed_form_head_leaves_no_gradient_in_the_flow_loss():
+    base, model, z_dc, z_base, y = small_pair()
+    g = torch.Generator().manual_seed(1)
+    t, x0 = torch.rand(48, generator=g), torch.randn(z_dc.shape, generator=g)
+    sums = align.solve_head(model, [(z_dc[:30], t[:30], y[:30], x0[:30]), (z_dc[30:], t[30:], y[30:], x0[30:])])
+    params = [p.requires_grad_(True) for p in model.final_layer.linear.parameters()]
+    loss = align.flow_matching_loss(model, z_dc, t, y, x0)[0].mean()
+    assert max(g.abs().max() for g in torch.autograd.grad(loss, params)) < 1e-4
+    assert abs(float(loss) - sums.mse) < 1e-4
+
+
+def test_stage_1_brings_every_layer_closer_to_the_base():
+    base, model, z_dc, z_base, y = small_pair()
+    before = evaluate.layer_gap(model, base, z_dc, z_base, y)
+    align.solve_embedder(model, base, [(z_dc, z_base)])
+    after = evaluate.layer_gap(model, base, z_dc, z_base, y)
+    assert all(a < b for a, b in zip(after, before)), (before, after)
+
+
+def run_train(out, seed=0, steps=12, loss=None, **kw):
+    """A short run of the real loop on a small converted model; returns model, base, log."""
+    base, model, z_dc, z_base, y = small_pair(seed)
+    def flow(rows, g):
+        return align.sample_loss(model, z_dc[rows], y[rows], g, objective="flow", t_sampling="logit-normal", shift=1.0, label_dropout=0.1)
+    named = align.pick(model, (model.EMBEDDER, model.HEAD))
+    log = align.train(out, model, named, (loss or (lambda f, m: f))(flow, model), 48, steps, **{**dict(batch=8, lr=1e-3, info={}, log_every=1, save_every=5), **kw})
+    return model, base, log
+
+
+def test_only_what_is_trained_moves_and_all_of_it_does(tmp_path):
+    base, model, *_ = small_pair()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    trained, its_base, _ = run_train(tmp_path, steps=5)
+    for k, v in trained.state_dict().items():
+        moved = not torch.equal(v, before[k])
+        assert moved == k.startswith((model.EMBEDDER, model.HEAD)), k
+    assert all(torch.equal(v, w) for (_, v), (_, w) in zip(its_base.state_dict().items(), base.state_dict().items()))
+
+
+def test_a_new_head_passes_gradients_to_the_embedder_from_the_first_step():
+    """A zero head, DiT's own initialisation, would leave the embedder without any."""
+    base, model, z_dc, _, y = small_pair()
+    model.x_embedder.requires_grad_(True)
+    align.flow_matching_loss(model, z_dc, torch.full((48,), 0.5), y, torch.randn_like(z_dc))[0].mean().backward()
+    assert model.x_embedder.proj.weight.grad.norm() > 0
+
+
+@pytest.mark.parametrize("ema", [None, 0.99])
+def test_a_killed_run_resumes_to_the_same_numbers(tmp_path, ema):
+    """Killed after step 8 with its last state from step 5: twelve steps all the same, bit for bit, and across the end of
+    an epoch (six steps of eight are one)."""
+    straight, _, log = run_train(tmp_path / "a", ema=ema)
+    class Killed(Exception): pass
+    def dies(flow, model):
+        calls = []
+        def loss(rows, g):
+            calls.append(1)
+            if len(calls) == 9: raise Killed
+            return flow(rows, g)
+        return loss
+    with pytest.raises(Killed):
+        run_train(tmp_path / "b", ema=ema, loss=dies)
+    resumed, _, log2 = run_train(tmp_path / "b", ema=ema)
+    drop = lambda rows: [{k: v for k, v in r.items() if k != "images_per_s"} for r in rows]
+    assert drop(log) == drop(log2)
+    assert all(torch.equal(v, w) for v, w in zip(straight.state_dict().values(), resumed.state_dict().values()))
+    if ema:
+        a, b = (torch.load(tmp_path / d / "train.train", weights_only=True)["ema"] for d in "ab")
+        assert all(torch.equal(x, y) for x, y in zip(a, b))
+
+
+def test_the_moving_average_is_float32_warms_up_and_leaves_the_raw_weights_alone(tmp_path):
+    model, _, _ = run_train(tmp_path, steps=3, ema=0.999, save_every=1)
+    state = torch.load(tmp_path / "train.train", weights_only=True)
+    raw = dict(model.named_parameters())
+    for (k, w), s in zip(state["weights"].items(), state["ema"]):
+        assert torch.equal(w, raw[k]) and s.dtype == torch.float32 and not torch.equal(s, w)
+    _, before, _ = run_train(tmp_path / "one", steps=1, ema=0.999, save_every=1)
+    state = torch.load(tmp_path / "one/train.train", weights_only=True)
+    start = small_pair()[1].state_dict()
+    for (k, w), s in zip(state["weights"].items(), state["ema"]):
+        assert_close(s, start[k] + (1 - 1 / 10) * (w - start[k]))                # decay (1 + 0) / (10 + 0) at the first step
+
+
+def test_accumulated_gradients_equal_the_big_batch(tmp_path):
+    """The same eight samples, with the same noise, in one pass or in parts whose sizes differ."""
+    def fixed(flow, model):
+        _, _, z_dc, _, y = small_pair()
+        noise = torch.randn(z_dc.shape, generator=torch.Generator().manual_seed(3))
+        return lambda rows, g: (align.flow_matching_loss(model, z_dc[rows], torch.full((len(rows),), 0.4), y[rows], noise[rows])[0].mean(), {})
+    whole, _, _ = run_train(tmp_path / "a", steps=3, loss=fixed)
+    parts, _, _ = run_train(tmp_path / "b", steps=3, loss=fixed, accumulate=3)
+    for v, w in zip(whole.state_dict().values(), parts.state_dict().values()):
+        assert_close(v, w, atol=2e-6, rtol=1e-5)
+
+
+def test_a_non_finite_gradient_is_skipped_and_the_third_in_a_row_ends_the_run(tmp_path, capsys):
+    def poisoned(when):
+        def wrap(flow, model):
+            calls = []
+            def loss(rows, g):
+                calls.append(1)
+                value, said = flow(rows, g)
+                return (value * float("nan") if len(calls) in when else value), said
+            return loss
+        return wrap
+    model, _, _ = run_train(tmp_path / "a", loss=poisoned({4, 5}))               # two, then fine
+    assert all(torch.isfinite(p).all() for p in model.parameters()) and "not finite, step skipped" in capsys.readouterr().out
+    before, _, _ = run_train(tmp_path / "c", steps=5)
+    with pytest.raises(RuntimeError, match="three non-finite gradients in a row"):
+        run_train(tmp_path / "b", loss=poisoned({6, 7, 8}))
+    state = torch.load(tmp_path / "b/train.train", weights_only=True)
+    assert state["step"] == 5 and all(torch.equal(state["weights"][k], dict(before.named_parameters())[k]) for k in state["weights"])
+
+
+def test_a_signal_finishes_the_step_saves_and_ends(tmp_path):
+    import os, signal
+    def interrupted(flow, model):
+        calls = []
+        def loss(rows, g):
+            calls.append(1)
+            if len(calls) == 3: os.kill(os.getpid(), signal.SIGTERM)
+            return flow(rows, g)
+        return loss
+    with pytest.raises(SystemExit, match="--resume"):
+        run_train(tmp_path, loss=interrupted)
+    assert torch.load(tmp_path / "train.train", weights_only=True)["step"] == 3
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL                    # the old handlers are back
+
+
+def test_weight_decay_spares_norms_biases_and_embeddings():
+    base, *_ = small_pair()
+    decayed, spared = align.decay_groups(list(base.named_parameters()), 0.1)
+    names = {id(p): k for k, p in base.named_parameters()}
+    assert decayed["weight_decay"] == 0.1 and spared["weight_decay"] == 0
+    assert {names[id(p)] for p in spared["params"]} == {k for k in names.values() if k.endswith("bias") or "embedding_table" in k}
+
+
+def test_labels_are_dropped_at_the_given_rate_to_the_null_class():
+    base, *_ = small_pair()
+    y = torch.arange(10_000) % 8
+    dropped = align.drop_labels(base, y, 0.1, torch.Generator().manual_seed(0))
+    assert 0.08 < float((dropped == 8).float().mean()) < 0.12
+    assert torch.equal(dropped[dropped != 8], y[dropped != 8]) and torch.equal(base.null_condition(y[:2]), torch.tensor([8, 8]))
+
+
+def test_the_ddpm_objective_trains_a_head_of_twice_the_channels(tmp_path):
+    base, _, z_dc, _, y = small_pair(clock="ddpm")
+    model = deepen(base, to_deep_latent(base.cfg, AUTOENCODERS["tiny-dc-ae-f32c32"], "epsilon"))
+    assert model.final_layer.linear.out_features == 64
+    loss, said = align.sample_loss(model, z_dc, y, torch.Generator().manual_seed(0), objective="ddpm", t_sampling="uniform", shift=1.0, label_dropout=0.0)
+    assert torch.isfinite(loss) and said["mse"] > 0
+    assert model(z_dc, torch.full((48,), 0.5), y).shape == z_dc.shape            # its forward is a velocity all the same
+
+
+def test_a_missing_hub_is_told_in_two_lines_with_the_way_out(monkeypatch, capsys):
+    hub = pytest.importorskip("huggingface_hub")
+    def unreachable(*a, **k): raise OSError("no network")
+    monkeypatch.setattr(hub, "hf_hub_download", unreachable)
+    with pytest.raises(ValueError) as e:
+        align.main(["--base", "dit-xl"])
+    assert len(str(e.value).split("\n")) == 2 and "facebook/DiT-XL-2-256" in str(e.value) and "--weights PATH" in str(e.value)
+
+
+def test_bad_flags_are_told_before_anything_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for flags, words in ((["--match", "upsample"], "adamw"), (["--ae", "vae"], "tiny-dc-ae-f32c32"), (["--base", "dit-huge"], "dit-xl"),
+                         (["--objective", "ddpm"], "flow's"), (["--res", "100"], "divide by")):
+        with pytest.raises(ValueError, match=words):
+            align.main([*flags, "--pictures", "8", "--count", "0"])
+
+
+# ---- finetune.py, and the scripts from end to end -------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def aligned(tmp_path_factory):
+    """The embedded base, aligned in a hurry by the script itself."""
+    import os
+    root, here = tmp_path_factory.mktemp("project"), os.getcwd()
+    os.chdir(root)
+    try:
+        align.main(["--pictures", "64", "--stage2-steps", "3", "--batch", "8", "--head-samples", "64", "--count", "8", "--device", "cpu"])
+    finally:
+        os.chdir(here)
+    return root
+
+
+def test_align_writes_a_whole_run(aligned):
+    run = aligned / "runs/align-tiny-1"
+    assert {"config.json", "model.safetensors", "metrics.jsonl", "samples.png", "gap.png", "curves.png"} <= {p.name for p in run.iterdir()}
+    model, info = sample.load_run(run)
+    assert info["kind"] == "align" and model.cfg.ae == "tiny-dc-ae-f32c32" and model.cfg.patch_size == 1
+    assert set(read_tensors(run / "model.safetensors")) == {"x_embedder.proj.weight", "x_embedder.proj.bias", "final_layer.linear.weight", "final_layer.linear.bias",
+                                                            "final_layer.adaLN_modulation.1.weight", "final_layer.adaLN_modulation.1.bias"}
+    assert info["stages"][1]["gap"] > info["stages"][2]["gap"]                   # stage 1 closes the gap
+
+
+@pytest.mark.parametrize("flags, kind", [([], "finetune"), (["--tune", "full"], "finetune"), (["--init", "base"], "noalign"), (["--init", "scratch"], "scratch")])
+def test_finetune_trains_saves_and_draws(aligned, monkeypatch, flags, kind):
+    monkeypatch.chdir(aligned)
+    out = Path("runs") / f"{kind}-{len(flags)}-{flags[-1:] or ['lora']}"
+    finetune.main([*flags, "--pictures", "64", "--train-steps", "2", "--batch", "8", "--out", str(out), "--device", "cpu", "--dtype", "fp32"])
+    model, info = sample.load_run(out)
+    assert (out / "samples.png").exists() and info["kind"] == kind
+    keys = set(read_tensors(out / "model.safetensors"))
+    if flags in ([], ["--init", "base"]):
+        assert any(k.endswith("attn.qkv.A") for k in keys) and "x_embedder.proj.weight" in keys and not any(k.endswith("qkv.weight") for k in keys)
+        x, y = torch.randn(2, 32, 4, 4), torch.tensor([1, 2])
+        before = model(x, torch.tensor([0.3, 0.6]), y)
+        assert_close(lora.merge_lora(model)(x, torch.tensor([0.3, 0.6]), y), before, atol=1e-4, rtol=1e-4)
+    with pytest.raises(ValueError, match="holds a finished run"):
+        finetune.main([*flags, "--out", str(out)])
+
+
+def test_a_run_carries_on_what_the_run_before_it_had_trained(aligned, monkeypatch):
+    """Alignment has moved the final modulation, which no base has; then LoRA on top, merged, and a second LoRA."""
+    monkeypatch.chdir(aligned)
+    flags = ["--pictures", "64", "--train-steps", "2", "--batch", "8", "--lr", "1e-2", "--ema", "0", "--device", "cpu", "--dtype", "fp32"]
+    finetune.main(["--init", "runs/align-tiny-1", "--no-final-adaln", "--out", "runs/carry-1", *flags])
+    before, after = (read_tensors(f"runs/{r}/model.safetensors") for r in ("align-tiny-1", "carry-1"))
+    key = "final_layer.adaLN_modulation.1.weight"
+    assert torch.equal(before[key], after[key])
+    with pytest.raises(ValueError, match="--merge"):
+        finetune.main(["--init", "runs/carry-1", "--rank", "4", "--out", "runs/carry-2", *flags])
+    finetune.main(["--init", "runs/carry-1", "--merge", "--rank", "4", "--out", "runs/carry-2", *flags])
+    first, second = (sample.load_run(f"runs/{r}")[0] for r in ("carry-1", "carry-2"))
+    trunk = first.blocks[0].attn.qkv
+    assert_close(second.blocks[0].attn.qkv.base.weight, trunk.base.weight + trunk.delta())
+    assert second.blocks[0].attn.qkv.A.shape[0] == 4
+
+
+def test_sample_draws_from_the_newest_run_and_evaluate_scores_it(aligned, monkeypatch, capsys):
+    monkeypatch.chdir(aligned)
+    sample.main(["--count", "2", "--num-steps", "2", "--ckpt", "runs/align-tiny-1", "--device", "cpu"])
+    assert len(list(Path("runs/align-tiny-1/samples").glob("*.png"))) == 2 and Path("runs/align-tiny-1/samples-grid.png").exists()
+    evaluate.main(["runs/align-tiny-1", "--count", "16", "--num-steps", "2", "--device", "cpu"])
+    said = capsys.readouterr().out
+    assert "align-tiny-1" in said and "N 16" in said and Path("runs/evaluate.json").exists()
+
+
+def test_finetune_without_an_alignment_names_the_command(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="python align.py --base tiny"):
+        finetune.main([])
+
+
+def test_kill_9_and_resume_give_the_losses_of_an_unbroken_run(aligned, tmp_path):
+    """The real script, the real signal: killed in mid-run, started again with --resume."""
+    import os, signal, subprocess, sys, time
+    flags = ["--init", "base", "--pictures", "64", "--train-steps", "14", "--batch", "8", "--save-every", "4", "--device", "cpu", "--dtype", "fp32"]
+    call = lambda out, *more: [sys.executable, str(HERE / "finetune.py"), *flags, "--out", str(tmp_path / out), *more]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run(call("straight"), cwd=aligned, env=env, check=True, capture_output=True)
+    victim = subprocess.Popen(call("killed"), cwd=aligned, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    for _ in range(1200):
+        if (tmp_path / "killed/train.train").exists() or victim.poll() is not None:
+            break
+        time.sleep(0.05)
+    victim.send_signal(signal.SIGKILL)
+    victim.wait()
+    assert not (tmp_path / "killed/model.safetensors").exists(), "it finished before it was killed"
+    subprocess.run(call("killed", "--resume"), cwd=aligned, env=env, check=True, capture_output=True)
+    read = lambda out: [{k: v for k, v in json.loads(line).items() if k != "images_per_s"} for line in (tmp_path / out / "metrics.jsonl").read_text().splitlines()]
+    last = lambda out: [r for r in read(out) if r["step"] == 14]
+    assert last("straight") == last("killed")
+    a, b = (read_tensors(tmp_path / out / "model.safetensors") for out in ("straight", "killed"))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+# ---- the project ---------------------------------------------------------------------------------------------------------
+
+def test_imports_point_left():
+    line = "model data autoencoder lora sample evaluate align finetune".split()
+    for i, name in enumerate(line):
+        tree = ast.parse((HERE / f"{name}.py").read_text())
+        ours = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)} | {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
+        assert ours & set(line[i:]) == set(), f"{name}.py imports {ours & set(line[i:])}"
+
+
+def test_every_flag_in_the_readme_exists():
+    commands = re.findall(r"python (\w+)\.py([^\n`]*)", (HERE / "README.md").read_text())
+    assert commands
+    for script, rest in commands:
+        known = set(re.findall(r"--[a-z0-9-]+", (HERE / f"{script}.py").read_text() + (HERE / "sample.py").read_text() + (HERE / "align.py").read_text()))
+        assert set(re.findall(r"--[a-z0-9-]+", rest)) <= known, f"python {script}.py{rest}"
