@@ -31,8 +31,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data import open_source
-from model import (ChannelRMSNorm, GLUMBConv, Turn, atomic, compile_layers, fast_bf16, find_weights, folder_config, linear_attention, load_weights, read_config, read_tensors, run, unmap_keys,
-                   write_folder, write_tensors)
+from model import (ChannelRMSNorm, GLUMBConv, Turn, atomic, compile_layers, fast_bf16, find_weights, folder_config, linear_attention, load_weights,
+                   read_config, read_tensors, run, unmap_keys, write_folder, write_tensors)
 
 
 # ---- configs -----------------------------------------------------------------------------------------------------------
@@ -146,7 +146,8 @@ class Autoencoder(nn.Module):
         """Compile the decoder's layers one by one (model.compile_layers). Convolutions stay cuDNN's; what gains is what lies
         between them, norms, activations, shortcuts and folding: each is a pass over memory otherwise."""
         kinds = (KLResBlock, KLUp, ResBlock, Up, MultiscaleAttention, GLUMBConv)
-        compile_layers([m for m in self.decoder.modules() if isinstance(m, kinds)] + [m for m in self.decoder.children() if isinstance(m, ChannelRMSNorm)], **options)
+        last = [m for m in self.decoder.children() if isinstance(m, ChannelRMSNorm)]
+        compile_layers([m for m in self.decoder.modules() if isinstance(m, kinds)] + last, **options)
 
     def _scale(self) -> float:
         if self.cfg.scale is None:
@@ -489,7 +490,7 @@ def in_strips(layers, x: Tensor, max_elements: float) -> Tensor:
     step = max(1, int(min(max_elements / (B * width * W), H)) // fold) * fold
     step = up_to(H / math.ceil(H / step), fold)
     halo = up_to(reach, fold)
-    rows = min(H, step + 2 * halo)                                    # of every strip alike: kernels are chosen, compiled and tuned for a shape
+    rows = min(H, step + 2 * halo)                                    # alike in every strip: kernels are compiled and tuned for a shape
     out = None
     for top in range(0, H, step):
         bottom, start = min(top + step, H), min(max(0, top - halo), H - rows)

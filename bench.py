@@ -52,7 +52,8 @@ from align import embedding_loss, ends, flow_matching_loss, pick
 from autoencoder import DCAE_DIFFUSERS, KL_DIFFUSERS, KLConfig, ae_class, ae_config, diffusers_ae_config
 from finetune import trainable
 from lora import add_lora
-from model import BASES, FAMILIES, TABLES, DiTConfig, FluxConfig, SanaConfig, Text, atomic, compile_layers, deepen, diffusers_config, fast_bf16, run, to_deep_latent, unmap_keys
+from model import (BASES, FAMILIES, TABLES, DiTConfig, FluxConfig, SanaConfig, Text, atomic, compile_layers, deepen, diffusers_config, fast_bf16, run,
+                   to_deep_latent, unmap_keys)
 from quant import e4m3_rows, fp8_linears
 from sample import Cost, FusedAttention, Steps, example_text, fast_attention, guided, integrate, peak_gib, pixels_on_host, sample_t, time_grid
 
@@ -94,8 +95,8 @@ PAPER = {
     ("dit-xl", 256): dict(throughput=(2.44 * 60, 12.00 * 60), where="Table 1, there in images/s"),
     ("dit-xl", 512): dict(throughput=(0.85 * 60, 4.03 * 60), where="Table 1, there in images/s"),
 }
-WHY_TWO_RATIOS = ("our base runs with the same switches as our DC-Gen, and the paper's base looks like eager code (it takes longer for fewer operations than the paper's "
-                  "DC-Gen at 4K): the better the base is made, the smaller the first ratio; the second has the paper's base under it")
+WHY_TWO_RATIOS = ("our base runs with the same switches as our DC-Gen; the paper's base looks like eager code, since at 1K it takes longer than the paper's\n"
+                  "DC-Gen at 4K, which does the same steps and more decoding. A better base makes the first ratio smaller; the second has the paper's base")
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,8 @@ class Work:
             return torch.arange(batch, device=device) % self.cfg.num_classes
         with torch.device(device):
             text = example_text(self.cfg, batch, self.cfg.text_tokens)
-            return text.map(lambda v: torch.randn_like(v) if v.ndim > 1 and v.is_floating_point() else v + 3.5 if v.is_floating_point() else v).to(dtype=dtype)
+        random = lambda v: v if v.dtype == torch.bool else v + 3.5 if v.ndim == 1 else torch.randn_like(v)       # mask, guidance, tokens and pooled
+        return text.map(random).to(dtype=dtype)
 
 
 def works(name: str, res: int, twin: bool = False) -> tuple[Work, Work]:
@@ -177,21 +179,34 @@ def floor(work: Work) -> dict:
     parameters, total = (lambda m: sum(p.numel() for p in m.parameters())), lambda c: c["linear"] + c["attention"] + c["rest"]
     weights, text = parameters(model), text_flops(cfg)
     rest = work.num_steps * (step["attention"] + step["rest"]) + total(decode) + text
-    return dict(work=work.name, res=work.res, ae=cfg.ae, tokens=z.shape[-1] * z.shape[-2] // cfg.patch_size**2, num_steps=work.num_steps, passes=work.rows,
-                parameters=weights, linear=step["linear"], attention=step["attention"], step=total(step), denoise=total(step) * work.num_steps, decode=total(decode), text=text,
-                floor_bf16=(work.num_steps * step["linear"] + rest) / H100_BF16, floor_fp8=work.num_steps * step["linear"] / H100_FP8 + rest / H100_BF16,
+    linear = work.num_steps * step["linear"]
+    return dict(work=work.name, res=work.res, ae=cfg.ae, tokens=z.shape[-1] * z.shape[-2] // cfg.patch_size**2, num_steps=work.num_steps,
+                passes=work.rows, parameters=weights, linear=step["linear"], attention=step["attention"], step=total(step),
+                denoise=total(step) * work.num_steps, decode=total(decode), text=text,
+                floor_bf16=(linear + rest) / H100_BF16, floor_fp8=linear / H100_FP8 + rest / H100_BF16,
                 # bf16: weights of model and decoder, and the larger of what a step and a decode have alive at once (eager)
                 memory_gib=(2 * (weights + parameters(ae.decoder)) + max(step["bytes"], strips["bytes"]) / 2) / 2**30,
                 paper_s=work.latency, paper_per_min=work.throughput, paper_where=work.where)
 
 
+def show(rows: list[dict], **columns):
+    """Print rows as a table. columns: heading -> (key or function of a row, format[, factor]); what is None or missing is a dash."""
+    def cell(row, what, form="", factor=None):
+        value = what(row) if callable(what) else row.get(what)
+        return "-" if value is None else format(value if factor is None else value * factor, form)
+    cells = [[heading.replace("_", " ") for heading in columns]] + [[cell(row, *column) for column in columns.values()] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    for line in cells:
+        print("  ".join(text.ljust(w) if i == 0 else text.rjust(w) for i, (text, w) in enumerate(zip(line, widths))))
+
+
 def print_floors(rows: list[dict]):
-    print("\nfloors of the full models, counted: linear maps at 800 TFLOP/s in bf16 or 1100 in FP8, all else at 800; text included\n"
-          "model                 res  tokens  linear TF  attn TF  step TF  decode TF  total TF  bf16 floor s  FP8 floor s   GiB  paper s  paper img/min")
-    for r in rows:
-        say = lambda v: f"{v:.2f}" if v else "-"
-        print(f"{r['work']:19}{r['res']:6}{r['tokens']:8,}{r['linear'] / 1e12:11.3f}{r['attention'] / 1e12:9.3f}{r['step'] / 1e12:9.3f}{r['decode'] / 1e12:11.2f}"
-              f"{(r['denoise'] + r['decode'] + r['text']) / 1e12:10.1f}{r['floor_bf16']:14.3f}{r['floor_fp8']:13.3f}{r['memory_gib']:6.1f}{say(r['paper_s']):>9}{say(r['paper_per_min']):>15}")
+    print("\nfloors of the full models, counted: linear maps at 800 TFLOP/s in bf16 or 1100 in FP8, all else at 800; text included; GiB in bf16, eager")
+    all_of = lambda r: r["denoise"] + r["decode"] + r["text"]
+    show(rows, model=("work",), res=("res",), tokens=("tokens", ","), linear_TF=("linear", ".3f", 1e-12), attention_TF=("attention", ".3f", 1e-12),
+         step_TF=("step", ".3f", 1e-12), decode_TF=("decode", ".2f", 1e-12), image_TF=(all_of, ",.1f", 1e-12), bf16_floor_s=("floor_bf16", ".3f"),
+         FP8_floor_s=("floor_fp8", ".3f"), GiB=("memory_gib", ".1f"), paper_s=("paper_s", ".2f"),
+         **{"paper_img/min": ("paper_per_min", ".2f")}, where=("paper_where",))
 
 
 # ---- models with random weights ------------------------------------------------------------------------------------------------
@@ -250,14 +265,15 @@ def flash_attention():
 class Drawer:
     """One way to draw: noise -> latent -> picture -> bytes on the host, each by itself so that it can be timed."""
 
-    def __init__(self, work: Work, model, ae, switches: tuple[str, ...], batch: int = 1, compiler: dict | None = None, num_steps: int | None = None):
+    def __init__(self, work: Work, model, ae, switches: tuple[str, ...], batch: int = 1, compiler: dict | None = None, num_steps: int | None = None,
+                 quantised: dict | None = None):
         self.work, self.switches, self.batch = work, switches, batch
         self.model, self.ae, weight = shared(model), shared(ae), model.embed_linear.weight
         self.dtype, self.device, self.steps = weight.dtype, weight.device, None
         self.times = time_grid(num_steps or work.num_steps)
         self.cond = work.condition(batch, self.device, self.dtype)
         if "fp8" in switches:
-            fp8_linears(self.model)
+            fp8_linears(self.model, made=quantised)
         if "compile" in switches:
             compile_layers(self.model.blocks, **(compiler or {}))
         if "decoder" in switches:
@@ -451,8 +467,8 @@ def measure_long(drawer: Drawer, confirm: bool, seed: int = 0) -> dict:
     step, one = statistics.median(steps), lambda v: dict(median=v, p10=v, p90=v)
     total = n * step + rest["decode"] + rest["uint8"]
     peak = (torch.cuda.max_memory_allocated(device) - held + bytes_of(drawer.model, drawer.ae)) / 2**30 if device.type == "cuda" else None
-    row = dict(denoise={k: n * v for k, v in spread(steps).items()}, decode=one(rest["decode"]), uint8=one(rest["uint8"]), sum=one(total), wall=one(total), first_s=first,
-               compile_s=max(0.0, first - step), peak_gib=peak, repeats=3, estimated=True)
+    row = dict(denoise={k: n * v for k, v in spread(steps).items()}, decode=one(rest["decode"]), uint8=one(rest["uint8"]), sum=one(total), wall=one(total),
+               first_s=first, compile_s=max(0.0, first - step), peak_gib=peak, repeats=3, estimated=True)
     if max(steps) / min(steps) > 1.02:
         row["note"] = f"three steps differ by {max(steps) / min(steps) - 1:.1%}, more than 2 %"
     if confirm:
@@ -472,15 +488,15 @@ def text_seconds(cfg, device, dtype, small: bool) -> tuple[float | None, str]:
         import transformers as tf
     except ImportError:
         return None, "not timed: needs transformers"
-    if isinstance(cfg, FluxConfig):
-        t5 = dict(d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4, vocab_size=256) if small else dict(d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64, vocab_size=32128)
-        clip = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4) if small else dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
-        parts = [(tf.T5EncoderModel, tf.T5Config(**t5, feed_forward_proj="gated-gelu"), cfg.text_tokens), (tf.CLIPTextModel, tf.CLIPTextConfig(**clip), 77)]
-    else:
-        sizes = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16, intermediate_size=128, vocab_size=256) if small else {}
-        parts = [(tf.Gemma2Model, tf.Gemma2Config(**sizes), cfg.text_tokens)]            # its defaults are the 2B model's
-    encoders = [(cls(config).to(dtype).to(device).eval(), torch.randint(config.vocab_size, (1, n), device=device)) if small
-                else (_on(cls, config, device, dtype), torch.randint(config.vocab_size, (1, n), device=device)) for cls, config, n in parts]
+    width = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4) if small else {}
+    if isinstance(cfg, FluxConfig):                                   # T5-XXL and CLIP-L
+        t5 = tf.T5Config(**(dict(d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4) if small else
+                            dict(d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64)), feed_forward_proj="gated-gelu")
+        clip = tf.CLIPTextConfig(**width or dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12))
+        parts = [(tf.T5EncoderModel, t5, cfg.text_tokens), (tf.CLIPTextModel, clip, 77)]
+    else:                                                             # Gemma-2-2B, by its class's defaults
+        parts = [(tf.Gemma2Model, tf.Gemma2Config(**width, **(dict(num_key_value_heads=2, head_dim=16, vocab_size=256) if small else {})), cfg.text_tokens)]
+    encoders = [(_on(cls, config, device, dtype), torch.randint(1, 200, (1, n), device=device)) for cls, config, n in parts]
     took = []
     with torch.no_grad():
         for _ in range(5):
@@ -502,7 +518,7 @@ def _on(cls, config, device, dtype):
             torch.set_default_dtype(before)
 
 
-ATTENTION_KERNELS = (("cudnn", "cuDNN"), ("flash", "flash"), ("fmha_cutlass", "memory-efficient"), ("efficient", "memory-efficient"))
+ATTENTION_KERNELS = {"cudnn": "cuDNN", "flash": "flash", "fmha_cutlass": "memory-efficient", "efficient": "memory-efficient"}
 
 
 def profile(drawer: Drawer, seed: int = 0) -> dict:
@@ -520,7 +536,8 @@ def profile(drawer: Drawer, seed: int = 0) -> dict:
         total = sum(t for _, t in spent) or 1
         out[what] = [(name[:80], round(t / total, 4)) for name, t in sorted(spent, key=lambda e: -e[1])[:5]]
         if what == "step":
-            ran = {kind for name, t in spent for sign, kind in ATTENTION_KERNELS if sign in name.lower() and ("attention" in name.lower() or "fmha" in name.lower() or "sdpa" in name.lower() or "flash" in name.lower())}
+            names = [name.lower() for name, _ in spent if any(word in name.lower() for word in ("attention", "fmha", "sdpa", "flash"))]
+            ran = {kind for sign, kind in ATTENTION_KERNELS.items() if any(sign in name for name in names)}
             out["attention"] = " + ".join(sorted(ran)) or ("none" if isinstance(drawer.work.cfg, SanaConfig) else "math")
     return out
 
@@ -557,11 +574,18 @@ def facts(device) -> dict:
     out = dict(date=time.strftime("%Y-%m-%d %H:%M"), torch=torch.__version__, python=platform.python_version())
     if torch.device(device).type != "cuda":
         return out | dict(device=f"CPU, {torch.get_num_threads()} threads", gpu_figures=False)
-    smi = subprocess.run(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True)
-    return out | dict(device=torch.cuda.get_device_name(device), gpu_figures=True, cuda=torch.version.cuda, cudnn=torch.backends.cudnn.version(), driver=smi.stdout.strip() or None)
+    try:
+        driver = subprocess.run(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True).stdout.strip()
+    except OSError:
+        driver = None
+    return out | dict(device=torch.cuda.get_device_name(device), gpu_figures=True, cuda=torch.version.cuda, cudnn=torch.backends.cudnn.version(), driver=driver)
 
 
 # ---- tables ------------------------------------------------------------------------------------------------------------------------
+
+def precision_of(fp8: bool, dtype: torch.dtype) -> str:
+    return "fp8" if fp8 else str(dtype).removeprefix("torch.")
+
 
 def bench_pair(pair: tuple[Work, Work], args, device, dtype, compiler: dict) -> list[dict]:
     """All rows of one base and its DC-Gen sibling at one resolution: every switch for DC-Gen, of the base the first, the last
@@ -575,26 +599,26 @@ def bench_pair(pair: tuple[Work, Work], args, device, dtype, compiler: dict) -> 
     seconds, said = text_seconds(pair[0].cfg, device, dtype, small=not cuda)
     if cuda:
         torch.cuda.empty_cache()
-    without = lambda switch: tuple(s for s in up_to(switch) if s not in left_out)
+    without, quantised = lambda switch: tuple(s for s in up_to(switch) if s not in left_out), {}
     for i, (work, (model, ae)) in enumerate(zip(pair, models)):
         for s in chosen if i else dict.fromkeys([exact[0], exact[-1], *chosen[-1:]]) if exact else chosen:
-            drawers[i, s] = Drawer(work, model, ae, without(s), compiler=compiler, num_steps=args.num_steps)
+            drawers[i, s] = Drawer(work, model, ae, without(s), compiler=compiler, num_steps=args.num_steps, quantised=quantised)
         if args.against:
             drawers[i, "diffusers"] = DiffusersDrawer(work, model, ae, num_steps=args.num_steps)
             drawers[i, "diffusers, compiled"] = DiffusersDrawer(work, model, ae, compiler=compiler, num_steps=args.num_steps)
-    long = {key for key in drawers if cuda and floors[key[0]]["step"] / H100_BF16 > 1.0}
+    long = [key for key in drawers if cuda and floors[key[0]]["step"] / H100_BF16 > 1.0]
     with Clocks(device) as clocks:
         short = {key: d for key, d in drawers.items() if key not in long}
         found = measure(short, args.repeats, args.warm, args.seed) if short else {}
         for key in long:                                              # the full run once: of the base as fast as it gets in its own precision
             found[key] = measure_long(drawers[key], confirm=key[1] == (exact or chosen)[-1], seed=args.seed)
     for (i, switch), row in found.items():
-        work, d, n = pair[i], drawers[i, switch], len(drawers[i, switch].times) - 1
+        work, n = pair[i], len(drawers[i, switch].times) - 1
         arithmetic = floors[i]["step"] * n + floors[i]["decode"]
         rate = arithmetic / row["sum"]["median"] / 1e12
-        rows.append(dict(work=work.name, res=work.res, switch=switch, precision="fp8" if switch == "fp8" else str(dtype).removeprefix("torch."), tokens=floors[i]["tokens"], num_steps=n,
-                         tflops=arithmetic / 1e12, floor_s=None if not cuda else floors[i]["floor_fp8" if switch == "fp8" else "floor_bf16"], text_s=seconds, text=said, tflop_per_s=rate,
-                         paper_s=work.latency, paper_where=work.where, **row, clocks=clocks.read()))
+        rows.append(dict(work=work.name, res=work.res, switch=switch, precision=precision_of(switch == "fp8", dtype), tokens=floors[i]["tokens"], num_steps=n,
+                         tflops=arithmetic / 1e12, floor_s=floors[i]["floor_fp8" if switch == "fp8" else "floor_bf16"] if cuda else None,
+                         text_s=seconds, text=said, tflop_per_s=rate, paper_s=work.latency, paper_where=work.where, **row, clocks=clocks.read()))
         if cuda and "fp8" != switch and rate * 1e12 > H100_BF16 and "H100" in torch.cuda.get_device_name(device):
             raise RuntimeError(f"{work.name} at {work.res}, {switch}: {rate:.0f} TFLOP/s is more than an H100 has; the benchmark is wrong")
     for (i, switch) in [(1, exact[-1] if exact else chosen[-1]), (0, exact[-1] if exact else chosen[-1])] if args.profile else []:
@@ -612,8 +636,9 @@ def ratios(rows: list[dict]) -> list[dict]:
         if base is None:
             continue
         paper = PAPER.get((base["work"], r["res"]), {}).get("latency")
-        out.append(dict(work=r["work"], res=r["res"], switch=r["switch"], denoise=base["denoise"]["median"] / r["denoise"]["median"], against_our_base=end(base) / end(r),
-                        against_paper_base=paper[0] / end(r) if paper else None, paper=paper[0] / paper[1] if paper else None, why=WHY_TWO_RATIOS))
+        out.append(dict(work=r["work"], res=r["res"], switch=r["switch"], denoise=base["denoise"]["median"] / r["denoise"]["median"],
+                        against_our_base=end(base) / end(r), against_paper_base=paper[0] / end(r) if paper else None,
+                        paper=paper[0] / paper[1] if paper else None, why=WHY_TWO_RATIOS))
     return out
 
 
@@ -626,23 +651,21 @@ def self_checks(rows: list[dict]) -> list[str]:
         for a, b in zip(same, same[1:]):
             x = a["denoise"]["median"] / b["denoise"]["median"]
             if (a["work"], a["res"]) != (b["work"], b["res"]):
-                said.append(f"{a['work']} {a['res']} / {b['work']} {b['res']}, both {tokens} tokens, {switch}: denoising {x:.3f} ({'agrees' if abs(x - 1) <= 0.02 else 'DIFFERS by more than 2 %'})")
+                said.append(f"{a['work']} {a['res']} / {b['work']} {b['res']}, both {tokens} tokens, {switch}: denoising {x:.3f} "
+                            + ("(agrees)" if abs(x - 1) <= 0.02 else "(DIFFERS by more than 2 %)"))
     return said
 
 
 def print_rows(rows: list[dict]):
-    print("model                 res  switch                tokens   TFLOPs  floor s   text ms  denoise s  decode s  uint8 ms   end to end s (p10-p90)      GiB  TFLOP/s  compile s  paper s  paper/ours")
-    for r in rows:
-        if "skipped" in r:
-            print(f"{r['work']:19}{r['res']:6}  {r['switch']:20} {r['skipped']}")
-            continue
-        say = lambda v, form: form.format(v) if v is not None else "-"
-        end = r["sum"]
-        print(f"{r['work']:19}{r['res']:6}  {'+ ' * (r['switch'] in SWITCHES[1:]) + r['switch']:20}{r['tokens']:8,}{r['tflops']:9.3g}{say(r['floor_s'], '{:.3f}'):>9}"
-              f"{say(None if r['text_s'] is None else r['text_s'] * 1e3, '{:.1f}'):>10}{r['denoise']['median']:11.3f}{r['decode']['median']:10.3f}{r['uint8']['median'] * 1e3:10.1f}"
-              f"{end['median']:13.3f} ({end['p10']:.3f}-{end['p90']:.3f}){say(r['peak_gib'], '{:.1f}'):>9}{r['tflop_per_s']:9.3g}{r['compile_s']:11.1f}{say(r['paper_s'], '{:.2f}'):>9}"
-              f"{say(r['paper_s'] and r['paper_s'] / end['median'], '{:.2f}x'):>12}" + ("   estimated from 3 steps" if r["estimated"] else "")
-              + (f", full run of {r['full_run_s']:.1f} s" if "full_run_s" in r else "") + (f"   {r['note']}" if "note" in r else ""))
+    median = lambda stage: (lambda r: r[stage]["median"])
+    notes = lambda r: "; ".join(["estimated from 3 steps"] * r["estimated"] + [f"a full run: {r['full_run_s']:.1f} s"] * ("full_run_s" in r) + [r.get("note", "")])
+    show([r for r in rows if "sum" in r], model=("work",), res=("res",), switch=(lambda r: "+ " * (r["switch"] in SWITCHES[1:]) + r["switch"],),
+         tokens=("tokens", ","), TFLOPs=("tflops", ",.4g"), floor_s=("floor_s", ".3f"), text_ms=("text_s", ".1f", 1e3),
+         denoise_s=(median("denoise"), ".3f"), decode_s=(median("decode"), ".3f"), uint8_ms=(median("uint8"), ".1f", 1e3), end_to_end_s=(median("sum"), ".3f"), **{"p10-p90": (lambda r: f"{r['sum']['p10']:.3f}-{r['sum']['p90']:.3f}",)},
+         GiB=("peak_gib", ".1f"), **{"TFLOP/s": ("tflop_per_s", ".4g")}, compile_s=("compile_s", ".1f"), paper_s=("paper_s", ".2f"),
+         **{"paper/ours": (lambda r: r["paper_s"] and r["paper_s"] / r["sum"]["median"], ".2f")}, notes=(notes,))
+    for r in (r for r in rows if "skipped" in r):
+        print(f"{r['work']} {r['res']}, {r['switch']}: {r['skipped']}")
 
 
 def throughput(pair: tuple[Work, Work], args, device, dtype, compiler: dict) -> list[dict]:
@@ -664,23 +687,21 @@ def throughput(pair: tuple[Work, Work], args, device, dtype, compiler: dict) -> 
                 print(f"{work.name} {work.res}: a batch of {batch} does not fit")
                 break
             denoise, rest = statistics.median(t["denoise"] for t in took) * n / min(n, 20), statistics.median(t["decode"] + t["uint8"] for t in took)
-            rows.append(dict(work=work.name, res=work.res, precision="fp8" if "fp8" in on else str(dtype).removeprefix("torch."), batch=batch, denoise_per_min=60 * batch / denoise,
-                             with_decode_per_min=60 * batch / (denoise + rest), forwards_per_s=n * work.rows * batch / denoise, paper_per_min=work.throughput, paper_where=work.where))
+            rows.append(dict(work=work.name, res=work.res, precision=precision_of("fp8" in on, dtype), batch=batch, denoise_per_min=60 * batch / denoise,
+                             with_decode_per_min=60 * batch / (denoise + rest), forwards_per_s=n * work.rows * batch / denoise,
+                             paper_per_min=work.throughput, paper_where=work.where))
             del d
     return rows
 
 
-def print_throughput(rows: list[dict], pair):
-    print(f"\nthroughput: {pair[0].num_steps} steps, {pair[0].rows} forward(s) a step and image, noise to latent, with and without decoder and bytes; * = best batch")
-    best = {}
-    for r in rows:
-        key = (r["work"], r["res"], r["precision"])
-        best[key] = max(best.get(key, 0), r["with_decode_per_min"])
-    print("model                 res  precision  batch  images/min  with decode  forwards/s  paper images/min")
-    for r in rows:
-        star = "*" if r["with_decode_per_min"] == best[r["work"], r["res"], r["precision"]] else " "
-        print(f"{r['work']:19}{r['res']:6}  {r['precision']:9}{r['batch']:7}{r['denoise_per_min']:12.1f}{r['with_decode_per_min']:12.1f}{star}{r['forwards_per_s']:12.1f}"
-              + (f"{r['paper_per_min']:12.1f} ({r['paper_where']})" if r["paper_per_min"] else "           -"))
+def print_throughput(rows: list[dict], pair: tuple[Work, Work], num_steps: int):
+    print(f"\nthroughput, images a minute: {num_steps} steps, {pair[0].rows} forward(s) a step and image, from noise to latent, and to bytes with the decoder;\n"
+          "* = best batch. The paper does not say whether its figures include the decoder")
+    key = lambda r: (r["work"], r["res"], r["precision"])
+    best = {key(r): max(x["with_decode_per_min"] for x in rows if key(x) == key(r)) for r in rows}
+    show(rows, model=("work",), res=("res",), precision=("precision",), batch=("batch",), denoise=("denoise_per_min", ",.1f"),
+         with_decode=(lambda r: f"{r['with_decode_per_min']:,.1f}" + "* "[r["with_decode_per_min"] != best[key(r)]],), **{"forwards/s": ("forwards_per_s", ",.1f")},
+         paper=("paper_per_min", ",.2f"), where=("paper_where",))
 
 
 def train_rows(name: str, pair: tuple[Work, Work], args, device, dtype) -> list[dict]:
@@ -719,17 +740,16 @@ def train_rows(name: str, pair: tuple[Work, Work], args, device, dtype) -> list[
         if not math.isfinite(float(value.detach())):
             raise RuntimeError(f"stage {stage}: the loss is not finite, so this timing would not be one of the real work")
         rate = batch / statistics.median(took[2:])
-        rows.append(dict(work=work.name, res=work.res, stage=stage, batch=batch, trainable=sum(p.numel() for p in params), images_per_s=rate, peak_gib=peak_gib(device),
-                         schedule=plan, h100_days=plan[0] * plan[1] / rate / 86400 if plan and cuda else None))
+        rows.append(dict(work=work.name, res=work.res, stage=stage, batch=batch, trainable=sum(p.numel() for p in params), images_per_s=rate,
+                         peak_gib=peak_gib(device), schedule=plan, h100_days=plan[0] * plan[1] / rate / 86400 if plan and cuda else None))
         model.requires_grad_(False)
     return rows
 
 
 def print_train(rows: list[dict], name: str):
-    print("\npost-training, one optimiser step\nmodel                 res  stage                  batch  trainable M  images/s   GiB  schedule of the paper      H100-days at this rate")
-    for r in rows:
-        plan = f"{r['schedule'][0]:,} x {r['schedule'][1]}" if r["schedule"] else "-"
-        print(f"{r['work']:19}{r['res']:6}  {r['stage']:21}{r['batch']:7}{r['trainable'] / 1e6:13.2f}{r['images_per_s']:10.2f}{r['peak_gib']:6.1f}  {plan:25}" + (f"{r['h100_days']:8.1f}" if r["h100_days"] else "  (needs a GPU)"))
+    print("\npost-training, one optimiser step of each stage; the schedule is the paper's Table 7, steps x batch")
+    show(rows, model=("work",), res=("res",), stage=("stage",), batch=("batch",), trainable_M=("trainable", ",.2f", 1e-6), **{"images/s": ("images_per_s", ".2f")},
+         GiB=("peak_gib", ".1f"), schedule=(lambda r: r["schedule"] and "{:,} x {:,}".format(*r["schedule"]),), **{"H100-days": ("h100_days", ".1f")})
     if all(r["h100_days"] for r in rows):
         print(f"together {sum(r['h100_days'] for r in rows):.1f} H100-days" + ("; the paper names 40 for FLUX" if name.startswith("flux") else ""))
 
@@ -755,21 +775,24 @@ def rate_tables(device, dtype) -> list[dict]:
     sizes = [(9216, 3072), (3072, 3072), (12288, 3072), (3072, 12288), (21504, 3072), (3072, 15360)] if cuda else [(576, 192)]
     for n, k in sizes:
         w = rand(n, k) * k**-0.5
-        (qw, sw), tensorwise = e4m3_rows(w), torch.ones((), device=device)
+        (qw, sw), one = e4m3_rows(w), torch.ones((), device=device)
         for m in (512, 1024, 1536, 4096, 4608) if cuda else (64,):
             x = rand(m, k)
             qx, sx = e4m3_rows(x)
-            ways = {"bf16": lambda: x @ w.t()}
-            for fast in (True, False):
-                ways[f"fp8 rows, fast accumulation {fast}"] = lambda fast=fast: torch._scaled_mm(qx, qw.t(), sx, sw.t().contiguous(), out_dtype=torch.bfloat16, use_fast_accum=fast)
-                ways[f"fp8 tensor, fast accumulation {fast}"] = lambda fast=fast: torch._scaled_mm(qx, qw.t(), tensorwise, tensorwise, out_dtype=torch.bfloat16, use_fast_accum=fast)
-            rows += [dict(table="products", what=f"{m} x {k} x {n}", way=way, tflop_per_s=2 * m * n * k / seconds_of(f, device) / 1e12) for way, f in ways.items()]
+            ways = {precision_of(False, dtype): lambda: x @ w.t()}
+            for scales, (a, b) in {"rows": (sx, sw.t().contiguous()), "tensor": (one, one)}.items():
+                for fast in (True, False):
+                    kw = dict(scale_a=a, scale_b=b, out_dtype=torch.bfloat16, use_fast_accum=fast)
+                    ways[f"fp8 {scales}, fast accumulation {fast}"] = lambda kw=kw: torch._scaled_mm(qx, qw.t(), **kw)
+            rate = lambda f: 2 * m * n * k / seconds_of(f, device) / 1e12
+            rows += [dict(table="products", what=f"{m} x {k} x {n}", way=way, tflop_per_s=rate(f)) for way, f in ways.items()]
+    backends = {"cuDNN": SDPBackend.CUDNN_ATTENTION} if cuda else {}
     for n in (768, 1536, 4608, 16896, 66048) if cuda else (96,):
         q = rand(1, 24 if cuda else 6, n, 128 if cuda else 32)
-        for way, backend in (("cuDNN", SDPBackend.CUDNN_ATTENTION), ("flash", SDPBackend.FLASH_ATTENTION)) if cuda else (("flash", SDPBackend.FLASH_ATTENTION),):
+        for way, backend in (backends | {"flash": SDPBackend.FLASH_ATTENTION}).items():
             with sdpa_kernel(backend):
-                s = seconds_of(lambda: F.scaled_dot_product_attention(q, q, q), device, 5)
-            rows.append(dict(table="attention", what=f"{n} tokens, {q.shape[1]} heads of {q.shape[3]}", way=way, tflop_per_s=4 * n * q.numel() / s / 1e12))
+                rate = 4 * n * q.numel() / seconds_of(lambda: F.scaled_dot_product_attention(q, q, q), device, 5) / 1e12
+            rows.append(dict(table="attention", what=f"{n} tokens, {q.shape[1]} heads of {q.shape[3]}", way=way, tflop_per_s=rate))
     cfg = ae_config("dc-ae-f64c128-1.5" if cuda else "tiny-dc-ae-f32c32")
     with torch.device("meta"):
         ae = ae_class(cfg)(cfg)
@@ -800,10 +823,11 @@ def chart(file: Path, rows: list[dict], floors: list[dict], device: str, gpu: bo
     bars = {f"ours, {precision}": [ours(*p, False) for p in places], "ours, FP8": [ours(*p, True) for p in places]}
     if gpu:
         bars = {"the paper": [next((f["paper_s"] for f in floors if (f["work"], f["res"]) == p), None) for p in places]} | bars
+    colors = dict(zip(bars, ("#999999", "#4878a8", "#76b900")[3 - len(bars):]))
     for k, (name, values) in enumerate(bars.items()):
         for i, v in enumerate(values):
             if v:
-                ax.bar(i + 0.27 * (k - 1), v, 0.26, color=("#999999", "#4878a8", "#76b900")[k + (not gpu)], label=name if i == next(j for j, w in enumerate(values) if w) else None)
+                ax.bar(i + 0.27 * (k - 1), v, 0.26, color=colors[name], label=name if i == min(j for j, w in enumerate(values) if w) else None)
                 ax.text(i + 0.27 * (k - 1), v, f"{v:.2f}", ha="center", va="bottom", fontsize=7)
     ax.set_xticks(range(len(places)), [f"{work}\n{res}" for work, res in places], fontsize=7)
     ax.set_yscale("log"), ax.set_ylabel("seconds an image"), ax.legend(fontsize=8)
@@ -818,17 +842,18 @@ def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--model", default="flux-krea", choices=MODELS, help="the base; its DC-Gen sibling comes with it (default flux-krea)")
     p.add_argument("--res", default=None, help="pixels a side, or all of the paper's tables (default: the largest of them)")
-    p.add_argument("--switches", nargs="+", default=list(SWITCHES), choices=SWITCHES, help="rows to time; each has all the ones before it on (default all)")
+    p.add_argument("--switches", nargs="+", default=list(SWITCHES), choices=SWITCHES, help="rows to time; each has all before it on (default all)")
     p.add_argument("--num-steps", type=int, help="steps an image (default: the paper's; 4 for the twins on a CPU)")
     p.add_argument("--batches", type=int, nargs="+", help="also time throughput at these batches (default: 1 8 32 64 for SANA and DiT, none for FLUX)")
     p.add_argument("--train", action="store_true", help="time post-training steps instead")
     p.add_argument("--train-batch", type=int, help="images a training step (default: 1 for FLUX, 16 otherwise)")
     p.add_argument("--against", choices=("diffusers",), help="the same work through this library as well, eager and compiled")
     p.add_argument("--tables", action="store_true", help="rates of matrix products, attention and decoder stages instead")
-    p.add_argument("--profile", action=argparse.BooleanOptionalAction, default=True, help="the five largest items of a step and of decoding, and which attention ran (default yes)")
+    p.add_argument("--profile", action=argparse.BooleanOptionalAction, default=True,
+                   help="the largest items of a step and of decoding, and which attention ran (default yes)")
     p.add_argument("--repeats", type=int, help="timed rounds (default 10, 30 at 1K and below; 2 on a CPU)")
     p.add_argument("--warm", type=float, help="seconds of work before timing (default 10; 0 on a CPU)")
-    p.add_argument("--compile-mode", help="torch.compile's, e.g. max-autotune-no-cudagraphs (default: its default; on a CPU blocks are traced and not compiled)")
+    p.add_argument("--compile-mode", help="torch.compile's mode, such as max-autotune-no-cudagraphs (on a CPU blocks are only traced)")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
     p.add_argument("--seed", type=int, default=0, help="of weights and noise (default 0)")
     p.add_argument("--out", metavar="FILE", help="keep the results, the last line of the output, in FILE.json and the chart in FILE.png")
@@ -850,16 +875,17 @@ def main(argv=None):
     if cuda:
         torch.backends.cudnn.benchmark = True                         # shapes are fixed
     pairs = [works(args.model, res, twin=not cuda) for res in sizes]
-    result = dict(command=" ".join(["bench.py", *(sys.argv[1:] if argv is None else argv)]), **facts(device), dtype=str(dtype).removeprefix("torch."), compile="traced only" if not cuda else args.compile_mode or "default",
+    result = dict(command=" ".join(["bench.py", *(sys.argv[1:] if argv is None else argv)]), **facts(device), dtype=precision_of(False, dtype),
+                  compile=args.compile_mode or "default" if cuda else "traced only",
                   rows=[], ratios=[], throughput=[], train=[], tables=[], checks=[])
     print(f"{result['device']}, torch {result['torch']}, {result['dtype']}, {result['date']}")
     if not cuda:
-        print(f"no GPU: the small twins ({family.twin} and its DC-Gen sibling) run in place of {args.model}. These are NOT GPU figures, and say nothing about speed:\n"
-              "blocks are traced without a break but not compiled, and FP8 is multiplied out by the CPU. What is shown is that every row runs and is sane.")
+        print(f"no GPU: the small twins ({family.twin} and its DC-Gen sibling) run in place of {args.model}. These are NOT GPU figures, and say\n"
+              "nothing about speed: blocks are traced without a break but not compiled, and the CPU multiplies FP8 out. What is shown is that\n"
+              "every row runs and that what it makes is sane.")
     if args.tables:
         result["tables"] = rate_tables(device, dtype)
-        for r in result["tables"]:
-            print(f"{r['table']:15}{r['what']:36}{r['way']:36}" + (f"{r['tflop_per_s']:10.2f} TFLOP/s" if "tflop_per_s" in r else f"{r['ms']:10.2f} ms"))
+        show(result["tables"], table=("table",), what=("what",), way=("way",), **{"TFLOP/s": ("tflop_per_s", ".2f")}, ms=("ms", ".2f"))
     elif args.train:
         for pair in pairs:
             result["train"] += train_rows(args.model, pair, args, device, dtype)
@@ -876,13 +902,13 @@ def main(argv=None):
                 print(f"  {r['work']} {r['switch']}: attention by {r['profile']['attention']}")
             if args.batches:
                 rates = throughput(pair, args, device, dtype, compiler)
-                print_throughput(rates, pair)
+                print_throughput(rates, pair, args.num_steps or family.num_steps)
                 result["throughput"] += rates
         result["ratios"], result["checks"] = ratios(result["rows"]), self_checks(result["rows"])
-        for r in result["ratios"]:
-            print(f"{r['work']} {r['res']}, {r['switch']}: {r['against_our_base']:.2f}x our base (denoising {r['denoise']:.2f}x)"
-                  + (f", {r['against_paper_base']:.2f}x the paper's base; the paper: {r['paper']:.2f}x" if r["paper"] else ""))
-        print(*(["two ratios: " + WHY_TWO_RATIOS] if any(r["paper"] for r in result["ratios"]) else []), *result["checks"], sep="\n")
+        print("\ntimes faster than the base")
+        show(result["ratios"], model=("work",), res=("res",), switch=("switch",), denoise=("denoise", ".2f"), than_our_base=("against_our_base", ".2f"),
+             **{"than the paper's base": ("against_paper_base", ".2f")}, the_paper=("paper", ".2f"))
+        print(*[WHY_TWO_RATIOS] * any(r["paper"] for r in result["ratios"]), *result["checks"], sep="\n")
     result["floors"] = [floor(work) for res in sizes for work in works(args.model, res)]
     print_floors(result["floors"])
     if args.out:

@@ -51,9 +51,10 @@ class FP8Linear(nn.Module):
         return self.weight.float() * self.scale.t()
 
 
-def fp8_linears(model: nn.Module, targets: str = TARGETS) -> list[str]:
+def fp8_linears(model: nn.Module, targets: str = TARGETS, made: dict | None = None) -> list[str]:
     """Put an FP8Linear in the place of every linear map whose name matches; returns the names. Sizes must divide by 16, as
-    the hardware wants. ValueError if there is a LoRA, if nothing matches, or if the GPU has no FP8."""
+    the hardware wants. made: FP8Linears by the address of their weight, kept between models that share a trunk.
+    ValueError if there is a LoRA, if nothing matches, or if the GPU has no FP8."""
     device = next(model.parameters()).device
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
         raise ValueError(f"{torch.cuda.get_device_name(device)} does not multiply FP8; that takes compute capability 8.9 or more (Ada, Hopper)")
@@ -65,5 +66,9 @@ def fp8_linears(model: nn.Module, targets: str = TARGETS) -> list[str]:
     if odd := [n for n in names if model.get_submodule(n).in_features % 16 or model.get_submodule(n).out_features % 16]:
         raise ValueError(f"FP8 needs sizes that divide by 16; {odd[0]} is {model.get_submodule(odd[0])}")
     for name in names:
-        model.set_submodule(name, FP8Linear(model.get_submodule(name)))
+        layer = model.get_submodule(name)
+        fast = (made or {}).get(layer.weight.data_ptr()) or FP8Linear(layer)
+        if made is not None:
+            made[layer.weight.data_ptr()] = fast
+        model.set_submodule(name, fast)
     return names
