@@ -304,7 +304,7 @@ class Drawer:
 
 
 class DiffusersDrawer(Drawer):
-    """The same work by the diffusers library's own classes over the same weights, its blocks compiled its way."""
+    """The same work by the diffusers library's own classes over the same weights; compiler: its blocks and decoder compiled."""
 
     def __init__(self, work: Work, model, ae, batch: int = 1, compiler: dict | None = None, num_steps: int | None = None):
         super().__init__(work, model, ae, ("attention",), batch, None, num_steps)
@@ -312,9 +312,6 @@ class DiffusersDrawer(Drawer):
             import diffusers
         except ImportError:
             raise ValueError("--against diffusers needs: pip install diffusers") from None
-        if isinstance(work.cfg, DiTConfig):
-            raise ValueError("--against diffusers: its DiT repeats the embedders in every block; FLUX and SANA are compared")
-
         def theirs(config: dict, state: dict, table):
             kind, config = getattr(diffusers, config["_class_name"]), {k: v for k, v in config.items() if k != "_class_name"}
             with torch.device("meta"):
@@ -327,10 +324,9 @@ class DiffusersDrawer(Drawer):
         self.vae = theirs(diffusers_ae_config(ae_cfg), ae.state_dict(), KL_DIFFUSERS if isinstance(ae_cfg, KLConfig) else DCAE_DIFFUSERS)
         if work.res > 2048:
             self.vae.enable_tiling()
-        self.compiled = compiler is not None
-        if self.compiled:
-            self.net.compile_repeated_blocks(fullgraph=True, dynamic=False, **compiler)
-            self.vae.decoder.compile(dynamic=False, **compiler)
+        if compiler is not None:
+            for part in (*self.net.transformer_blocks, *getattr(self.net, "single_transformer_blocks", ()), self.vae.decoder):
+                part.compile(dynamic=False, **compiler)
         self.model.network = self.network                             # clocks, signs and guidance stay ours
 
     def network(self, x: Tensor, clock: Tensor, cond: Text) -> Tensor:
@@ -704,14 +700,12 @@ def print_throughput(rows: list[dict], pair: tuple[Work, Work], num_steps: int):
          paper=("paper_per_min", ",.2f"), where=("paper_where",))
 
 
-def train_rows(name: str, pair: tuple[Work, Work], args, device, dtype) -> list[dict]:
+def train_rows(schedule: tuple | None, pair: tuple[Work, Work], args, device, dtype) -> list[dict]:
     """One optimiser step of each stage: images/s, memory, and the H100-days that the paper's schedule (Table 7) would take at
     this rate. Stage 3 has LoRA of rank 256. The loss is Eq. 2; the guided one of Eq. 7 has a second forward pass."""
     (base, _), (model, _) = build_pair(pair, device, dtype, args.seed)
     cuda, work, rows = torch.device(device).type == "cuda", pair[1], []
     batch = args.train_batch or (2 if not cuda else 1 if isinstance(work.cfg, FluxConfig) else 16)
-    family = MODELS[name]
-    schedule = family.schedule.get(work.res, family.schedule.get(0))
     latent = lambda w: torch.randn(batch, w.cfg.in_channels, *w.grid, device=device)
     cond = work.condition(batch, device, dtype)
     for layer in (model.embed_linear, model.head_linear):              # what learns is float32
@@ -861,6 +855,8 @@ def main(argv=None):
 
     family, device = MODELS[args.model], torch.device(args.device)
     cuda = device.type == "cuda"
+    if args.against and isinstance(BASES[args.model], DiTConfig):
+        raise ValueError("--against diffusers: FLUX and SANA are compared; its DiT has an embedder in every block and is another work")
     if args.res not in (None, "all") and not args.res.isdecimal():
         raise ValueError(f"--res {args.res}: give pixels a side ({', '.join(map(str, family.deep))}), or all")
     sizes = family.paper if args.res == "all" else (int(args.res) if args.res else family.paper[-1],)
@@ -887,8 +883,8 @@ def main(argv=None):
         result["tables"] = rate_tables(device, dtype)
         show(result["tables"], table=("table",), what=("what",), way=("way",), **{"TFLOP/s": ("tflop_per_s", ".2f")}, ms=("ms", ".2f"))
     elif args.train:
-        for pair in pairs:
-            result["train"] += train_rows(args.model, pair, args, device, dtype)
+        for res, pair in zip(sizes, pairs):
+            result["train"] += train_rows(family.schedule.get(res, family.schedule.get(0)), pair, args, device, dtype)
         print_train(result["train"], args.model)
     else:
         for pair in pairs:

