@@ -654,7 +654,8 @@ def self_checks(rows: list[dict]) -> list[str]:
 
 def print_rows(rows: list[dict]):
     median = lambda stage: (lambda r: r[stage]["median"])
-    notes = lambda r: "; ".join(["estimated from 3 steps"] * r["estimated"] + [f"a full run: {r['full_run_s']:.1f} s"] * ("full_run_s" in r) + [r.get("note", "")])
+    full = lambda r: f"a full run: {r['full_run_s']:.1f} s" if "full_run_s" in r else None
+    notes = lambda r: "; ".join(filter(None, ["estimated from 3 steps" if r["estimated"] else None, full(r), r.get("note")])) or None
     show([r for r in rows if "sum" in r], model=("work",), res=("res",), switch=(lambda r: "+ " * (r["switch"] in SWITCHES[1:]) + r["switch"],),
          tokens=("tokens", ","), TFLOPs=("tflops", ",.4g"), floor_s=("floor_s", ".3f"), text_ms=("text_s", ".1f", 1e3),
          denoise_s=(median("denoise"), ".3f"), decode_s=(median("decode"), ".3f"), uint8_ms=(median("uint8"), ".1f", 1e3), end_to_end_s=(median("sum"), ".3f"), **{"p10-p90": (lambda r: f"{r['sum']['p10']:.3f}-{r['sum']['p90']:.3f}",)},
