@@ -31,8 +31,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data import open_source
-from model import (ChannelRMSNorm, GLUMBConv, Turn, atomic, fast_bf16, find_weights, folder_config, linear_attention, load_weights, read_config, read_tensors, run, unmap_keys,
-                   write_folder, write_tensors)
+from model import (ChannelRMSNorm, GLUMBConv, Turn, atomic, compile_layers, fast_bf16, find_weights, folder_config, linear_attention, load_weights,
+                   read_config, read_tensors, run, unmap_keys, write_folder, write_tensors)
 
 
 # ---- configs -----------------------------------------------------------------------------------------------------------
@@ -141,6 +141,13 @@ class Autoencoder(nn.Module):
     def decode(self, z: Tensor) -> Tensor:
         """Normalised latent (B,C,H,W) -> image (B,3,fH,fW), nominally in [-1,1], not clamped."""
         return self.decode_raw(z / self._scale() + self.cfg.shift)
+
+    def compile_decoder(self, **options):
+        """Compile the decoder's layers one by one (model.compile_layers). Convolutions stay cuDNN's; what gains is what lies
+        between them, norms, activations, shortcuts and folding: each is a pass over memory otherwise."""
+        kinds = (KLResBlock, KLUp, ResBlock, Up, MultiscaleAttention, GLUMBConv)
+        last = [m for m in self.decoder.children() if isinstance(m, ChannelRMSNorm)]
+        compile_layers([m for m in self.decoder.modules() if isinstance(m, kinds)] + last, **options)
 
     def _scale(self) -> float:
         if self.cfg.scale is None:
@@ -479,12 +486,15 @@ def in_strips(layers, x: Tensor, max_elements: float) -> Tensor:
         return x
     if B > 1 and B * width * H * W > max_elements:
         return torch.cat([in_strips(layers, part, max_elements) for part in x.split(max(1, int(max_elements / (width * H * W))))])
+    up_to = lambda rows, unit: -(-math.ceil(rows) // unit) * unit
     step = max(1, int(min(max_elements / (B * width * W), H)) // fold) * fold
-    halo = -(-math.ceil(reach) // fold) * fold
+    step = up_to(H / math.ceil(H / step), fold)
+    halo = up_to(reach, fold)
+    rows = min(H, step + 2 * halo)                                    # alike in every strip: kernels are compiled and tuned for a shape
     out = None
     for top in range(0, H, step):
-        bottom, start = min(top + step, H), max(0, top - halo)
-        y = x[:, :, start : bottom + halo]
+        bottom, start = min(top + step, H), min(max(0, top - halo), H - rows)
+        y = x[:, :, start : start + rows]
         for layer in layers:
             y = layer(y)
         if step >= H:

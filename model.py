@@ -250,7 +250,7 @@ def timestep_embedding(t: Tensor, dim: int, max_period: float = 10000.0) -> Tens
 
 
 @lru_cache(maxsize=32)
-def sincos_2d(dim: int, height: int, width: int, step: float = 1.0) -> Tensor:
+def sincos_2d(dim: int, height: int, width: int, step: float = 1.0, device="cpu") -> Tensor:
     """Fixed 2-D position table of a grid -> (HW,dim) float32; the first half encodes the column, the second the row.
     Place i lies at step i + (step - 1) / 2: the middle of the `step` cells of a finer grid that it covers. Computed for
     the grid at hand and never loaded: a table of the old grid would fit by accident."""
@@ -259,7 +259,7 @@ def sincos_2d(dim: int, height: int, width: int, step: float = 1.0) -> Tensor:
     place = lambda n: step * torch.arange(n, **cpu) + (step - 1) / 2
     rows, cols = torch.meshgrid(place(height), place(width), indexing="ij")
     waves = lambda pos: torch.cat([(a := pos.reshape(-1, 1) * omega).sin(), a.cos()], dim=1)
-    return torch.cat([waves(cols), waves(rows)], dim=1).float()
+    return torch.cat([waves(cols), waves(rows)], dim=1).float().to(device)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -376,26 +376,48 @@ class FinalLayer(nn.Module):
         self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels)
         self.adaLN_modulation = adaln(hidden_size, 2)
 
-    def features(self, x, c):
-        """The input of the last linear map (B,N,D): with a frozen trunk the head's loss is least squares in it."""
-        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
+    def features(self, x, mod):
+        """The input of the last linear map (B,N,D): with a frozen trunk the head's loss is least squares in it.
+        mod (B,2D) = adaLN_modulation(c)"""
+        shift, scale = mod.chunk(2, dim=1)
         return modulate(self.norm_final(x), shift, scale)
+
+
+def compile_layers(layers, **options):
+    """torch.compile layer by layer, for fixed shapes: the same speed as the whole model at once, and layers of one class and
+    size share one program. A graph break is an error. options: torch.compile's."""
+    import torch._dynamo
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 256)      # the programs of all layers lie in one cache
+    for layer in layers:
+        layer.compile(fullgraph=True, dynamic=False, **options)
 
 
 # ---- what the families share -------------------------------------------------------------------------------------------
 
+class Condition(NamedTuple):
+    """All that trunk and head read besides the tokens.
+    mods     of every block in turn and last of the head, (B,chunks D): how clock and vectors modulate it. A step changes
+             these and nothing else, so a sampler may compute those of all its steps at once (sample.Steps)
+    context  the family's own: what stays the same for all steps of an image"""
+    mods: list[Tensor]
+    context: tuple
+
+
 class Backbone(nn.Module):
-    """The three stages in a row. A family has embed, condition, trunk, head_features; its own_clock and velocity; and the
-    names of what is bound to the latent space, EMBEDDER and HEAD, both of which end in one linear map (HEAD_TRAINED: with
+    """The three stages in a row. A family has embed, modulations, context, trunk, head_features; its own_clock and velocity;
+    and the names of what is bound to the latent space, EMBEDDER and HEAD, both of which end in one linear map (HEAD_TRAINED: with
     what else of the head keeps the base's weights but learns with it).
 
-    grid, wherever it is asked for, is the latent's (H,W). What condition returns is the family's own affair: it carries
-    all that trunk and head read besides the tokens."""
+    grid, wherever it is asked for, is the latent's (H,W)."""
 
     EMBEDDER = HEAD = HEAD_TRAINED = ""
     null: Text | None = None                                         # the encoded empty prompt, one row; set by who encodes prompts
 
-    def head(self, h: Tensor, c, grid: tuple[int, int]) -> Tensor:
+    def condition(self, clock: Tensor, cond, grid: tuple[int, int]) -> Condition:
+        """A reading (B,) of the family's own clock, and classes (B,) or a Text."""
+        return Condition(self.modulations(clock, cond), self.context(cond, grid))
+
+    def head(self, h: Tensor, c: Condition, grid: tuple[int, int]) -> Tensor:
         """(B,N,D) -> (B,C_out,H,W)."""
         return self.unpatchify(self.head_linear(self.head_features(h, c)), grid)
 
@@ -483,8 +505,8 @@ class DiTBlock(nn.Module):
         self.mlp = Mlp(hidden_size, 4 * hidden_size, hidden_size)
         self.adaLN_modulation = adaln(hidden_size, 6)
 
-    def forward(self, x, c):                                         # x (B,N,D), c (B,D)
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=1)
+    def forward(self, x, mod):                                       # x (B,N,D), mod (B,6D) = adaLN_modulation(c)
+        shift1, scale1, gate1, shift2, scale2, gate2 = mod.chunk(6, dim=1)
         x = x + gate1[:, None] * self.attn(modulate(self.norm1(x), shift1, scale1))
         return x + gate2[:, None] * self.mlp(modulate(self.norm2(x), shift2, scale2))
 
@@ -510,24 +532,28 @@ class DiT(Backbone):
         """Latent (B,C,H,W) -> patch embeddings with their positions (B,N,D), N = HW/p^2."""
         h = self.x_embedder(x)                                       # B D H/p W/p
         # in the weights' type: under autocast the residual stream, which starts here, stays float32
-        pos = sincos_2d(h.shape[1], *h.shape[-2:], self.cfg.pos_step).to(h.device, self.x_embedder.proj.weight.dtype)
+        pos = sincos_2d(h.shape[1], *h.shape[-2:], self.cfg.pos_step, h.device).to(self.x_embedder.proj.weight.dtype)
         return rearrange(h, "b d h w -> b (h w) d") + pos
 
-    def condition(self, clock: Tensor, y: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
-        """Clock reading (B,) and class (B,), num_classes = none -> the vector that modulates every block (B,D)."""
-        return self.t_embedder(clock) + self.y_embedder(y)
+    def modulations(self, clock: Tensor, y: Tensor) -> list[Tensor]:
+        """Clock reading (B,) and class (B,), num_classes = none: their sum modulates every block and the head."""
+        c = self.t_embedder(clock) + self.y_embedder(y)
+        return [layer.adaLN_modulation(c) for layer in (*self.blocks, self.final_layer)]
 
-    def trunk(self, h: Tensor, c: Tensor, taps: list | None = None) -> Tensor:
+    def context(self, y: Tensor, grid: tuple[int, int]) -> tuple:
+        return ()
+
+    def trunk(self, h: Tensor, c: Condition, taps: list | None = None) -> Tensor:
         """(B,N,D) -> (B,N,D). taps, if a list, receives every block's output: the features of Fig. 4(a)."""
-        for block in self.blocks:
-            h = block(h, c)
+        for block, mod in zip(self.blocks, c.mods):
+            h = block(h, mod)
             if taps is not None:
                 taps.append(h)
         return h
 
-    def head_features(self, h: Tensor, c: Tensor) -> Tensor:
+    def head_features(self, h: Tensor, c: Condition) -> Tensor:
         """What the last linear map of the head reads (B,N,D): for the closed form of align.py."""
-        return self.final_layer.features(h, c)
+        return self.final_layer.features(h, c.mods[-1])
 
     @property
     def embed_linear(self) -> nn.Conv2d:
@@ -553,7 +579,7 @@ class DiT(Backbone):
 
     def ddpm_step(self, t: Tensor) -> Tensor:
         """t (B,) -> fractional step in [0,999]; times beyond either end of the chain read as that end."""
-        rising = ddpm_times().flip(0).to(t.device)                   # step 999 first: t rises from noise to data
+        rising = ddpm_times(t.device).flip(0)                        # step 999 first: t rises from noise to data
         hi = torch.searchsorted(rising, t.contiguous()).clamp(1, len(rising) - 1)
         frac = ((t - rising[hi - 1]) / (rising[hi] - rising[hi - 1])).clamp(0, 1)
         return len(rising) - hi - frac
@@ -584,11 +610,11 @@ def ddpm_alphas_cumprod(steps: int = 1000, beta_start: float = 1e-4, beta_end: f
     return torch.cumprod(1 - torch.linspace(beta_start, beta_end, steps, dtype=torch.float64), dim=0)
 
 
-@lru_cache(maxsize=1)
-def ddpm_times() -> Tensor:
+@lru_cache(maxsize=4)
+def ddpm_times(device="cpu") -> Tensor:
     """The project's t of every DDPM step, by equal signal-to-noise ratio: t = sqrt(ab) / (sqrt(ab) + sqrt(1-ab))."""
     ab = ddpm_alphas_cumprod()
-    return (ab.sqrt() / (ab.sqrt() + (1 - ab).sqrt())).float()
+    return (ab.sqrt() / (ab.sqrt() + (1 - ab).sqrt())).float().to(device)
 
 
 DDPM_T_MIN = float(ddpm_times()[-1])                                 # 0.0063: the chain's noisiest step
@@ -628,15 +654,14 @@ class MLPEmbedder(nn.Module):
 
 
 class Modulation(nn.Module):
-    """(B,D) -> `chunks` vectors (B,D), in threes of shift, scale and gate."""
+    """(B,D) -> (B,chunks D), in threes of shift, scale and gate."""
 
     def __init__(self, hidden_size: int, chunks: int):
         super().__init__()
-        self.chunks = chunks
         self.lin = nn.Linear(hidden_size, chunks * hidden_size)
 
     def forward(self, vec):
-        return self.lin(F.silu(vec)).chunk(self.chunks, dim=-1)
+        return self.lin(F.silu(vec))
 
 
 class QKNorm(nn.Module):
@@ -680,9 +705,11 @@ class DoubleBlock(nn.Module):
         self.img_norm2, self.txt_norm2 = layer_norm(D), layer_norm(D)
         self.img_mlp, self.txt_mlp = _flux_mlp(D), _flux_mlp(D)
 
-    def forward(self, img, txt, vec, rotary):                        # B N D, B L D, B D
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.img_mod(vec)
-        tshift1, tscale1, tgate1, tshift2, tscale2, tgate2 = self.txt_mod(vec)
+    def modulation(self, vec):
+        return torch.cat([self.img_mod(vec), self.txt_mod(vec)], dim=-1)               # B 12D
+
+    def forward(self, img, txt, mod, rotary):                        # B N D, B L D, B 12D
+        shift1, scale1, gate1, shift2, scale2, gate2, tshift1, tscale1, tgate1, tshift2, tscale2, tgate2 = mod.chunk(12, dim=-1)
         of_img = self.img_attn(modulate(self.img_norm1(img), shift1, scale1))
         of_txt = self.txt_attn(modulate(self.txt_norm1(txt), tshift1, tscale1))
         q, k, v = (torch.cat(pair, dim=1) for pair in zip(of_txt, of_img))              # B L+N nh hd
@@ -707,8 +734,8 @@ class SingleBlock(nn.Module):
         self.pre_norm = layer_norm(D)
         self.modulation = Modulation(D, 3)
 
-    def forward(self, x, vec, rotary):                               # x (B,L+N,D), vec (B,D)
-        shift, scale, gate = self.modulation(vec)
+    def forward(self, x, mod, rotary):                               # x (B,L+N,D), mod (B,3D) = modulation(vec)
+        shift, scale, gate = mod.chunk(3, dim=-1)
         D = x.shape[-1]
         qkv, mlp = self.linear1(modulate(self.pre_norm(x), shift, scale)).split([3 * D, 4 * D], dim=-1)
         q, k, v = self.norm(qkv, self.num_heads)
@@ -716,8 +743,7 @@ class SingleBlock(nn.Module):
         return x + gate[:, None] * self.linear2(torch.cat([out, F.gelu(mlp, approximate="tanh")], dim=-1))
 
 
-class FluxCondition(NamedTuple):
-    vec: Tensor                                                      # (B,D) clock, guidance and pooled text: modulates every block
+class FluxContext(NamedTuple):
     txt: Tensor                                                      # (B,L,D)
     rotary: tuple[Tensor, Tensor]                                    # of text and grid
 
@@ -751,35 +777,41 @@ class Flux(Backbone):
         """Latent (B,C,H,W) -> (B,N,D), N = HW/p^2, without positions: those turn q and k in every block."""
         return self.img_in(self.patchify(x)).to(self.img_in.weight.dtype)         # under autocast the residual stream stays float32
 
-    def condition(self, clock: Tensor, cond: Text, grid: tuple[int, int]) -> FluxCondition:
-        """Its own clock (B,) in [0,1] with 1 = noise, and prompts. Clock and guidance are multiplied by 1000 here, in
-        float32, and nowhere else. ValueError for a prompt that lacks what this model reads."""
-        cfg, p = self.cfg, self.cfg.patch_size
+    def modulations(self, clock: Tensor, cond: Text) -> list[Tensor]:
+        """Its own clock (B,) in [0,1] with 1 = noise, and prompts: clock, guidance and pooled text modulate every block.
+        Clock and guidance are multiplied by 1000 here, in float32, and nowhere else. ValueError for a prompt that lacks
+        what this model reads."""
+        cfg = self.cfg
         if cond.pooled is None or (cfg.guidance_embed and cond.guidance is None):
             raise ValueError("FLUX reads a pooled text vector, and the distilled models a guidance number, beside the text tokens")
         vec = self.time_in(timestep_embedding(1000.0 * clock.float(), 256))
         if cfg.guidance_embed:
             vec = vec + self.guidance_in(timestep_embedding(1000.0 * cond.guidance.float(), 256))
         vec = vec + self.vector_in(cond.pooled)
-        txt = self.txt_in(cond.tokens.to(self.txt_in.weight.dtype)).to(self.txt_in.weight.dtype)
-        return FluxCondition(vec, txt, rotary_table(cfg.axes_dim, cfg.theta, txt.shape[1], grid[0] // p, grid[1] // p, cfg.pos_step, txt.device))
+        return [block.modulation(vec) for block in self.blocks] + [self.final_layer.adaLN_modulation(vec)]
 
-    def trunk(self, h: Tensor, c: FluxCondition, taps: list | None = None) -> Tensor:
+    def context(self, cond: Text, grid: tuple[int, int]) -> FluxContext:
+        cfg, p = self.cfg, self.cfg.patch_size
+        txt = self.txt_in(cond.tokens.to(self.txt_in.weight.dtype)).to(self.txt_in.weight.dtype)
+        return FluxContext(txt, rotary_table(cfg.axes_dim, cfg.theta, txt.shape[1], grid[0] // p, grid[1] // p, cfg.pos_step, txt.device))
+
+    def trunk(self, h: Tensor, c: Condition, taps: list | None = None) -> Tensor:
         """(B,N,D) -> (B,N,D). taps, if a list, receives the image tokens after every block."""
-        txt, L = c.txt, c.txt.shape[1]
+        (txt, rotary), mods = c.context, iter(c.mods)
+        L = txt.shape[1]
         for block in self.double_blocks:
-            h, txt = block(h, txt, c.vec, c.rotary)
+            h, txt = block(h, txt, next(mods), rotary)
             if taps is not None:
                 taps.append(h)
         x = torch.cat([txt, h], dim=1)                               # B L+N D
         for block in self.single_blocks:
-            x = block(x, c.vec, c.rotary)
+            x = block(x, next(mods), rotary)
             if taps is not None:
                 taps.append(x[:, L:])
         return x[:, L:]
 
-    def head_features(self, h: Tensor, c: FluxCondition) -> Tensor:
-        return self.final_layer.features(h, c.vec)
+    def head_features(self, h: Tensor, c: Condition) -> Tensor:
+        return self.final_layer.features(h, c.mods[-1])
 
     @property
     def embed_linear(self) -> nn.Linear:
@@ -850,9 +882,7 @@ class CrossAttention(nn.Module):
         return self.proj(attention(q, k, v, mask))
 
 
-class SanaCondition(NamedTuple):
-    t: Tensor                                                        # (B,D) the embedded clock
-    mod: Tensor                                                      # (B,6,D) what every block's own table is added to
+class SanaContext(NamedTuple):
     y: Tensor                                                        # (B,L,D) the caption, normed
     mask: Tensor | None                                              # (B,L)
     rows: int                                                        # of the token grid: the convolution needs it
@@ -868,8 +898,8 @@ class SanaBlock(nn.Module):
         self.mlp = GLUMBConv(D, cfg.mlp_ratio)
         self.scale_shift_table = nn.Parameter(torch.randn(6, D) / D**0.5)
 
-    def forward(self, x, c: SanaCondition):                          # x (B,N,D)
-        shift1, scale1, gate1, shift2, scale2, gate2 = (self.scale_shift_table + c.mod).unbind(dim=1)
+    def forward(self, x, mod, c: SanaContext):                       # x (B,N,D), mod (B,6D)
+        shift1, scale1, gate1, shift2, scale2, gate2 = (self.scale_shift_table + mod.unflatten(-1, (6, -1))).unbind(dim=1)
         x = x + gate1[:, None] * self.attn(modulate(self.norm1(x), shift1, scale1))
         x = x + self.cross_attn(x, c.y, c.mask)
         h = rearrange(modulate(self.norm2(x), shift2, scale2), "b (h w) d -> b d h w", h=c.rows)
@@ -920,22 +950,25 @@ class Sana(Backbone):
         """Latent (B,C,H,W) -> (B,N,D), N = HW/p^2."""
         return rearrange(self.x_embedder(x), "b d h w -> b (h w) d").to(self.x_embedder.proj.weight.dtype)      # as FLUX's
 
-    def condition(self, clock: Tensor, cond: Text, grid: tuple[int, int]) -> SanaCondition:
-        """Its own clock (B,) in [0,1000] with 1000 = noise, and prompts."""
+    def modulations(self, clock: Tensor, cond: Text) -> list[Tensor]:
+        """Its own clock (B,) in [0,1000] with 1000 = noise: one for all blocks, each adds a table of its own."""
         t = self.t_embedder(clock.trunc() if self.cfg.integer_time else clock)
-        y = self.attention_y_norm(self.y_embedder(cond.tokens))
-        return SanaCondition(t, self.t_block(t).unflatten(-1, (6, -1)), y, cond.mask, grid[0] // self.cfg.patch_size)
+        return [self.t_block(t), t]
 
-    def trunk(self, h: Tensor, c: SanaCondition, taps: list | None = None) -> Tensor:
+    def context(self, cond: Text, grid: tuple[int, int]) -> SanaContext:
+        y = self.attention_y_norm(self.y_embedder(cond.tokens))
+        return SanaContext(y, cond.mask, grid[0] // self.cfg.patch_size)
+
+    def trunk(self, h: Tensor, c: Condition, taps: list | None = None) -> Tensor:
         """(B,N,D) -> (B,N,D). taps, if a list, receives every block's output."""
         for block in self.blocks:
-            h = block(h, c)
+            h = block(h, c.mods[0], c.context)
             if taps is not None:
                 taps.append(h)
         return h
 
-    def head_features(self, h: Tensor, c: SanaCondition) -> Tensor:
-        return self.final_layer.features(h, c.t)
+    def head_features(self, h: Tensor, c: Condition) -> Tensor:
+        return self.final_layer.features(h, c.mods[-1])
 
     @property
     def embed_linear(self) -> nn.Conv2d:

@@ -25,16 +25,17 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from autoencoder import ae_class, ae_config, export_autoencoder, load_autoencoder
 from data import SHAPES, TEXT_ENCODERS, encode_prompts, fingerprint, null_prompt, read_prompts, text_parts
 from lora import add_lora, load_peft, lora_state, merge_lora, save_peft
-from model import (BASES, FAMILIES, FluxConfig, Text, build, cat_conditions, config_dict, config_of, ddpm_alphas_cumprod, deepen, export_diffusers,
+from model import (BASES, FAMILIES, Condition, FluxConfig, Text, build, cat_conditions, config_dict, config_of, ddpm_alphas_cumprod, deepen, export_diffusers,
                    fast_bf16, find_weights, read_config, read_tensors, run)
 
 
@@ -102,7 +103,12 @@ def guided(model, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float, null: Tenso
     if cfg_scale == 1.0:
         return call(x, t, y)
     null = model.null_condition(y) if null is None else null
-    cond, uncond = call(torch.cat([x, x]), torch.cat([t, t]), cat_conditions([y, null])).chunk(2)
+    return extrapolate(model, call(torch.cat([x, x]), torch.cat([t, t]), cat_conditions([y, null])), cfg_scale)
+
+
+def extrapolate(model, both: Tensor, cfg_scale: float) -> Tensor:
+    """Outputs with and without condition, one behind the other (2B,C,H,W) -> the guided one (B,C,H,W)."""
+    cond, uncond = both.chunk(2)
     out = uncond + cfg_scale * (cond - uncond)
     k = model.cfg.guided_channels or model.cfg.in_channels           # DiT as published guides three of its four channels
     return torch.cat([out[:, :k], cond[:, k:]], dim=1)
@@ -303,6 +309,113 @@ def generate(model, ae, cond, seeds: list[int], num_steps: int = 25, cfg_scale: 
     return torch.cat(images).clamp(-1, 1)
 
 
+# ---- the same loop, fast -------------------------------------------------------------------------------------------------------
+
+ATTENTION = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
+def fast_attention():
+    """Softmax attention by the first of ATTENTION that takes the shapes at hand. cuDNN's is the fastest on an H100, and torch
+    passes over it silently in several cases: whoever counts on it asks a profile afterwards (bench.py). Compiled blocks keep
+    what was chosen when they were traced, so this has to be around their first call already."""
+    return sdpa_kernel(ATTENTION, set_priority=True)
+
+
+class Steps:
+    """`integrate` by Euler over `guided`, for one model, size and batch, with all that does not read x taken out of the step:
+
+    modulations  of all steps at once, one pass over each matrix instead of one a step. They are a quarter of FLUX's weights
+                 and multiply a single vector, so reading them is all that they cost
+    context      text and position tables, once an image
+    graph        with graph=True one step is captured as a CUDA graph and replayed: the device no longer waits for Python.
+                 Nothing in a step may then come from the host: its number is a tensor that the step itself counts up
+
+    cond as for `guided`; shape (B,C,H,W) of the latent. Works in the type of the model's weights, without autocast; the
+    latent itself stays float32. Another condition of the same shape is read by `read`, without a new capture."""
+
+    @torch.no_grad()
+    def __init__(self, model, cond, shape: tuple[int, ...], times: list[float], cfg_scale: float = 1.0, null=None, graph: bool = False):
+        weight = model.embed_linear.weight
+        self.model, self.cfg_scale, self.dtype, device = model, cfg_scale, weight.dtype, weight.device
+        self.t = torch.tensor(times, device=device)                  # S+1
+        self.i = torch.zeros(1, dtype=torch.long, device=device)     # the step's number
+        self.x = torch.zeros(shape, device=device)
+        self.table = self.context = self.graph = None
+        self.read(cond, null)
+        if graph:
+            self.capture()
+
+    @torch.no_grad()
+    def read(self, cond, null=None):
+        """All that the steps need of a condition: the modulations of every step (S,rows,sum of chunks D), and the context."""
+        model, steps = self.model, self.t[:-1]
+        if self.cfg_scale != 1.0:
+            cond = cat_conditions([cond, model.null_condition(cond) if null is None else null])
+        cond = cond.to(dtype=self.dtype) if isinstance(cond, Text) else cond
+        rows = len(cond)
+        _, clock = model.own_clock(self.x.new_zeros(len(steps), 1, 1, 1), steps)
+        # every row of the condition at every step: (S rows) readings of the clock
+        mods = model.modulations(clock.repeat_interleave(rows), cond[torch.arange(rows, device=cond.device).repeat(len(steps))])
+        self.sizes = [m.shape[-1] for m in mods]
+        table, context = torch.cat(mods, dim=-1).unflatten(0, (len(steps), rows)), model.context(cond, self.x.shape[-2:])
+        if self.table is None:
+            self.table, self.context = table, context
+        else:                                                        # a captured graph reads these very places
+            self.table.copy_(table)
+            tree_map(lambda old, new: old.copy_(new) if isinstance(old, Tensor) else old, self.context, context)
+
+    def step(self):
+        """x += (t[i+1] - t[i]) v(x, t[i]), i += 1"""
+        model, x, grid = self.model, self.x, self.x.shape[-2:]
+        t, t_next = self.t[self.i], self.t[self.i + 1]               # 1
+        mods = self.table[self.i][0].split(self.sizes, dim=-1)
+        if self.cfg_scale != 1.0:
+            x = torch.cat([x, x])
+        t = t.expand(len(x))
+        c, (x_in, _) = Condition(mods, self.context), model.own_clock(x, t)
+        v = model.velocity(model.head(model.trunk(model.embed(x_in.to(self.dtype)), c), c, grid).float(), x, t)
+        v = v if self.cfg_scale == 1.0 else extrapolate(model, v, self.cfg_scale)
+        self.x.add_((t_next - t[:1]) * v)
+        self.i.add_(1)
+
+    def start(self, x0: Tensor):
+        self.x.copy_(x0)
+        self.i.zero_()
+
+    def capture(self):
+        """What compiles, tunes, or allocates a workspace at its first call has to have done so before the capture."""
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                self.start(self.x)
+                self.step()
+        torch.cuda.current_stream().wait_stream(side)
+        self.start(self.x)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.step()
+
+    @torch.no_grad()
+    def __call__(self, x0: Tensor, count: int | None = None) -> Tensor:
+        """Noise (B,C,H,W) -> latent, after `count` steps (default: all of them). The result is overwritten by the next call."""
+        self.start(x0)
+        for _ in range(len(self.t) - 1 if count is None else count):
+            self.graph.replay() if self.graph else self.step()
+        return self.x
+
+
+def pixels_on_host(x: Tensor) -> Tensor:
+    """`to_uint8` on the device and a single copy: (B,3,H,W) in [-1,1] -> (B,H,W,3) bytes on the CPU, complete when this returns.
+    Floats would be four times the bytes over the bus, and most of a decode's time on the CPU."""
+    bytes_ = ((x.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).contiguous()
+    if not x.is_cuda:
+        return bytes_
+    host = torch.empty(bytes_.shape, dtype=torch.uint8, pin_memory=True).copy_(bytes_, non_blocking=True)
+    torch.cuda.current_stream().synchronize()
+    return host
+
+
 # ---- what it costs, without a single weight ------------------------------------------------------------------------------------
 
 class Cost(TorchDispatchMode):
@@ -366,7 +479,7 @@ def estimate(cfg, ae_cfg, cond, size: tuple[int, int], num_steps: int, passes: i
 
 def to_uint8(x: Tensor) -> np.ndarray:
     """(B,3,H,W) in [-1,1] -> (B,H,W,3) bytes, rounded: truncating would darken every picture by half a step."""
-    return ((x.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    return pixels_on_host(x).numpy()
 
 
 def save_png(path, pixels: np.ndarray, meta: dict | None = None):

@@ -34,23 +34,27 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import align
 import autoencoder
+import bench
 import data
 import evaluate
 import finetune
 import lora
 import model
+import quant
 import sample
 from align import drop_labels, embedding_loss, flow_matching_loss, solve_embedder, solve_head
 from autoencoder import (AUTOENCODERS, DCAE, KLVAE, DCAEConfig, KLConfig, ae_class, ae_config, ae_table, diffusers_ae_config, export_autoencoder, in_strips, in_tiles,
                          load_autoencoder, psnr, ssim, stated_config)
 from data import SANA_INSTRUCTION, SHAPES, ImageFolder, LatentCache, ShapesSource, encode_prompts, load_image, null_prompt, open_source, order, read_prompts, shape_facts, shapes
+from bench import SWITCHES, DiffusersDrawer, Drawer, Work, filled, floor, ratios, sane, self_checks, shared, spread, works
 from evaluate import accuracy, frechet_distance, gap_table, inception_score, judged_source, layer_gap, load_classifier, share_right
 from lora import LoRALinear, add_lora, load_peft, lora_from_peft, lora_state, lora_to_peft, merge_lora, save_peft
 from model import (BASES, DIT_TABLES, FAMILIES, TABLES, DiT, DiTConfig, Flux, FluxConfig, Sana, SanaConfig, Text, build, cat_conditions, choose_conditions, config_dict,
                    config_facts, ddpm_alphas_cumprod, ddpm_times, deepen, find_weights, fit_config, export_diffusers, linear_attention, load_weights, map_keys, read_config, read_tensors, recognise,
                    sincos_2d, timestep_embedding, to_deep_latent, unmap_keys, write_tensors)
-from sample import (Chain, ddpm_loss, generate, guided, integrate, load_base, load_part, load_run, newest_run, noise, parse_classes, path, resolve_shift, sample_t,
-                    save_png, shift_time, time_grid, to_uint8)
+from quant import FP8Linear, e4m3_rows, fp8_linears
+from sample import (Chain, Steps, ddpm_loss, generate, guided, integrate, load_base, load_part, load_run, newest_run, noise, parse_classes, path, resolve_shift, sample_t,
+                    pixels_on_host, save_png, shift_time, time_grid, to_uint8)
 
 HERE = Path(__file__).parent
 SHARED = HERE / "../shared"
@@ -186,7 +190,7 @@ def test_dit_matches_diffusers(patch, size):
 def test_dit_stages_compose_to_the_network():
     net = scramble(DiT(OLD_DIT))
     x, clock, y = torch.randn(2, 4, 6, 10), torch.tensor([3.0, 700.5]), torch.tensor([1, 8])
-    c, taps = net.condition(clock, y), []
+    c, taps = net.condition(clock, y, (6, 10)), []
     h = net.trunk(net.embed(x), c, taps)
     assert h.shape == (2, 15, 48) and len(taps) == 3 and taps[-1] is h
     out = net.head(h, c, (6, 10))
@@ -352,7 +356,7 @@ def test_sana_matches_the_official_code():
     net = load_weights(Sana(sana_of(config)), weights, TABLES[Sana]["original"])
     text = Text(x["y"][:, 0], x["mask"].bool())
     c = net.condition(x["t"].float(), text, (5, 7))
-    close(c.t, out["t_emb"]), close(c.y[:, None], out["caption"])
+    close(c.mods[-1], out["t_emb"]), close(c.context.y[:, None], out["caption"])
     close(net.network(x["x"], x["t"].float(), text), out["forward"])
     close(net.network(x["x"], x["t"].float(), replace(text, mask=torch.ones_like(text.mask))), out["forward_all_tokens"])
     close(net.network(x["x"], x["t"].float(), Text(text.tokens)), out["forward_all_tokens"])
@@ -3287,10 +3291,387 @@ def test_kill_9_and_resume_give_the_losses_of_an_unbroken_run(aligned, tmp_path)
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
+# ---- the fast path: compiled layers, hoisted steps, strips, FP8 -----------------------------------------------------------
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+FAST = {**TINIES, "ddpm": OLD_DIT}
+
+
+@pytest.fixture
+def fresh_compiler():
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield torch._dynamo.utils.counters
+    torch._dynamo.reset()
+
+
+def fast_case(name, seed=0, dtype=torch.float32):
+    """A scrambled model with its null prompt, a condition of two rows, and noise."""
+    cfg = FAST[name]
+    net, g = scramble(FAMILIES[type(cfg)](cfg), seed).to(dtype), torch.Generator().manual_seed(seed + 1)
+    cond = condition_of(cfg)
+    if isinstance(cond, Text):
+        net.null, cond = prompts(cfg, 1, seed=9).to(dtype=dtype), cond.to(dtype=dtype)
+    return net, cond, torch.randn(2, cfg.in_channels, 4, 6, generator=g)
+
+
+@pytest.mark.parametrize("name, kinds", [("dit", 1), ("flux", 2), ("sana", 1)])
+def test_blocks_of_one_class_are_compiled_once(name, kinds, fresh_compiler):
+    net, cond, x = fast_case(name)
+    want = run_of(net)
+    model.compile_layers(net.blocks, backend="eager")
+    close(run_of(net), want, 1e-6)
+    assert fresh_compiler["stats"]["unique_graphs"] == kinds < len(net.blocks) and not fresh_compiler["graph_break"]
+
+
+def test_a_graph_break_in_a_compiled_layer_is_an_error(fresh_compiler):
+    class Breaks(nn.Module):
+        def forward(self, x):
+            torch._dynamo.graph_break()
+            return x * 2
+    layer = Breaks()
+    model.compile_layers([layer], backend="eager")
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="graph_break"):
+        layer(torch.ones(3))
+
+
+@pytest.mark.parametrize("cfg", [TINY_KL, *STYLES.values()], ids=lambda c: c.name)
+def test_compiled_decoders_draw_the_same_and_do_not_break(cfg, fresh_compiler):
+    ae = scramble(ae_class(cfg)(cfg)).to(memory_format=torch.channels_last)
+    z = torch.randn(1, cfg.channels, 11, 3).contiguous(memory_format=torch.channels_last)
+    want = ae.decode_raw(z)
+    ae.compile_decoder(backend="eager")
+    compiled = [m for m in ae.decoder.modules() if m._compiled_call_impl is not None]
+    assert compiled and not any(m._compiled_call_impl for m in ae.encoder.modules())
+    convolutions = {id(c) for m in compiled for c in m.modules() if isinstance(c, nn.Conv2d)}
+    bare = [n for n, c in ae.decoder.named_modules() if isinstance(c, nn.Conv2d) and id(c) not in convolutions]
+    assert set(bare) <= {"conv_in", "conv_out"} and not fresh_compiler["graph_break"]
+    close(ae.decode_raw(z), want, 1e-6)
+    ae.max_elements = ae.tile = 2000 if isinstance(cfg, DCAEConfig) else 8
+    close(ae.decode_raw(z), want, 1e-5) if isinstance(cfg, DCAEConfig) else ae.decode_raw(z)
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_strips_of_a_stage_are_of_one_height(style):
+    """A kernel is compiled and tuned for a shape; the strips at the edges used to be shorter than the others."""
+    ae, seen = scramble(DCAE(STYLES[style])), {}
+    for name, m in ae.decoder.named_modules():
+        if isinstance(m, (autoencoder.ResBlock, autoencoder.Up)):
+            m.register_forward_pre_hook(lambda m, args, name=name: seen.setdefault(name, []).append(args[0].shape[-2]))
+    ae.max_elements = 3000
+    ae.decode_raw(torch.randn(1, ae.cfg.channels, 24, 3))
+    assert max(map(len, seen.values())) > 2 and all(len(set(heights)) == 1 for heights in seen.values()), seen
+
+
+@pytest.mark.parametrize("cfg_scale", [1.0, 2.5])
+@pytest.mark.parametrize("name", FAST)
+def test_hoisted_steps_are_the_plain_loop(name, cfg_scale):
+    net, cond, x = fast_case(name)
+    times = time_grid(4, 3.0)
+    plain = lambda cond: integrate(lambda x, t: guided(net, x, t, cond, cfg_scale), x, times)
+    steps = Steps(net, cond, x.shape, times, cfg_scale)
+    close(steps(x), plain(cond), 1e-5)
+    other = cond.flip(0) if isinstance(cond, torch.Tensor) else cond.map(lambda part: part.flip(0))
+    places = steps.table.data_ptr()
+    steps.read(other)
+    assert steps.table.data_ptr() == places                          # a captured graph reads there
+    close(steps(x), plain(other), 1e-5)
+    assert off(plain(other), plain(cond)) > 1e-3
+    close(steps(x, 1), integrate(lambda x, t: guided(net, x, t, other, cfg_scale), x, times[:2]), 1e-5)
+
+
+@pytest.mark.parametrize("name", TINIES)
+def test_hoisted_steps_in_bf16_are_no_worse_than_the_plain_ones(name):
+    exact, cond, x = fast_case(name)
+    net, half, _ = fast_case(name, dtype=torch.bfloat16)
+    times = time_grid(4)
+    want = integrate(lambda x, t: exact(x, t, cond), x, times)
+    plain = integrate(lambda x, t: net(x.bfloat16(), t, half).float(), x, times)
+    assert off(Steps(net, half, x.shape, times)(x), want) < 1.5 * off(plain, want) + 1e-3 < 0.05
+
+
+@pytest.mark.parametrize("name", TINIES)
+def test_hoisting_reads_every_modulation_matrix_and_the_context_once_an_image(name):
+    net, cond, x = fast_case(name)
+    calls = {}
+    for n, m in net.named_modules():
+        if isinstance(m, nn.Linear) and not re.search(r"blocks\.\d+\.(?!.*(mod\.|modulation))|final_layer\.linear|img_in", n):
+            m.register_forward_hook(lambda m, args, out, n=n: calls.update({n: calls.get(n, 0) + 1}))
+    Steps(net, cond, x.shape, time_grid(5))(x)
+    assert calls and set(calls.values()) == {1}, calls
+    if name != "sana":
+        assert sum("mod" in n for n in calls) == {"dit": 4, "flux": 7}[name]
+
+
+def test_pixels_are_the_same_bytes_wherever_they_are_made():
+    x = torch.linspace(-1.3, 1.3, 3 * 40 * 40).view(1, 3, 40, 40)
+    want = np.round((x.clamp(-1, 1).numpy().transpose(0, 2, 3, 1) + 1) * 127.5).astype(np.uint8)
+    assert np.array_equal(pixels_on_host(x).numpy(), want) and np.array_equal(to_uint8(x), want)
+
+
+def test_fp8_rows_round_within_half_a_step_and_an_outlier_stays_alone():
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(64, 256, generator=g)
+    x[3, 7], x[5] = 1e6, 0.0
+    codes, scale = e4m3_rows(x)
+    assert codes.dtype == torch.float8_e4m3fn and scale.shape == (64, 1) and scale.dtype == torch.float32
+    back = codes.float() * scale
+    error = (back - x).abs()
+    assert (error <= x.abs() / 16 + scale * 2**-10).all()             # 3 bits: half a step is 1/16; below, steps of 2^-9 scale
+    assert torch.equal(codes[5].float(), torch.zeros(256)) and torch.isfinite(back).all()
+    assert (codes.float().abs().amax(dim=1)[torch.arange(64) != 5] == 448).all()
+    rest = torch.arange(64) != 3
+    assert off(back[rest], x[rest]) < 0.03 < 0.5 < off(back[3, 8:], x[3, 8:])
+
+
+def test_an_fp8_linear_is_its_dequantised_self():
+    """Against the exact product of what was rounded: what is left is the output's bf16."""
+    g = torch.Generator().manual_seed(0)
+    layer = nn.Linear(96, 48)
+    x = torch.randn(2, 5, 96, generator=g)
+    fast = FP8Linear(layer)
+    codes, scale = e4m3_rows(x.view(-1, 96))
+    want = (codes.double() * scale) @ fast.dequantised().double().T + layer.bias.double()
+    got = fast(x)
+    assert got.shape == (2, 5, 48) and got.dtype == x.dtype and off(got.view(-1, 48), want) < 3e-3
+    assert fast(x.bfloat16()).dtype == torch.bfloat16 and off(got, layer(x)) < 0.05
+    assert off(fast(x * torch.tensor([1.0, 1e3]).view(2, 1, 1))[1] - layer.bias, 1e3 * (got[1] - layer.bias)) < 2e-2     # every token has its own scale
+
+
+def test_fp8_on_a_layer_with_outliers_errs_as_published():
+    """512 x 1024 inputs with ten channels twenty times larger, a weight with a part of rank 8: 3.4 %."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(512, 1024, generator=g)
+    x[:, torch.randperm(1024, generator=g)[:10]] *= 20
+    w = torch.randn(768, 1024, generator=g) + torch.randn(768, 8, generator=g) @ torch.randn(8, 1024, generator=g)
+    layer = nn.Linear(1024, 768, bias=False).requires_grad_(False)
+    layer.weight.copy_(w)
+    assert 0.025 < off(FP8Linear(layer)(x), layer(x)) < 0.045
+
+
+@pytest.mark.parametrize("name", TINIES)
+def test_fp8_errs_by_five_percent_a_step_at_most(name):
+    """At fixed inputs; by six in SANA, whose linear attention divides by a sum of what was rounded."""
+    torch.manual_seed(0)
+    cfg = {"dit": replace(TINY_DIT, hidden_size=192, num_heads=6, depth=6), "flux": BASES["tiny-flux"], "sana": BASES["tiny-sana"]}[name]
+    net = scramble(FAMILIES[type(cfg)](replace(cfg, weights=None)))
+    fast = shared(net)
+    names = fp8_linears(fast)
+    assert all(isinstance(net.get_submodule(n), nn.Linear) for n in names)                # the original is as it was
+    untouched = {n for n, m in net.named_modules() if isinstance(m, nn.Linear)} - set(names)
+    assert all(re.search(r"mod\.|modulation|adaLN|final_layer|_in\.|_in$|embedder|t_block", n) for n in untouched), untouched
+    assert not any(re.search(r"mod\.|modulation|adaLN|final_layer|embedder", n) for n in names)
+    assert len(names) == {"dit": 4 * 6, "flux": 8 * 3 + 2 * 6, "sana": 5 * 8}[name]
+    errors = [off(fast(x, t, c), net(x, t, c)) for x, t, c in [(torch.randn(2, cfg.in_channels, 8, 8), torch.tensor(t), condition_of(cfg)) for t in ((0.1, 0.4), (0.6, 0.9))]]
+    assert 0.002 < min(errors) and max(errors) < (0.06 if name == "sana" else 0.05), errors
+
+
+def test_fp8_refuses_what_it_cannot_do():
+    net = scramble(Flux(TINY_FLUX))
+    add_lora(net, 2)
+    with pytest.raises(ValueError, match="merge it before"):
+        fp8_linears(net)
+    with pytest.raises(ValueError, match="divide by 16; blocks.0.attn.qkv"):
+        fp8_linears(DiT(replace(TINY_DIT, hidden_size=40)))
+    with pytest.raises(ValueError, match="no linear map"):
+        fp8_linears(nn.Sequential(nn.Linear(16, 16)))
+
+
+# ---- bench.py ------------------------------------------------------------------------------------------------------------
+
+# counted by others, in TFLOPs: tokens of text and image, linear maps and attention of a step, decoding one picture
+COUNTS = {("flux-krea", 1024): ((4608, 59.51, 14.87, 10.47), (1536, 19.85, 1.65, 11.08)), ("flux-krea", 2048): ((16896, 218.2, 200.0, 48.5), (1536, 19.85, 1.65, 47.6)),
+          ("flux-krea", 4096): ((66048, 852.8, 3055, 299.5), (4608, 59.52, 14.87, 190.4))}
+FORWARDS = {("sana-1.6b", 1024): ((1024, 2.967, 8.37), (256, 0.837, 11.9)), ("dit-xl", 256): ((256, 0.2372, 0.62), (64, 0.0581, 0.69)), ("dit-xl", 512): ((1024, 1.0491, 2.51), (256, 0.2373, 2.77))}
+
+
+@pytest.mark.parametrize("name, res", COUNTS)
+def test_flux_is_as_much_arithmetic_as_others_counted(name, res):
+    floors = [floor(work) for work in works(name, res)]
+    for got, (tokens, linear, attention, decode) in zip(floors, COUNTS[name, res]):
+        assert got["tokens"] + 512 == tokens and abs(got["text"] / 4.853e12 - 1) < 0.005
+        for key, want in (("linear", linear), ("attention", attention), ("decode", decode)):
+            assert abs(got[key] / 1e12 / want - 1) < 0.005, (key, got[key], want)
+        assert got["memory_gib"] < (40 if got["work"].startswith("dc-gen") else 80)
+    # seconds at 800 TFLOP/s, and with linear maps at 1100
+    want = {1024: ((1.88, 1.47), (0.557, 0.422)), 2048: ((10.52, 9.03), (0.603, 0.468)), 4096: ((98.1, 92.3), (2.104, 1.698))}[res]
+    for got, (bf16, fp8) in zip(floors, want):
+        assert abs(got["floor_bf16"] / bf16 - 1) < 0.005 and abs(got["floor_fp8"] / fp8 - 1) < 0.005
+    paper = bench.PAPER[name, res]
+    assert [f["paper_s"] for f in floors] == list(paper["latency"]) and [f["paper_per_min"] for f in floors] == list(paper["throughput"])
+
+
+@pytest.mark.parametrize("name, res", FORWARDS)
+def test_sana_and_dit_are_as_much_arithmetic_as_others_counted(name, res):
+    for got, (tokens, forward, decode) in zip([floor(work) for work in works(name, res)], FORWARDS[name, res]):
+        assert got["tokens"] == tokens and got["passes"] == 2
+        assert abs(got["step"] / 2e12 / forward - 1) < 0.01 and abs(got["decode"] / 1e12 / decode - 1) < 0.01, got
+
+
+def test_random_weights_are_no_zeros_and_keep_every_block_finite():
+    for work in works("flux-krea", 1024, twin=True) + works("sana-1.6b", 1024, twin=True) + works("dit-xl", 256, twin=True):
+        net = filled(on_meta(FAMILIES[type(work.cfg)], work.cfg), torch.device("cpu"), torch.float32)
+        x, taps = torch.randn(1, work.cfg.in_channels, *work.grid), []
+        cond = work.condition(1, "cpu")
+        c = net.condition(torch.tensor([0.5]), cond, work.grid)
+        net.trunk(net.embed(x), c, taps)
+        assert all(0.1 < t.square().mean().sqrt() < 100 for t in taps)
+        sane("velocity", net(x, torch.tensor([0.5]), cond))
+        assert not any((p == 0).all() for k, p in net.named_parameters())
+
+
+@pytest.mark.parametrize("x", [torch.zeros(4), torch.full((4,), torch.nan), torch.full((4,), 1e3), torch.tensor([1.0, torch.inf])])
+def test_data_that_would_run_fast_is_no_timing(x):
+    with pytest.raises(RuntimeError, match="root mean square"):
+        sane("it", x)
+
+
+def test_a_shared_copy_has_the_same_tensors_and_modules_of_its_own():
+    net = scramble(Flux(TINY_FLUX))
+    copy = shared(net)
+    assert all(a is b for a, b in zip(net.parameters(), copy.parameters())) and copy.single_blocks[0] is not net.single_blocks[0]
+    fp8_linears(copy, r"single_blocks\.0\.linear1") if TINY_FLUX.hidden_size % 16 == 0 else None
+    assert isinstance(net.single_blocks[0].linear1, nn.Linear)
+
+
+def test_every_switch_draws_the_same_picture(fresh_compiler):
+    """The rows of the table are one work: FP8 within its error, all others to rounding."""
+    work = works("flux-krea", 1024, twin=True)[1]
+    (_, _), (net, ae) = bench.build_pair(works("flux-krea", 1024, twin=True), torch.device("cpu"), torch.float32)
+    cond, x0 = work.condition(1, "cpu"), torch.randn(1, 32, 4, 4)
+    images = {}
+    for s in SWITCHES:
+        if s != "graph":
+            d = Drawer(work, net, ae, tuple(k for k in bench.up_to(s) if k != "graph"), compiler=dict(backend="eager"), num_steps=3)
+            d.cond = cond
+            z = d.denoise(x0)
+            images[s] = (z.clone(), d.to_host(d.decode(z)))
+    for s, (z, pixels) in images.items():
+        assert off(z, images["eager"][0]) < (0.05 if s == "fp8" else 1e-5), s
+        assert pixels.dtype == torch.uint8 and pixels.shape == (1, 128, 128, 3)
+        assert (pixels.int() - images["eager"][1].int()).abs().max() <= (255 if s == "fp8" else 1)
+    assert off(images["fp8"][0], images["eager"][0]) > 1e-4          # and it is really on
+
+
+@pytest.mark.parametrize("name", ["flux-krea", "sana-1.6b"])
+def test_diffusers_does_the_same_work(name):
+    pytest.importorskip("diffusers")
+    pair = works(name, 1024, twin=True)
+    for work, (net, ae) in zip(pair, bench.build_pair(pair, torch.device("cpu"), torch.float32)):
+        ours, theirs = Drawer(work, net, ae, ("eager",), num_steps=2), DiffusersDrawer(work, net, ae, num_steps=2)
+        theirs.cond, x0 = ours.cond, torch.randn(1, work.cfg.in_channels, *work.grid)
+        z = ours.denoise(x0)
+        assert off(theirs.denoise(x0), z) < 1e-3
+        assert off(theirs.decode(z), ours.decode(z)) < 1e-4
+
+
+def test_spreads_ratios_and_self_checks_by_hand():
+    assert spread([3.0, 1.0, 2.0]) == dict(median=2.0, p10=1.0, p90=3.0)
+    assert spread([float(i) for i in range(11)]) == dict(median=5.0, p10=1.0, p90=9.0)
+    row = lambda work, res, end, tokens, denoise: dict(work=work, res=res, switch="graph", tokens=tokens, sum=dict(median=end), denoise=dict(median=denoise))
+    rows = [row("flux-krea", 1024, 3.0, 4096, 2.0), row("dc-gen-flux-krea", 1024, 1.0, 1024, 0.5), row("dc-gen-flux-krea", 4096, 4.0, 4096, 2.02), row("flux-krea", 4096, 140.0, 65536, 139.0)]
+    one, four = ratios(rows)
+    assert (one["against_our_base"], one["denoise"]) == (3.0, 4.0) and four["against_our_base"] == 35.0 and abs(four["against_paper_base"] - 213.81 / 4.0) < 1e-9
+    assert abs(four["paper"] - 52.92) < 0.01 and abs(one["paper"] - 4.227) < 0.01 and "eager" in one["why"]
+    assert len(self_checks(rows)) == 1 and "agrees" in self_checks(rows)[0]
+    rows[2]["denoise"]["median"] = 2.2
+    assert "DIFFERS" in self_checks(rows)[0]
+
+
+def test_bench_runs_the_twins_on_a_cpu_and_says_so(tmp_path, capsys, fresh_compiler):
+    bench.main(["--res", "1024", "--device", "cpu", "--num-steps", "2", "--repeats", "1", "--out", str(tmp_path / "b")])
+    said = capsys.readouterr().out
+    result = json.loads(said.splitlines()[-1])
+    assert "NOT GPU figures" in said and result["gpu_figures"] is False and result == json.loads((tmp_path / "b.json").read_text()) and (tmp_path / "b.png").stat().st_size > 5000
+    assert {"command", "date", "torch", "device", "dtype", "compile", "rows", "ratios", "throughput", "train", "tables", "checks", "floors"} <= set(result)
+    timed, skipped = [r for r in result["rows"] if "sum" in r], [r for r in result["rows"] if "skipped" in r]
+    assert [r["switch"] for r in timed if r["work"] == "dc-gen-tiny-flux"] == [s for s in SWITCHES if s != "graph"] and [(r["switch"], r["skipped"]) for r in skipped] == [("graph", "needs a GPU")]
+    assert {r["switch"] for r in timed if r["work"] == "tiny-flux"} == {"eager", "uint8", "fp8"}
+    for r in timed:
+        assert r["sum"]["median"] > 0 and abs(r["sum"]["median"] / sum(r[k]["median"] for k in ("denoise", "decode", "uint8")) - 1) < 1e-6 and r["tflop_per_s"] > 0
+        assert {"p10", "p90"} <= set(r["denoise"]) and r["compile_s"] >= 0 and r["num_steps"] == 2 and r["text_s"] is None or r["text_s"] > 0
+        assert r["paper_s"] is None and r["floor_s"] is None                                # the paper's figures stand beside full models only
+    assert [(f["work"], f["paper_s"]) for f in result["floors"]] == [("flux-krea", 4.65), ("dc-gen-flux-krea", 1.10)]
+    assert len([r for r in timed if "profile" in r]) == 2 and all(len(r["profile"]["step"]) == 5 and "flash" in r["profile"]["attention"] for r in timed if "profile" in r)
+    assert {r["switch"] for r in result["ratios"]} == {"eager", "uint8", "fp8"} and all(r["paper"] is None for r in result["ratios"])
+
+
+def test_bench_times_throughput_training_and_rates_of_the_twins(capsys, fresh_compiler):
+    last = lambda: json.loads(capsys.readouterr().out.splitlines()[-1])
+    bench.main(["--model", "dit-xl", "--res", "256", "--device", "cpu", "--num-steps", "2", "--repeats", "1", "--switches", "hoist", "--batches", "1", "3", "--no-profile"])
+    rates = last()["throughput"]
+    assert [(r["work"], r["batch"]) for r in rates] == [("tiny", 1), ("tiny", 3), ("dc-gen-tiny", 1), ("dc-gen-tiny", 3)]
+    assert all(r["denoise_per_min"] > r["with_decode_per_min"] > 0 for r in rates)
+    bench.main(["--model", "flux-krea", "--res", "1024", "--device", "cpu", "--train", "--repeats", "1"])
+    rows = last()["train"]
+    assert [r["stage"][0] for r in rows] == ["1", "2", "3"] and all(r["images_per_s"] > 0 and r["h100_days"] is None for r in rows)
+    assert [r["schedule"] for r in rows] == [[20000, 64], [5000, 256], [10000, 256]] and rows[0]["trainable"] < rows[1]["trainable"] < rows[2]["trainable"]
+    bench.main(["--model", "dit-xl", "--res", "512", "--device", "cpu", "--train", "--repeats", "1"])
+    assert [r["schedule"] for r in last()["train"]] == [[50000, 64], [20000, 1024], [100000, 1024]]
+    bench.main(["--tables", "--model", "dit-xl", "--res", "256", "--device", "cpu"])
+    assert {r["table"] for r in last()["tables"]} == {"products", "attention", "decoder stages"}
+
+
+def test_bench_says_what_it_cannot_time():
+    for flags, said in ((["--res", "1000"], "512, 1024, 2048, 4096"), (["--res", "big"], "or all"), (["--model", "dit-xl", "--res", "4096"], "timed at 256, 512"),
+                        (["--model", "dit-xl", "--against", "diffusers"], "FLUX and SANA are compared")):
+        with pytest.raises(ValueError, match=said):
+            bench.main(flags)
+
+
+@needs_gpu
+@pytest.mark.parametrize("name", FAST)
+def test_a_captured_step_is_the_plain_loop(name):
+    net, cond, x = fast_case(name)
+    net, cond, x = net.cuda(), cond.to("cuda"), x.cuda()
+    if net.null is not None:
+        net.null = net.null.to("cuda")
+    times = time_grid(6)
+    steps = Steps(net, cond, x.shape, times, 2.5, graph=True)
+    close(steps(x), integrate(lambda x, t: guided(net, x, t, cond, 2.5), x, times), 1e-4)
+    again = steps(x).clone()
+    steps(torch.randn_like(x)), close(steps(x), again, 0)             # nothing is left over from another picture
+
+
+@needs_gpu
+@pytest.mark.parametrize("tokens", [768, 1000, 1536, 4608])
+def test_cudnns_attention_is_what_runs_and_it_is_right(tokens):
+    q, k, v = (torch.randn(1, 24, tokens, 128, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    with sample.fast_attention(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as p:
+        out = F.scaled_dot_product_attention(q, k, v)
+    assert any("cudnn" in e.key.lower() for e in p.key_averages()), [e.key for e in p.key_averages()]
+    assert off(out, torch.softmax(q.float() @ k.float().transpose(-1, -2) / 128**0.5, -1) @ v.float()) < 0.01
+
+
+@needs_gpu
+def test_a_channels_last_decoder_converts_no_layouts():
+    work = works("flux-krea", 1024)[1]
+    ae = filled(on_meta(DCAE, ae_config(work.cfg.ae)), torch.device("cuda"), torch.bfloat16).to(memory_format=torch.channels_last)
+    ae.compile_decoder()
+    z = torch.randn(1, 32, 32, 32, device="cuda", dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
+    ae.decode(z)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as p:
+        ae.decode(z)
+    moved = [e.key for e in p.key_averages() if "nchwToNhwc" in e.key or "nhwcToNchw" in e.key]
+    assert not moved, moved
+
+
+@needs_gpu
+def test_compiled_fp8_blocks_err_by_five_percent_a_step_at_most(fresh_compiler):
+    if torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("needs a GPU that multiplies FP8")
+    cfg = BASES["tiny-flux"]
+    net = scramble(Flux(cfg)).cuda().bfloat16()
+    fast, x, t, cond = shared(net), torch.randn(2, cfg.in_channels, 16, 16, device="cuda"), torch.tensor([0.2, 0.7], device="cuda"), condition_of(cfg).to("cuda", torch.bfloat16)
+    fp8_linears(fast)
+    model.compile_layers(fast.blocks)
+    assert off(fast(x.bfloat16(), t, cond), net(x.bfloat16(), t, cond)) < 0.05
+
+
 # ---- the project ---------------------------------------------------------------------------------------------------------
 
 def test_imports_point_left():
-    line = "model data autoencoder lora sample evaluate align finetune".split()
+    line = "model data autoencoder lora sample evaluate align finetune quant bench".split()
     for i, name in enumerate(line):
         tree = ast.parse((HERE / f"{name}.py").read_text())
         ours = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)} | {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
