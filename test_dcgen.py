@@ -40,20 +40,19 @@ import evaluate
 import finetune
 import lora
 import model
-import quant
 import sample
 from align import drop_labels, embedding_loss, flow_matching_loss, solve_embedder, solve_head
 from autoencoder import (AUTOENCODERS, DCAE, KLVAE, DCAEConfig, KLConfig, ae_class, ae_config, ae_table, diffusers_ae_config, export_autoencoder, in_strips, in_tiles,
                          load_autoencoder, psnr, ssim, stated_config)
 from data import SANA_INSTRUCTION, SHAPES, ImageFolder, LatentCache, ShapesSource, encode_prompts, load_image, null_prompt, open_source, order, read_prompts, shape_facts, shapes
-from bench import SWITCHES, DiffusersDrawer, Drawer, Work, filled, floor, ratios, sane, self_checks, shared, spread, works
+from bench import SWITCHES, DiffusersDrawer, Drawer, filled, floor, ratios, sane, self_checks, shared, spread, works
 from evaluate import accuracy, frechet_distance, gap_table, inception_score, judged_source, layer_gap, load_classifier, share_right
 from lora import LoRALinear, add_lora, load_peft, lora_from_peft, lora_state, lora_to_peft, merge_lora, save_peft
 from model import (BASES, DIT_TABLES, FAMILIES, TABLES, DiT, DiTConfig, Flux, FluxConfig, Sana, SanaConfig, Text, build, cat_conditions, choose_conditions, config_dict,
                    config_facts, ddpm_alphas_cumprod, ddpm_times, deepen, find_weights, fit_config, export_diffusers, linear_attention, load_weights, map_keys, read_config, read_tensors, recognise,
                    sincos_2d, timestep_embedding, to_deep_latent, unmap_keys, write_tensors)
 from quant import FP8Linear, e4m3_rows, fp8_linears
-from sample import (Chain, Steps, ddpm_loss, generate, guided, integrate, load_base, load_part, load_run, newest_run, noise, parse_classes, path, resolve_shift, sample_t,
+from sample import (Chain, Steps, ddpm_loss, generate, guided, integrate, load_base, load_part, load_run, newest_run, noise, parse_classes, parse_size, path, resolve_shift, sample_t,
                     pixels_on_host, save_png, shift_time, time_grid, to_uint8)
 
 HERE = Path(__file__).parent
@@ -1642,8 +1641,8 @@ def test_merged_equals_unmerged_and_the_base_stays():
 def test_merging_into_a_bf16_base_rounds_no_more_than_its_storage():
     """bf16 keeps 8 bits: what a weight loses is up to 8 % of a small delta, and a fraction of a percent of the output."""
     base, tuned, _ = with_lora()
-    for model in (base, tuned):
-        for m in model.modules():
+    for net in (base, tuned):
+        for m in net.modules():
             if not isinstance(m, LoRALinear):
                 for p in m.parameters(recurse=False):
                     p.data = p.data.bfloat16()
