@@ -487,21 +487,22 @@ def in_strips(layers, x: Tensor, max_elements: float) -> Tensor:
     if B > 1 and B * width * H * W > max_elements:
         return torch.cat([in_strips(layers, part, max_elements) for part in x.split(max(1, int(max_elements / (width * H * W))))])
     up_to = lambda rows, unit: -(-math.ceil(rows) // unit) * unit
-    step = max(1, int(min(max_elements / (B * width * W), H)) // fold) * fold
-    step = up_to(H / math.ceil(H / step), fold)
-    halo = up_to(reach, fold)
-    rows = min(H, step + 2 * halo)                                    # alike in every strip: kernels are compiled and tuned for a shape
-    out = None
-    for top in range(0, H, step):
-        bottom, start = min(top + step, H), min(max(0, top - halo), H - rows)
+    step, halo = max(1, int(min(H, max_elements / (B * width * W))) // fold) * fold, up_to(reach, fold)
+    inner = H - 2 * halo                                              # a strip gives `step` rows, at the picture's edges its halo as well
+    step = up_to(inner / math.ceil(inner / step), fold) if inner > step else H
+    rows, top, out = step + 2 * halo, 0, None                         # alike in every strip: kernels are compiled and tuned for a shape
+    while top < H:
+        start = max(0, min(top - halo, H - rows))
+        bottom = H if start + rows >= H else start + rows - halo
         y = x[:, :, start : start + rows]
         for layer in layers:
             y = layer(y)
-        if step >= H:
+        if bottom - top == H:
             return y
         if out is None:
             out = torch.empty(B, y.shape[1], int(H * ratio), y.shape[3], dtype=y.dtype, device=y.device, memory_format=torch.channels_last)
         out[:, :, int(top * ratio) : int(bottom * ratio)] = y[:, :, int((top - start) * ratio) : int((bottom - start) * ratio)]
+        top = bottom
     return out
 
 
