@@ -22,9 +22,12 @@ import math
 import signal
 import threading
 import time
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -34,10 +37,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from autoencoder import AUTOENCODERS, ae_config, load_autoencoder
-from data import LatentCache, open_source, order, write_json
-from evaluate import accuracy, gap_table, layer_gap, load_classifier
-from model import atomic, choose_conditions, config_dict, deepen, run, to_deep_latent, write_tensors
-from sample import Chain, add_model_args, ddpm_loss, dtype_of, generate, load_base, path, peak_gib, sample_t, save_grid
+from data import LatentCache, open_source, order, read_captions, read_prompts, write_json
+from evaluate import gap_table, layer_gap, pick_judge
+from model import BASES, FluxConfig, SanaConfig, Text, atomic, cat_conditions, choose_conditions, config_dict, deepen, run, to_deep_latent, write_tensors
+from sample import (SHIFTS, Chain, add_model_args, ddpm_loss, dtype_of, generate, latent_size, load_base, path, peak_gib, preset_of, resolve_shift, sample_t, save_grid,
+                    settings, text_folder, with_guidance)
 
 
 # ---- the losses --------------------------------------------------------------------------------------------------------------
@@ -83,6 +87,68 @@ def flow_matching_loss(model, z: Tensor, t: Tensor, y: Tensor, x0: Tensor) -> tu
     return (pred - v).square().mean(dim=(1, 2, 3)), pred, v
 
 
+def raw_velocity(model, xt: Tensor, t: Tensor, y) -> Tensor:
+    """What a guidance-distilled model would have said before its distillation, Eq. 6 with g = 1 + w the number it is told:
+
+        v_hat(c) = ( v(c, g) + (g - 1) v(null, 1) ) / g
+
+    It follows from v(c, g) = g v(c) - (g - 1) v(null), which it was distilled to say (Eq. 4). The null branch is told 1 and
+    passes no gradient: it stands for the base's own v(null), which is not to be bent until the sum fits.
+    xt (B,C,H,W), t (B,), y a Text with its guidance (B,) -> (B,C,H,W). Without gradients both halves are one batch."""
+    g, null = y.guidance.view(-1, 1, 1, 1), unconditional(model, y)
+    if not torch.is_grad_enabled():
+        v, v_null = model(torch.cat([xt, xt]), torch.cat([t, t]), cat_conditions([y, null])).float().chunk(2)
+    else:
+        v = model(xt, t, y).float()
+        with torch.no_grad():
+            v_null = model(xt, t, null).float()
+    return (v + (g - 1) * v_null) / g
+
+
+def unconditional(model, y):
+    """The null condition of a distilled model: the empty prompt, at guidance 1."""
+    return replace(model.null_condition(y), guidance=torch.ones_like(y.guidance))
+
+
+def guided_loss(model, z: Tensor, t: Tensor, y, x0: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Stages 2 and 3 of a guidance-distilled model (Eq. 7): || v_hat(x_t, y, t) - (x1 - x0) ||^2. The plain loss would
+    teach it to say v(c) where it is told g, and so to forget guidance (Fig. 6). As flow_matching_loss otherwise."""
+    xt, v = path(x0, z, t)
+    pred = raw_velocity(model, xt, t, y)
+    return (pred - v).square().mean(dim=(1, 2, 3)), pred, v
+
+
+def distillation_loss(teacher, model, z: Tensor, t: Tensor, y, x0: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Guidance distillation (Eq. 3): what a teacher says under classifier-free guidance in two passes (Eq. 4), the student
+    says in one, told the scale. As flow_matching_loss otherwise."""
+    xt, _ = path(x0, z, t)
+    with torch.no_grad():
+        v, v_null = teacher(torch.cat([xt, xt]), torch.cat([t, t]), cat_conditions([y, model.null_condition(y)])).float().chunk(2)
+        v = v_null + y.guidance.view(-1, 1, 1, 1) * (v - v_null)
+    pred = model(xt, t, y).float()
+    return (pred - v).square().mean(dim=(1, 2, 3)), pred, v
+
+
+# each (model, z, t, y, x0) -> loss of every sample (B,), predicted and target velocity; "ddpm" is sample.ddpm_loss
+LOSSES = {"flow": flow_matching_loss, "guided": guided_loss}
+
+
+def pick_objective(cfg, asked: str | None) -> str:
+    """The objective asked for, or the model's own: guided for a distilled one, flow for others. ValueError if it has none such."""
+    distilled = getattr(cfg, "guidance_embed", False)
+    if asked == "ddpm" and cfg.clock != "ddpm":
+        raise ValueError(f"--objective ddpm is for bases on DDPM's clock; this {type(cfg).__name__.removesuffix('Config')} runs on the flow's")
+    if asked == "guided" and not distilled:
+        raise ValueError("--objective guided is for a model that is told its guidance as a number; this one is not distilled: use flow")
+    return asked or ("guided" if distilled else "flow")
+
+
+def tell_guidance(y, limits: tuple[float, float] | None, places: Tensor):
+    """The conditions with guidance at these places (B,) in [0,1] between the limits; labels, and prompts of a model that is
+    not told any (limits None), stay as they are."""
+    return y if limits is None else replace(y, guidance=(limits[0] + (limits[1] - limits[0]) * places).to(y.device))
+
+
 def ends(model, final_adaln: bool = True) -> tuple[str, str]:
     """Names of what stages 2 and 3 train in full: the embedder, and the head with or without its modulation."""
     return model.EMBEDDER, model.HEAD_TRAINED if final_adaln else model.HEAD
@@ -95,13 +161,14 @@ def drop_labels(model, y: Tensor, p: float, generator) -> Tensor:
 
 
 @torch.no_grad()
-def validation_loss(model, z: Tensor, y: Tensor, dtype=torch.float32, times: int = 8) -> float:
-    """The flow loss at eight fixed t on fixed noise: steady from step to step, comparable from run to run in one latent
-    space."""
-    g = torch.Generator().manual_seed(12345)
-    t = ((torch.arange(len(z)) % times) + 0.5).div(times).to(z.device)
+def validation_loss(model, z: Tensor, y, dtype=torch.float32, times: int = 8, loss=flow_matching_loss, limits=None) -> float:
+    """The loss at eight fixed t (and guidances between the limits) on fixed noise: steady from step to step, comparable from
+    run to run in one latent space."""
+    g, rows = torch.Generator().manual_seed(12345), torch.arange(len(z))
+    t = ((rows % times) + 0.5).div(times).to(z.device)
+    y = tell_guidance(y, limits, (rows // times % times + 0.5) / times)
     with torch.autocast(z.device.type, dtype, enabled=dtype != torch.float32):
-        return float(flow_matching_loss(model, z, t, y, torch.randn(z.shape, generator=g).to(z.device))[0].mean())
+        return float(loss(model, z, t, y, torch.randn(z.shape, generator=g).to(z.device))[0].mean())
 
 
 # ---- both stages in closed form ------------------------------------------------------------------------------------------------
@@ -159,17 +226,25 @@ def solve_embedder(model, base, batches, ridge: float = 1e-6) -> LeastSquares:
 
 
 @torch.no_grad()
-def solve_head(model, batches, ridge: float = 1e-6, dtype=torch.float32) -> LeastSquares:
-    """Stage 2 exactly, while the embedder stands still: the head's last linear map that minimises the flow loss (Eq. 2)
-    over `batches` of (z, t, y, x0). Its input is fixed, so the loss is quadratic in it."""
+def solve_head(model, batches, ridge: float = 1e-6, dtype=torch.float32, guided: bool = False) -> LeastSquares:
+    """Stage 2 exactly, while the embedder stands still: the head's last linear map that minimises the flow loss (Eq. 2), or
+    the guided one (Eq. 7), over `batches` of (z, t, y, x0). Its input is fixed, so the loss is quadratic in it. Of the
+    guided loss too: v_hat is the same linear map of (h(c, g) + (g - 1) h(null, 1)) / g, whose weights add up to one."""
     sums = None
+
+    def features(xt, t, y):
+        x, clock = model.own_clock(xt, t)
+        c = model.condition(clock, y, xt.shape[-2:])
+        return model.head_features(model.trunk(model.embed(x), c), c).float()
+
     for z, t, y, x0 in batches:
         xt, v = path(x0, z, t)
         with torch.autocast(z.device.type, dtype, enabled=dtype != torch.float32):
-            x, clock = model.own_clock(xt, t)
-            c = model.condition(clock, y, xt.shape[-2:])
-            h = model.head_features(model.trunk(model.embed(x), c), c)
-        v = model.patchify(model.velocity(v, xt, t))                  # what the head has to say for v: v or, where noise - data is predicted, -v
+            h = features(xt, t, y)
+            if guided:
+                g = y.guidance.view(-1, 1, 1)
+                h = (h + (g - 1) * features(xt, t, unconditional(model, y))) / g
+        v = model.patchify(model.velocity(v, xt, t))                  # from velocity to output: a sign at most, its own inverse
         sums = sums or LeastSquares(h.shape[-1], v.shape[-1], h.device)
         sums.add(h, v)
     sums.mse = sums.loss(*_set(model.head_linear, *sums.solve(ridge)))
@@ -192,12 +267,14 @@ def pick(model, prefixes: tuple[str, ...]) -> list[tuple[str, nn.Parameter]]:
 NO_DECAY = ("embedding_table", "scale_shift_table", "pos_embed")
 
 
-def decay_groups(named: list[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict]:
+def decay_groups(named: list[tuple[str, nn.Parameter]], weight_decay: float, rate=lambda name: 1.0) -> list[dict]:
     """AdamW groups: weight decay on matrices, none on norms, biases and embeddings (by name: a table of modulations is
-    a 2-D tensor too)."""
+    a 2-D tensor too). rate(name): a parameter's share of the learning rate, "rate" in its group."""
     plain = lambda k, p: p.ndim < 2 or any(word in k for word in NO_DECAY)
-    return [dict(params=[p for k, p in named if not plain(k, p)], weight_decay=weight_decay),
-            dict(params=[p for k, p in named if plain(k, p)], weight_decay=0.0)]
+    groups = {(False, 1.0): [], (True, 1.0): []}
+    for k, p in named:
+        groups.setdefault((plain(k, p), rate(k)), []).append(p)
+    return [dict(params=params, weight_decay=0.0 if bare else weight_decay, rate=share) for (bare, share), params in groups.items()]
 
 
 @contextmanager
@@ -217,13 +294,15 @@ def train(out: Path, model: nn.Module, named: list[tuple[str, nn.Parameter]], lo
           batch: int, lr: float, info: dict, name: str = "train", betas=(0.9, 0.999), warmup: int = 0,
           schedule: str = "constant", weight_decay: float = 0.0, clip: float | None = None, ema: float | None = None,
           accumulate: int = 1, seed: int = 0, dtype=torch.float32, save_every: int = 500, log_every: int = 25,
-          watch=None, watch_every: int = -1) -> list[dict]:
+          watch=None, watch_every: int = -1, rate=lambda name: 1.0, before=None) -> list[dict]:
     """One training run: every stage is this loop with another loss and other trainable parameters. Returns its log.
 
     named    what is trained; everything else stays as it is.   loss_fn(indices, generator) -> loss, {name: number}
     length   of the data set: the loop asks for indices, step by step, in an order that is a function of the step
     watch    called as watch(step) at step 0 (an out-of-memory in the preview shows in the first minute), every
              watch_every steps and at the end; returns {name: number} for the log
+    rate     share of the learning rate by name (decay_groups).   before(step): called before every step, for what changes
+             on the way and is no weight; a function of the step alone, so a resumed run goes on as it was
 
     Writes <out>/<name>.train (weights, optimiser, average, step) every save_every steps and at a signal, atomically; if
     it is there, the run goes on from it, to the same numbers. Raises RuntimeError after three non-finite gradients."""
@@ -231,7 +310,7 @@ def train(out: Path, model: nn.Module, named: list[tuple[str, nn.Parameter]], lo
     model.requires_grad_(False)
     for p in params:
         p.requires_grad_(True)
-    opt = torch.optim.AdamW(decay_groups(named, weight_decay), lr=lr, betas=betas)
+    opt = torch.optim.AdamW(decay_groups(named, weight_decay, rate), lr=lr, betas=betas)
     shadow = [p.detach().float().clone() for p in params] if ema else None
     state_file, first, bad, log, sums = out / f"{name}.train", 0, 0, [], {}
     if state_file.exists():
@@ -256,9 +335,11 @@ def train(out: Path, model: nn.Module, named: list[tuple[str, nn.Parameter]], lo
             if watch and (step == 0 or (watch_every > 0 and step % watch_every == 0 and step > first)):
                 log.append(dict(step=step, **watch(step)))
             decay = 0.5 + 0.5 * math.cos(math.pi * step / steps) if schedule == "cosine" else 1.0
-            rate = lr * min(1.0, (step + 1) / max(1, warmup)) * decay
+            now_lr = lr * min(1.0, (step + 1) / max(1, warmup)) * decay
             for group in opt.param_groups:
-                group["lr"] = rate
+                group["lr"] = now_lr * group["rate"]
+            if before:
+                before(step)
             opt.zero_grad(set_to_none=True)
             for part, rows in enumerate(order(step, batch, length, seed).chunk(accumulate)):
                 g = torch.Generator().manual_seed((seed * 1_000_003 + step) * 64 + part)
@@ -282,7 +363,7 @@ def train(out: Path, model: nn.Module, named: list[tuple[str, nn.Parameter]], lo
             if (step + 1) % log_every == 0 or step + 1 == steps:
                 now = time.perf_counter()
                 means = {k: float(torch.stack([torch.as_tensor(x, device=device) for x in v]).float().mean()) for k, v in sums.items()}
-                row = dict(step=step + 1, **means, lr=rate, grad_norm=float(norm),
+                row = dict(step=step + 1, **means, lr=now_lr, grad_norm=float(norm),
                            images_per_s=round(len(sums["loss"]) * batch / accumulate / (now - since), 1))
                 if device.type == "cuda":
                     row["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
@@ -301,19 +382,35 @@ def train(out: Path, model: nn.Module, named: list[tuple[str, nn.Parameter]], lo
 
 # ---- what the scripts share: recipes, runs, pictures ---------------------------------------------------------------------------------
 
-# Table 7 of the paper. "tiny" is the same recipe in minutes: larger learning rates that end at zero, fewer steps, a
-# smaller rank. DiT's head is its whole final layer, modulation included, as in the authors' code.
+# Table 7 of the paper, and what recipe.md adds: the shift of training times, the range of guidance. "tiny" and its text
+# models are the same recipe in minutes: larger learning rates that end at zero, fewer steps, a smaller rank. DiT's head is
+# its whole final layer, modulation included, as in the authors' code. w in Eq. 3-7 is guidance - 1.
+def _recipe(ae: str, stage1: int, stage2: tuple, stage3: tuple, pictures: int | None = None, rank: int = 256, **more) -> dict:
+    """stage1: steps; stage2: (steps, lr, batch); stage3: (steps, lr, batch)."""
+    stage = lambda steps, lr, batch, **kw: dict(steps=steps, lr=lr, batch=batch, **kw)
+    return dict(ae=ae, pictures=pictures, rank=rank, stage1=stage(stage1, 1e-4, 64), stage2=stage(*stage2), stage3=stage(*stage3, warmup=2000),
+                shift=1.0, guidance=(1.0, 14.0)) | more
+
+
+_tiny = dict(stage1=dict(steps=400, lr=1e-2, batch=64), stage2=dict(steps=1000, lr=5e-3, batch=64, schedule="cosine"),
+             stage3=dict(steps=2000, lr=1e-3, batch=64, warmup=50, schedule="cosine"), pictures=4096, rank=32, shift=1.0, guidance=(1.0, 8.0))
 RECIPES = {
-    "tiny": dict(ae="tiny-dc-ae-f32c32", pictures=4096, rank=32,
-                 stage1=dict(steps=400, lr=1e-2, batch=64), stage2=dict(steps=1000, lr=5e-3, batch=64, schedule="cosine"),
-                 stage3=dict(steps=2000, lr=1e-3, batch=64, warmup=50, schedule="cosine")),
-    "dit-xl": dict(ae="dc-ae-f32c32-in-1.0", pictures=None, rank=256,
-                   stage1=dict(steps=50_000, lr=1e-4, batch=64), stage2=dict(steps=20_000, lr=2e-4, batch=1024),
-                   stage3=dict(steps=500_000, lr=2e-4, batch=1024, warmup=2000)),
-    "dit-xl-512": dict(ae="dc-ae-f32c32-in-1.0", pictures=None, rank=256,
-                       stage1=dict(steps=50_000, lr=1e-4, batch=64), stage2=dict(steps=20_000, lr=2e-4, batch=1024),
-                       stage3=dict(steps=100_000, lr=2e-4, batch=1024, warmup=2000)),
+    "tiny":       dict(ae="tiny-dc-ae-f32c32", **_tiny),
+    "tiny-flux":  dict(ae="tiny-dc-ae-f32c32", **_tiny | dict(pictures=8192)),
+    "tiny-sana":  dict(ae="tiny-dc-ae-f32c32", **_tiny | dict(pictures=8192)),
+    "dit-xl":     _recipe("dc-ae-f32c32-in-1.0", 50_000, (20_000, 2e-4, 1024), (500_000, 2e-4, 1024)),
+    "dit-xl-512": _recipe("dc-ae-f32c32-in-1.0", 50_000, (20_000, 2e-4, 1024), (100_000, 2e-4, 1024)),
+    "sana-1.6b":  _recipe("dc-ae-f64c128-in-1.0", 20_000, (5_000, 2e-4, 1024), (150_000, 2e-4, 1024), shift=3.0),
+    "sana-4.8b":  _recipe("dc-ae-f64c128-in-1.0", 20_000, (5_000, 1e-4, 256), (50_000, 1e-4, 256), shift=3.0),
+    "flux-krea":  _recipe("dc-ae-f32c32-in-1.0", 20_000, (5_000, 1e-4, 256), (10_000, 1e-4, 256), shift="flux2"),
 }
+
+
+def recipe_of(base: str) -> dict:
+    """The recipe of a preset, or of the one that a run came from; another model of its family has that family's."""
+    name = preset_of(base)
+    kin = {FluxConfig: "flux-krea", SanaConfig: "sana-1.6b"}.get(type(BASES[name]), "dit-xl")
+    return RECIPES.get(name, RECIPES[kin])
 
 
 def new_run(kind: str, args) -> Path:
@@ -338,30 +435,62 @@ def new_run(kind: str, args) -> Path:
     return out
 
 
-def prepare(args, recipe: dict, weights: dict[str, str | None], cfg, device):
-    """Autoencoders {name: weight file or None}, the pictures, their latent cache, and validation latents of pictures
-    that are never trained on -> ({name: autoencoder}, source, cache, (latents, classes)). ValueError if the pictures
-    have captions, or more classes than the model."""
+class Data(NamedTuple):
+    """What a stage learns from, and what it is looked at with."""
+    ae: dict                                                         # autoencoders by name
+    source: object
+    cache: LatentCache
+    condition: Callable[[Tensor], object]                            # rows of the cache (B,) -> their conditions
+    val: tuple[dict[str, Tensor], object]                            # latents and conditions that are never trained on
+    ask: Callable[[int], tuple]                                      # so many conditions for pictures, and their titles
+    null: Text | None
+
+
+def prepare(args, recipe: dict, weights: dict[str, str | None], cfg, device) -> Data:
+    """Autoencoders {name: weight file or None}, pictures, latents and conditions for a model of this configuration.
+    ValueError if the pictures have not what it is conditioned on."""
     ae = {name: load_autoencoder(name, file, device=device) for name, file in weights.items()}
-    source, val = open_source(args.images, cfg.res), open_source(args.images, cfg.res, "val")
-    if len(source.classes) > cfg.num_classes or not source.classes:
+    captions, own = (args.captions or "txt") if cfg.encoders else None, settings(cfg, args.base)
+    source, val = (open_source(args.images, cfg.res, split, captions) for split in ("train", "val"))
+    if not cfg.encoders and (len(source.classes) > cfg.num_classes or not source.classes):
         raise ValueError(f"{args.images or 'the procedural pictures'}: {len(source.classes) or 'captions instead of'} classes, and the model has "
                          f"{cfg.num_classes}; give class folders" + (f", at most {cfg.num_classes}" if source.classes else ""))
+    if args.flip and cfg.encoders and not args.images:
+        raise ValueError("--flip: the captions of the procedural pictures tell left from right")
     cache = LatentCache("runs/cache", source, list(ae.values()), args.pictures or (None if args.images else recipe["pictures"]), args.flip, device=device)
     rows = LatentCache("runs/cache", val, list(ae.values()), min(256, len(val)), device=device)
-    return ae, source, cache, rows.batch(torch.arange(len(rows)))
+    z = {name: latents.to(device) for name, latents in rows.batch(torch.arange(len(rows)))[0].items()}
+    if cfg.encoders is None:
+        ask = lambda n: ((y := torch.arange(n) % cfg.num_classes), class_names(source.classes, y.tolist()))
+        return Data(ae, source, cache, lambda r: cache.labels[r].to(device), (z, rows.labels.to(device)), ask, None)
+
+    prompts = read_prompts(args.prompts) if args.prompts else rows.captions()
+    every = [*prompts, *rows.captions(), *cache.captions()]
+    folder = text_folder(args.base, cfg.encoders, own["text"], args.text_encoders, args.weights)
+    text, null = read_captions(cfg.encoders, folder, every, cfg.text_tokens, dtype=dtype_of(args), device=device)
+    first, n = len(prompts), len(prompts) + len(rows)
+
+    def ask(count):
+        r = torch.arange(count) % first
+        return with_guidance(text(r), own["guidance"]), [prompts[i] for i in r]
+
+    return Data(ae, source, cache, lambda r: text(r + n).to(device), (z, text(torch.arange(first, n)).to(device)), ask, null)
 
 
-def sample_loss(model, z: Tensor, y: Tensor, g, *, objective: str, t_sampling: str, shift: float, label_dropout: float) -> tuple[Tensor, dict]:
-    """One batch of the training objective of stages 2 and 3: "flow" (Eq. 2), or "ddpm", DiT's own (epsilon and a learned
-    variance on the integer clock). All its randomness comes from g, on the CPU."""
+def sample_loss(model, z: Tensor, y, g, *, objective: str, t_sampling: str, shift: float, label_dropout: float, limits=None, teacher=None) -> tuple[Tensor, dict]:
+    """One batch of the training objective of stages 2 and 3: "flow" (Eq. 2), "guided" (Eq. 7), "ddpm", DiT's own (epsilon
+    and a learned variance on the integer clock); with a teacher, its distillation (Eq. 3). limits: the range of the
+    guidance that the model is told. All randomness comes from g, on the CPU."""
     y = drop_labels(model, y, label_dropout, g)
     x0 = torch.randn(z.shape, generator=g).to(z.device)
     if objective == "ddpm":
         chain = Chain()
         mse, bound = ddpm_loss(model, chain, z, torch.randint(len(chain.steps), (len(z),), generator=g), y, x0)
         return (mse + bound).mean(), {"mse": mse.mean().detach()}
-    loss, pred, v = flow_matching_loss(model, z, sample_t(len(z), g, t_sampling, shift).to(z.device), y, x0)
+    t = sample_t(len(z), g, t_sampling, shift).to(z.device)
+    y = tell_guidance(y, limits, torch.rand(len(z), generator=g) if limits else None)
+    loss_of = partial(distillation_loss, teacher) if teacher else LOSSES[objective]
+    loss, pred, v = loss_of(model, z, t, y, x0)
     return loss.mean(), {"pred_norm": pred.detach().norm() / v.norm()}
 
 
@@ -372,24 +501,47 @@ def add_data_args(p: argparse.ArgumentParser):
     p.add_argument("--images", metavar="DIR", help="folder of pictures (default: procedural shapes)")
     p.add_argument("--pictures", type=int, help="use so many of them (default: the recipe's, or all of a folder)")
     p.add_argument("--flip", action="store_true", help="mirrored pictures as well")
-    p.add_argument("--objective", default="flow", choices=("flow", "ddpm"),
-                   help="flow matching, or DDPM's epsilon with a learned variance (DiT bases only; default flow)")
+    p.add_argument("--captions", metavar="TEMPLATE", help="captions made of the names of class folders, as 'a photo of a {}' (default: the .txt beside each picture)")
+    p.add_argument("--text-encoders", metavar="DIR", help="pipeline folder with the text encoders (default: that of --weights, or the model hub's cache)")
+    p.add_argument("--prompts", metavar="FILE", help="prompts of the preview pictures, one a line (default: captions of validation pictures)")
+    p.add_argument("--objective", choices=(*LOSSES, "ddpm"),
+                   help="flow matching; guided flow matching, for distilled models; DDPM's epsilon with a learned variance, for DiT (default: guided for a distilled base, else flow)")
+    p.add_argument("--guidance-range", type=float, nargs=2, metavar=("MIN", "MAX"), help="of the guidance that a distilled model is told (default: the recipe's, 1 to 14)")
     p.add_argument("--pos-step", type=float, default=2.0,
                    help="distance of neighbouring tokens in the new position table; 1 = as the authors, 2 = spread over the base's places (default 2)")
     p.add_argument("--final-adaln", action=argparse.BooleanOptionalAction, default=True,
                    help="stages 2 and 3 train DiT's final modulation as a part of the head, as the authors do (default yes)")
     p.add_argument("--label-dropout", type=float, default=0.1, help="share of conditions replaced by the null one (default 0.1)")
     p.add_argument("--t-sampling", default="logit-normal", choices=("logit-normal", "uniform"), help="distribution of training times (default logit-normal)")
-    p.add_argument("--cfg-scale", type=float, default=3.0, help="guidance of the preview pictures (default 3)")
+    p.add_argument("--cfg-scale", type=float, help="guidance of the preview pictures (default: the model's own; DiT 3)")
     p.add_argument("--save-every", type=int, default=500, help="steps between resumable states (default 500)")
     p.add_argument("--resume", action="store_true", help="go on with --out, or with the newest unfinished run of this kind")
 
 
-def draw(model, ae, count: int, seed: int, cfg_scale: float, shift: float, dtype) -> tuple[Tensor, Tensor]:
-    """count preview pictures, the classes in turn, seeds seed + i -> pictures, classes. The same noise within a latent space."""
-    y = torch.arange(count) % model.cfg.num_classes
-    sampler = "ddim" if model.cfg.predict == "epsilon" else "euler"
-    return generate(model, ae, y, [seed + i for i in range(count)], 25, cfg_scale, sampler, shift, dtype=dtype), y
+def draw(model, ae, cond, seed: int, cfg_scale: float | None, shift: float | str, dtype, base: str | None = None) -> Tensor:
+    """Preview pictures of these conditions, seeds seed + i, as the model's settings have it. The same noise within a latent
+    space."""
+    own = settings(model.cfg, base, cfg_scale=cfg_scale)
+    sampler = "ddim" if model.cfg.predict == "epsilon" else own["sampler"]
+    return generate(model, ae, cond, [seed + i for i in range(len(cond))], own["num_steps"], own["cfg_scale"], sampler, shift, dtype=dtype)
+
+
+def shift_of(rule: str | float, cfg) -> tuple[float, str | float]:
+    """The shift of training times for a model, and what a run writes down: the number, or the rule's name, which gives
+    another number at another size. ValueError for a bad one."""
+    grid = latent_size(cfg, ae_config(cfg.ae), (cfg.res, cfg.res))
+    shift = resolve_shift(rule, cfg.in_channels, *grid, cfg.patch_size)
+    return shift, rule if rule in SHIFTS else shift
+
+
+def guidance_limits(args, recipe: dict, cfg) -> tuple[float, float] | None:
+    """The range of guidance that a distilled model is told while it trains; None for others. ValueError for no range."""
+    if not getattr(cfg, "guidance_embed", False):
+        return None
+    low, high = args.guidance_range or recipe["guidance"]
+    if not 1 <= low <= high:
+        raise ValueError(f"--guidance-range {low:g} {high:g}: from 1 (no guidance) upwards")
+    return low, high
 
 
 def class_names(names, y: list[int]) -> list[str]:
@@ -459,7 +611,7 @@ def main(argv=None):
     p.add_argument("--batch", type=int, help="pictures a step, both stages (default: the recipe's)")
     p.add_argument("--schedule", choices=("constant", "cosine"), help="of stage 2's learning rate (default: the recipe's)")
     p.add_argument("--clip", type=float, default=-1, help="stage 2 gradient norm limit; -1 = never (default; the authors' guides use 0.1)")
-    p.add_argument("--shift", type=float, default=1.0, help="resolution shift of the times, saved with the run; 1 = off (default 1)")
+    p.add_argument("--shift", help="resolution shift of the times, a number or a rule (sample.py --help), saved with the run; 1 = off (default: the recipe's)")
     p.add_argument("--count", type=int, default=128, help="pictures a stage for the class accuracy; 0 = none (default 128)")
     p.add_argument("--out", metavar="DIR", help="the run's folder (default: runs/align-BASE-N, the next N)")
     args = p.parse_args(argv)
@@ -467,48 +619,53 @@ def main(argv=None):
     closed = args.solver == "closed-form"
     if closed and args.match != "downsample":
         raise ValueError(f"--match {args.match} has no closed form here; use --solver adamw")
-    begun, recipe, dtype, device = time.perf_counter(), RECIPES.get(args.base, RECIPES["dit-xl"]), dtype_of(args), torch.device(args.device)
+    begun, recipe, dtype, device = time.perf_counter(), recipe_of(args.base), dtype_of(args), torch.device(args.device)
     base, info = load_base(args.base, args.weights, device)
     old, new = base.cfg.ae, ae_config(args.ae or recipe["ae"]).name
-    predict = "epsilon" if args.objective == "ddpm" else "velocity"
-    cfg = replace(to_deep_latent(base.cfg, ae_config(new), predict, args.pos_step), res=args.res or base.cfg.res)
-    if args.objective == "ddpm" and cfg.clock != "ddpm":
-        raise ValueError(f"--objective ddpm is for bases on DDPM's clock; {args.base} runs on the flow's")
+    goal = pick_objective(base.cfg, args.objective)
+    cfg = replace(to_deep_latent(base.cfg, ae_config(new), "epsilon" if goal == "ddpm" else "velocity", args.pos_step), res=args.res or base.cfg.res)
     out = new_run("align", args)
-    ae, source, cache, (z_val, y_val) = prepare(args, recipe, {old: args.base_ae_weights, new: args.ae_weights}, cfg, device)
-    z_dc, z_base, y_val = z_val[new].to(device), z_val[old].to(device), y_val.to(device)
+    data = prepare(args, recipe, {old: args.base_ae_weights or info.get("ae_weights"), new: args.ae_weights}, cfg, device)
+    ae, source, cache, y_val, base.null = data.ae, data.source, data.cache, data.val[1], data.null
+    z_dc, z_base = data.val[0][new], data.val[0][old]
+    shift, rule = shift_of(args.shift or recipe["shift"], cfg)
+    limits = guidance_limits(args, recipe, cfg)
     torch.manual_seed(args.seed)
     model = deepen(base, cfg).to(device)
     tokens = lambda m, z: z.shape[-1] * z.shape[-2] // m.cfg.patch_size**2
     print(f"{args.base}: {old} patch {base.cfg.patch_size}, {tokens(base, z_base)} tokens -> {new} patch 1, {tokens(model, z_dc)} tokens; "
           f"{len(cache)} pictures, {dtype} -> {out}")
-    judge = load_classifier() if args.count and not args.images else None   # the shipped judge knows the procedural shapes only
+    judge = pick_judge(source) if args.count and not args.images else None   # they know the procedural pictures only
+    told = lambda places: tell_guidance(y_val[:64], limits, places)   # what both models are told where their features are compared
     stages, gaps, logs = [], {}, {}
 
     def look(name: str, m):
         """A stage's pictures, class accuracy, gap to the base and validation loss."""
-        images, y = draw(m, ae[m.cfg.ae], max(8, args.count if judge else 8), args.seed, args.cfg_scale, args.shift, dtype)
-        row = dict(stage=name) | ({"accuracy": accuracy(judge, images, y)} if judge else {})
+        y, titles = data.ask(max(8, args.count if judge else 8))
+        images = draw(m, ae[m.cfg.ae], y, args.seed, args.cfg_scale, rule, dtype, args.base)
+        row = dict(stage=name) | (judge(images, y, titles) if judge else {})
         if m is model:
-            gaps[name] = layer_gap(m, base, z_dc[:64], z_base[:64], y_val[:64])
-            row |= dict(gap=sum(gaps[name]) / len(gaps[name]), val_loss=validation_loss(m, z_dc, y_val, dtype))
+            gaps[name] = layer_gap(m, base, z_dc[:64], z_base[:64], told(torch.zeros(len(z_dc[:64]))))
+            row |= dict(gap=sum(gaps[name]) / len(gaps[name]), val_loss=validate())
         stages.append((row, images[:8]))
         print("  " + ", ".join(f"{k} {v:.3f}" if isinstance(v, float) else v for k, v in row.items()), flush=True)
+
+    def validate():
+        return validation_loss(model, z_dc, y_val, dtype, loss=LOSSES.get(goal, flow_matching_loss), limits=limits)
 
     def pair(rows):                                                   # means, not draws: a target should not be noise
         z, _ = cache.batch(rows)
         return z[new].to(device), z[old].to(device)
 
-    objective = dict(objective=args.objective, t_sampling=args.t_sampling, shift=args.shift, label_dropout=args.label_dropout)
+    objective = dict(objective=goal, t_sampling=args.t_sampling, shift=shift, label_dropout=args.label_dropout, limits=limits)
 
     def flow_loss(rows, g):
-        z, y = cache.batch(rows)
-        return sample_loss(model, z[new].to(device), y.to(device), g, **objective)
+        return sample_loss(model, cache.batch(rows)[0][new].to(device), data.condition(rows), g, **objective)
 
     def noisy(rows, g):
-        z, y = cache.batch(rows)
-        z, y = z[new].to(device), drop_labels(model, y.to(device), args.label_dropout, g)
-        return z, sample_t(len(z), g, args.t_sampling, args.shift).to(device), y, torch.randn(z.shape, generator=g).to(device)
+        z, y = cache.batch(rows)[0][new].to(device), drop_labels(model, data.condition(rows), args.label_dropout, g)
+        t, x0 = sample_t(len(z), g, args.t_sampling, shift).to(device), torch.randn(z.shape, generator=g).to(device)
+        return z, t, tell_guidance(y, limits, torch.rand(len(z), generator=g) if limits else None), x0
 
     look("base", base)
     look("not aligned", model)
@@ -531,29 +688,28 @@ def main(argv=None):
     both = pick(model, ends(model, args.final_adaln)[args.head_only:])
     clock, s2 = time.perf_counter(), recipe["stage2"]
     batch2, head_steps = args.batch or s2["batch"], 0
-    if closed and args.head_samples and args.objective == "flow":
+    if closed and args.head_samples and goal in LOSSES:
         head_steps = -(-args.head_samples // batch2)                  # what it looks at, counted as if it were steps
         rows = torch.arange(args.head_samples) % len(cache)
         batches = (noisy(r, torch.Generator().manual_seed(args.seed * 1_000_003 + i)) for i, r in enumerate(rows.split(256)))
-        sums = solve_head(model, batches, args.ridge, dtype)
+        sums = solve_head(model, batches, args.ridge, dtype, goal == "guided")
         print(f"head in closed form: loss {sums.mse:.4f} over {args.head_samples} samples, {time.perf_counter() - clock:.1f} s")
         look("head in closed form", model)
     steps, clock = s2["steps"] if args.stage2_steps is None else args.stage2_steps, time.perf_counter()
     logs["stage 2"] = train(out, model, both, flow_loss, len(cache), steps, batch=batch2, lr=args.lr2 or s2["lr"], info=info, name="stage2",
                             schedule=args.schedule or s2.get("schedule", "constant"), seed=args.seed + 1, dtype=dtype, clip=None if args.clip < 0 else args.clip, save_every=args.save_every,
-                            watch=lambda step: {"val_loss": validation_loss(model, z_dc, y_val, dtype)}, watch_every=max(1, steps // 8))
+                            watch=lambda step: {"val_loss": validate()}, watch_every=max(1, steps // 8))
     print(f"stage 2: {steps} steps, {time.perf_counter() - clock:.1f} s")
     look("stage 2: both", model)
 
     print("\n" + gap_table(gaps))
     print("[|| g - pool(h) || / || pool(h) - its mean || per layer, clean latents of 64 unseen pictures; 0 = the base's own features]\n")
     rows = [row for row, _ in stages]
-    info |= dict(kind="align", model=config_dict(cfg), shift=args.shift, classes=list(source.classes), images=args.images, ae_weights=args.ae_weights,
-                 objective=args.objective, steps=steps1 + head_steps + steps, stages=rows, gaps=gaps)
+    info |= dict(kind="align", model=config_dict(cfg), shift=rule, classes=list(source.classes), images=args.images, captions=args.captions,
+                 ae_weights=args.ae_weights, objective=goal, steps=steps1 + head_steps + steps, stages=rows, gaps=gaps)
     write_run(out, info, both, [dict(stage=k, **row) for k, log in logs.items() for row in log] + rows, state="stage2")
-    names = class_names(source.classes, (torch.arange(8) % cfg.num_classes).tolist())
-    title = lambda r: r["stage"].replace(": ", "\n").replace(" in ", "\nin ") + (f"\n{r['accuracy']:.0%} right" if "accuracy" in r else "")
-    save_grid(out / "samples.png", [(title(r), x) for r, x in stages], names, {"seed": str(args.seed), "cfg_scale": str(args.cfg_scale)})
+    title = lambda r: r["stage"].replace(": ", "\n").replace(" in ", "\nin ") + (f"\n{r[score]:.0%} right" if (score := "all" if "all" in r else "accuracy") in r else "")
+    save_grid(out / "samples.png", [(title(r), x) for r, x in stages], data.ask(8)[1], {"seed": str(args.seed), "cfg_scale": str(args.cfg_scale)})
     plot_gap(out / "gap.png", gaps)
     plot_curves(out / "curves.png", {k: v for k, v in logs.items() if v})
     print(f"{(time.perf_counter() - begun) / 60:.1f} min, peak memory {peak_gib(device):.1f} GiB; "

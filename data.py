@@ -1,21 +1,24 @@
-"""Pictures and prompts in, batches out: procedural shapes, image folders, encoded prompts, and the cache of paired latents.
+"""Pictures and prompts in, batches out: procedural pictures, image folders, encoded prompts, and the cache of paired latents.
 
-    image (B,3,S,S) in [-1,1], class (B,)          ShapesSource, ImageFolder
-    prompts -> Text                                encode_prompts: read once, kept on disk
-    z_base, z_dc of the very same pixels, class    LatentCache: filled once, read afterwards
+    image (B,3,S,S) in [-1,1], label (B,)          ShapesSource, ScenesSource, ImageFolder
+    prompts -> Text                                encode_prompts: read once, kept on disk; encode_words: made at once
+    z_base, z_dc of the very same pixels, label    LatentCache: filled once, read afterwards
 
-A source of pictures is anything with len(), .classes (names) and .batch(indices) -> images, labels. Autoencoders come
-in as arguments, text encoders as folders.
+A source of pictures is anything with len(), .classes (names) and .batch(indices) -> images, labels. A source with captions
+has no classes: a label is the picture's number then, and .caption(number) its text. Autoencoders come in as arguments,
+text encoders as folders.
 """
 
 import hashlib
 import json
 import math
 import os
+import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -86,36 +89,56 @@ def shape_facts(index: Tensor, seed: int = 0) -> dict[str, Tensor]:
                 turn=(u(4) - 0.5) * 0.5, hue=u(5))
 
 
+def _column(v: Tensor) -> Tensor:
+    return v.view(-1, 1, 1)
+
+
+def _places(size: int) -> tuple[Tensor, Tensor]:
+    """Columns and rows of the pixels' middles, in picture sides: (1,1,size), (1,size,1)."""
+    axis = (torch.arange(size) + 0.5) / size
+    return axis.view(1, 1, -1), axis.view(1, -1, 1)
+
+
+def _distance(f: dict[str, Tensor], px: Tensor, py: Tensor, dx: float = 0.0, dy: float = 0.0) -> Tensor:
+    """Signed distance to the shapes of these facts (label, x, y, radius, turn), moved by (dx,dy) -> (B,H,W), in picture
+    sides, < 0 inside."""
+    x, y = (px - _column(f["x"]) - dx) / _column(f["radius"]), (py - _column(f["y"]) - dy) / _column(f["radius"])
+    c, s = _column(f["turn"].cos()), _column(f["turn"].sin())
+    x, y = c * x + s * y, c * y - s * x
+    d = torch.empty_like(x)
+    for k, name in enumerate(SHAPES):
+        if (mine := f["label"] == k).any():
+            d[mine] = _SDF[name](x[mine], y[mine])
+    return d * _column(f["radius"])
+
+
+def cover(f: dict[str, Tensor], size: int) -> Tensor:
+    """How much of every pixel a shape of these facts covers, (B,size,size) in [0,1]: one pixel of antialiasing."""
+    return (0.5 - _distance(f, *_places(size)) * size).clamp(0, 1)
+
+
+def _paint(img: Tensor, f: dict[str, Tensor], colour: Tensor) -> Tensor:
+    """A shape on every picture (B,3,H,W) in [0,1]: a soft shadow below and to the right, then the shape in its colour
+    (B,3), lit from above left."""
+    px, py = _places(size := img.shape[-1])
+    shadow = torch.sigmoid(-_distance(f, px, py, 0.02, 0.03) / 0.012)
+    img = img * (1 - 0.45 * shadow[:, None])
+    light = 0.78 + 0.30 * ((_column(f["x"]) - px) + (_column(f["y"]) - py)) / (2 * _column(f["radius"]))
+    colour = colour[..., None, None] * light[:, None]
+    own = cover(f, size)[:, None]
+    return img * (1 - own) + colour.clamp(0, 1) * own
+
+
 def shapes(index: Tensor, size: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Pictures by number: index (B,) -> (B,3,size,size) in [-1,1] and class (B,), picture i always the same one.
     A picture shows a shaded shape of class i mod 8 with a soft shadow on a gradient of two muted colours."""
     f, u = shape_facts(index, seed), lambda c: _uniform(index, c, seed)
-    axis = (torch.arange(size) + 0.5) / size
-    py, px = axis.view(1, -1, 1), axis.view(1, 1, -1)
-    col = lambda v: v.view(-1, 1, 1)
-
-    def distance(dx: float, dy: float) -> Tensor:                     # B H W, in picture sides, < 0 inside
-        x, y = (px - col(f["x"]) - dx) / col(f["radius"]), (py - col(f["y"]) - dy) / col(f["radius"])
-        c, s = col(f["turn"].cos()), col(f["turn"].sin())
-        x, y = c * x + s * y, c * y - s * x
-        d = torch.empty_like(x)
-        for k, name in enumerate(SHAPES):
-            if (mine := f["label"] == k).any():
-                d[mine] = _SDF[name](x[mine], y[mine])
-        return d * col(f["radius"])
-
-    # background: two muted colours along a random direction
-    angle = 2 * math.pi * u(6)
-    ramp = ((px - 0.5) * col(angle.cos()) + (py - 0.5) * col(angle.sin()) + 0.7).clamp(0, 1.4) / 1.4
+    px, py = _places(size)
+    angle = 2 * math.pi * u(6)                                        # two muted colours along a random direction
+    ramp = ((px - 0.5) * _column(angle.cos()) + (py - 0.5) * _column(angle.sin()) + 0.7).clamp(0, 1.4) / 1.4
     sky = [_hue(u(7 + 3 * i), 0.15 + 0.25 * u(8 + 3 * i), 0.35 + 0.5 * u(9 + 3 * i)) for i in (0, 1)]
     img = sky[0][..., None, None] * (1 - ramp[:, None]) + sky[1][..., None, None] * ramp[:, None]
-    # a soft shadow below and to the right, then the shape, lit from above left
-    shadow = torch.sigmoid(-distance(0.02, 0.03) / 0.012)
-    img = img * (1 - 0.45 * shadow[:, None])
-    cover = (0.5 - distance(0.0, 0.0) * size).clamp(0, 1)             # one pixel of antialiasing
-    light = 0.78 + 0.30 * ((col(f["x"]) - px) + (col(f["y"]) - py)) / (2 * col(f["radius"]))
-    colour = _hue(f["hue"], 0.75 + 0.2 * u(13), 0.85 + 0.1 * u(14))[..., None, None] * light[:, None]
-    img = img * (1 - cover[:, None]) + colour.clamp(0, 1) * cover[:, None]
+    img = _paint(img, f, _hue(f["hue"], 0.75 + 0.2 * u(13), 0.85 + 0.1 * u(14)))
     return img.clamp(0, 1) * 2 - 1, f["label"]
 
 
@@ -133,6 +156,125 @@ class ShapesSource:
 
     def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         return shapes(indices, self.size, self.seed)
+
+
+# ---- procedural pictures with captions: several shapes, their colours, sizes, number and places ------------------------------
+
+# Shapes and hues that no autoencoder here confuses. A background has the muted tone of a colour that no object has.
+FORMS = ("circle", "square", "triangle", "ring", "cross")
+COLOURS, HUES = ("red", "yellow", "green", "blue", "pink"), torch.tensor([0.0, 0.16, 0.38, 0.62, 0.84])
+SIZES, RADII = ("small", "large"), (0.15, 0.21)                       # radius in picture sides, give or take 4 %
+NUMBERS = ("a", "two", "three", "four")
+RELATIONS = ("above", "below", "left of", "right of")                 # of the first object to the second
+_TOWARDS = torch.tensor([[0.0, -1.0], [0.0, 1.0], [-1.0, 0.0], [1.0, 0.0]])             # (x, y) of the relations
+_QUARTERS = torch.tensor([[-1.0, -1.0], [1.0, -1.0], [1.0, 1.0], [-1.0, 1.0]])
+
+
+class Thing(NamedTuple):
+    """One object, or several alike."""
+    number: int
+    size: str
+    colour: str
+    form: str
+
+
+class Scene(NamedTuple):
+    """What a caption says: one thing (one object, or several alike), or two single ones and how they stand."""
+    things: tuple[Thing, ...]
+    relation: str | None
+    background: str
+
+
+def caption(scene: Scene) -> str:
+    """"a large red ring above a small blue square on green", "three small pink stars on yellow"."""
+    things = [f"{NUMBERS[t.number - 1]} {t.size} {t.colour} {t.form}{'es' * (t.form == 'cross') or 's' if t.number > 1 else ''}" for t in scene.things]
+    return f" {scene.relation} ".join(things) + f" on {scene.background}"
+
+
+def read_caption(text: str) -> Scene | None:
+    """What a caption says, None if it is not one of ours."""
+    either = lambda words: f"({'|'.join(words)})"
+    thing = f"{either(NUMBERS)} {either(SIZES)} {either(COLOURS)} {either(FORMS)}(?:es|s)?"
+    m = re.fullmatch(f"{thing}(?: {either(RELATIONS)} {thing})? on {either(COLOURS)}", text.strip().lower())
+    if m is None:
+        return None
+    words = m.groups()
+    things = [Thing(NUMBERS.index(w[0]) + 1, *w[1:]) for w in (words[:4], words[5:9]) if w[0]]
+    return Scene(tuple(things), words[4], words[9])
+
+
+def scene_facts(index: Tensor, seed: int = 0) -> dict[str, Tensor]:
+    """What is in captioned picture `index`. Of every picture (B,): number of objects, relation (-1 = none), background. Of
+    its four places (B,4), of which the first `number` are taken: label (of SHAPES), colour, size, and x, y, radius, turn."""
+    u = lambda column: _uniform(index, 100 + column, seed)
+    pick = lambda column, n: (n * u(column)).long().clamp(max=n - 1)
+    four = lambda f: torch.stack([f(k) for k in range(4)], dim=1)
+    kind = u(0)                                                       # a quarter one object, a quarter several alike, half two
+    pair, alike = kind >= 0.5, (kind >= 0.25) & (kind < 0.5)
+    number = torch.where(pair, 2, torch.where(alike, 2 + pick(1, 3), 1))
+    background, relation = pick(2, len(COLOURS)), torch.where(pair, pick(3, 4), -1)
+    first = dict(form=pick(4, len(FORMS)), colour=pick(5, len(COLOURS) - 1), size=pick(6, 2))
+    # the two of a pair differ in form and in colour: which is which can be told by either
+    second = dict(form=(first["form"] + 1 + pick(7, len(FORMS) - 1)) % len(FORMS), size=pick(9, 2),
+                  colour=(first["colour"] + 1 + pick(8, len(COLOURS) - 2)) % (len(COLOURS) - 1))
+    own = {k: torch.where((torch.arange(4) == 1) & pair[:, None], second[k][:, None], first[k][:, None]) for k in first}
+    radius = torch.tensor(RADII)[own["size"]] * four(lambda k: 0.96 + 0.08 * u(10 + k))
+    # the middle of every object's room, and how far it may be from there in x and y
+    side = torch.tensor([1.0, -1.0, 0.0, 0.0])[None, :, None] * _TOWARDS[relation.clamp(min=0)][:, None]                # B 4 2
+    corner = _QUARTERS[(pick(14, 4)[:, None] + torch.arange(4)) % 4]
+    at = torch.where(pair[:, None, None], side, torch.where(alike[:, None, None], corner, 0.0))
+    room = torch.where((at != 0) | alike[:, None, None], 0.25, 0.5) - 1.1 * radius[..., None]
+    room = torch.where(pair[:, None, None] & (at == 0), 0.1, room)    # across: the relation stays the larger distance
+    place = 0.5 + 0.25 * at + room.clamp(min=0) * torch.stack([four(lambda k: 2 * u(15 + k) - 1), four(lambda k: 2 * u(19 + k) - 1)], dim=-1)
+    return dict(number=number, relation=relation, background=background, label=torch.tensor([SHAPES.index(f) for f in FORMS])[own["form"]],
+                colour=(background[:, None] + 1 + own["colour"]) % len(COLOURS), size=own["size"], radius=radius, x=place[..., 0], y=place[..., 1],
+                turn=four(lambda k: 0.24 * (u(23 + k) - 0.5)))
+
+
+def scene_of(facts: dict[str, Tensor], i: int) -> Scene:
+    """Row i of scene_facts in words."""
+    f = {k: v[i].tolist() for k, v in facts.items()}
+    pair = f["relation"] >= 0
+    things = [Thing(1 if pair else f["number"], SIZES[f["size"][k]], COLOURS[f["colour"][k]], SHAPES[f["label"][k]]) for k in range(1 + pair)]
+    return Scene(tuple(things), RELATIONS[f["relation"]] if pair else None, COLOURS[f["background"]])
+
+
+def scenes(index: Tensor, size: int, seed: int = 0) -> Tensor:
+    """Captioned pictures by number: index (B,) -> (B,3,size,size) in [-1,1], picture i always the same one."""
+    f, u = scene_facts(index, seed), lambda column: _uniform(index, 100 + column, seed)
+    px, py = _places(size)
+    angle = 2 * math.pi * u(27)
+    light = 0.5 + 0.15 * ((px - 0.5) * _column(angle.cos()) + (py - 0.5) * _column(angle.sin()))
+    img = _hue(HUES[f["background"]], 0.25 + 0.15 * u(28), torch.ones(len(index)))[..., None, None] * light[:, None]
+    for k in range(4):
+        rows = f["number"] > k
+        if rows.any():
+            own = {name: f[name][rows, k] for name in ("label", "x", "y", "radius", "turn")}
+            img[rows] = _paint(img[rows], own, _hue(HUES[f["colour"][rows, k]], 0.85 + 0.1 * u(29 + k)[rows], 0.88 + 0.1 * u(33 + k)[rows]))
+    return img.clamp(0, 1) * 2 - 1
+
+
+@lru_cache(maxsize=64)
+def _captions(seed: int, thousand: int) -> list[str]:
+    """Of the pictures from 1024 thousand on."""
+    facts = scene_facts(1024 * thousand + torch.arange(1024), seed)
+    return [caption(scene_of(facts, i)) for i in range(1024)]
+
+
+class ScenesSource(ShapesSource):
+    """Endless procedural pictures with captions. A picture's label is its number."""
+
+    classes = ()
+
+    def __init__(self, size: int, length: int = 32768, split: str = "train"):
+        super().__init__(size, length, split)
+        self.identity = f"scenes-v1 size={size} seed={self.seed}"
+
+    def caption(self, index: int) -> str:
+        return _captions(self.seed, index // 1024)[index % 1024]
+
+    def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        return scenes(indices, self.size, self.seed), indices
 
 
 # ---- folders of real pictures ----------------------------------------------------------------------------------------------
@@ -159,14 +301,17 @@ def load_image(path, size: int) -> Tensor:
 
 
 class ImageFolder:
-    """Pictures of a folder, cropped to a centred square. Subfolders give classes; a flat folder gives captions from the
-    .txt file beside each picture (a missing one is a ValueError that names it), or nothing with captions=False.
+    """Pictures of a folder, cropped to a centred square, with classes or captions or neither:
+    captions=None     subfolders give classes; a flat folder, captions
+            "txt"     the .txt file beside each picture; a missing one is a ValueError that names it
+            "... {}"  a text with the name of the picture's subfolder put in (classes.json there may say {subfolder: name})
+            False     neither is asked for
 
     Broken files are listed and left out, unless they are more than max_broken (ValueError): a wrong folder should not
     become a small data set. Most show when they are opened, here; of one that does only when it is decoded, the place
     is taken by the next picture, with its label and caption."""
 
-    def __init__(self, root, size: int, split: str = "all", max_broken: float = 0.05, captions: bool = True):
+    def __init__(self, root, size: int, split: str = "all", max_broken: float = 0.05, captions: str | bool | None = None):
         self.root, self.size, self.broken = Path(root), size, []
         if not self.root.is_dir():
             raise ValueError(f"--images {root}: no such folder")
@@ -177,17 +322,26 @@ class ImageFolder:
         self.classes = tuple(sorted({folder(p) for p in files} - {"."}))
         if self.classes and (loose := [p for p in files if p.parent == self.root]):
             raise ValueError(f"{loose[0]} lies beside class folders and has no class; move it into one of them")
-        if captions and not self.classes:
+        self.template = captions if captions and captions != "txt" else None
+        if self.template and ("{}" not in self.template or not self.classes):
+            raise ValueError(f"--captions {self.template!r}: " + (f"{root} has no subfolders whose names could go into it" if self.classes == () else
+                                                                   "mark with {} where the subfolder's name goes"))
+        if captions == "txt" or (captions is None and not self.classes):
             for p in files:
                 if not p.with_suffix(".txt").is_file():
-                    raise ValueError(f"{p} has no caption: put one in {p.with_suffix('.txt').name}, or sort the pictures into class folders")
+                    raise ValueError(f"{p} has no caption: put one in {p.with_suffix('.txt').name}, or sort the pictures into class folders"
+                                     + (" and make captions of their names: --captions 'a photo of a {}'" if captions else ""))
+            self.classes = ()
         if split != "all":                                           # every 20th picture is for validation
             files = [p for i, p in enumerate(files) if (i % 20 == 19) == (split == "val")]
             if not files:
                 raise ValueError(f"--images {root}: fewer than 20 pictures, and every 20th is kept for validation; add some")
         self.total, self.max_broken = len(files), max_broken
         self.files = [p for p in tqdm(files, desc=f"opening {self.root.name}", disable=len(files) < 5000) if self._opens(p)]
-        self.labels = torch.tensor([self.classes.index(folder(p)) if self.classes else 0 for p in self.files])
+        self.labels = torch.arange(len(self.files)) if self.template or not self.classes else torch.tensor([self.classes.index(folder(p)) for p in self.files])
+        if self.template:
+            names = self.root / "classes.json"
+            self.names, self.classes = json.loads(names.read_text(encoding="utf-8")) if names.is_file() else {}, ()
         listing = "\n".join(f"{p.relative_to(self.root)} {p.stat().st_size} {p.stat().st_mtime_ns}" for p in self.files)
         self.identity = f"folder {self.root.name} size={size} crop=centre " + hashlib.sha256(listing.encode()).hexdigest()[:16]
 
@@ -212,7 +366,15 @@ class ImageFolder:
         return len(self.files)
 
     def caption(self, index: int) -> str:
-        return self.files[index].with_suffix(".txt").read_text(encoding="utf-8").strip()
+        """ValueError if its file is not a text."""
+        file = self.files[index]
+        if self.template:
+            name = file.parent.relative_to(self.root).as_posix()
+            return self.template.replace("{}", self.names.get(name, name.replace("_", " ")))
+        try:
+            return file.with_suffix(".txt").read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as e:
+            raise ValueError(f"{file.with_suffix('.txt')}: not a readable caption ({type(e).__name__}: {e})") from None
 
     def _picture(self, i: int) -> Tensor:
         for k in range(len(self)):
@@ -231,9 +393,12 @@ class ImageFolder:
         return torch.stack(pictures), self.labels[indices]
 
 
-def open_source(images: str | None, res: int, split: str = "train"):
-    """A folder of pictures (every 20th is kept for "val"), or the procedural ones (None)."""
-    return ImageFolder(images, res, split) if images else ShapesSource(res, split=split)
+def open_source(images: str | None, res: int, split: str = "train", captions: str | None = None):
+    """A folder of pictures (every 20th is kept for "val"), or the procedural ones (None). captions: as in ImageFolder; the
+    procedural pictures have classes, or scenes and captions if this is not None."""
+    if images:
+        return ImageFolder(images, res, split, captions=captions)
+    return ShapesSource(res, split=split) if captions is None else ScenesSource(res, split=split)
 
 
 # ---- prompts -----------------------------------------------------------------------------------------------------------------
@@ -299,10 +464,45 @@ def _gemma(tokenizer, model, prompt: str, length: int, plain: bool) -> dict[str,
     return {"tokens": tokens[:, keep], "mask": mask[:, keep].bool()}  # 1 L 2304, 1 L
 
 
+WORD, CONTEXT = 64, 3                                                 # numbers of a word; words that a token tells of
+
+
+@lru_cache(maxsize=2**16)
+def _word(word: str) -> Tensor:
+    """A word is 64 bits of its hash, as +1 and -1: the same on every machine, and no two words are much alike."""
+    bits = np.unpackbits(np.frombuffer(hashlib.sha256(word.encode()).digest()[: WORD // 8], np.uint8))
+    return torch.from_numpy(bits.astype(np.float32)) * 2 - 1
+
+
+@lru_cache(maxsize=8)
+def _word_places(length: int) -> Tensor:
+    """Sinusoids of a token's place, of about the size of the words, (length,64)."""
+    angles = torch.arange(length)[:, None] * 50.0 ** (-torch.arange(WORD // 2) / (WORD // 2 - 1))
+    return 2**0.5 * torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+def encode_words(prompts: list[str], length: int) -> Text:
+    """The text encoder of the embedded models: no file, nothing trained. A token is a word, the two words before it and its
+    place, 256 numbers, so that "ring" of "a large red ring" tells the whole object; after the last one comes an end, also in
+    the empty prompt; the pooled text is the mean over tokens, made as large. -> a Text of `length` tokens a prompt"""
+    tokens, mask = torch.zeros(len(prompts), length, (CONTEXT + 1) * WORD), torch.zeros(len(prompts), length, dtype=torch.bool)
+    none = torch.zeros(WORD)
+    for row, prompt in enumerate(prompts):
+        words = [*re.findall(r"[^\W_]+", prompt.lower()), "."]
+        if len(words) > length:
+            print(f"note: a prompt of {len(words)} words is cut to {length}; its end is lost: ... {prompt[-40:]!r}")
+            words = words[:length]
+        vectors, n = [none] * (CONTEXT - 1) + [_word(w) for w in words], len(words)
+        tokens[row, :n] = torch.cat([*(torch.stack(vectors[CONTEXT - 1 - k :][:n]) for k in range(CONTEXT)), _word_places(length)[:n]], dim=1)
+        mask[row, :n] = True
+    return Text(tokens, mask, tokens.sum(dim=1) / mask.sum(dim=1, keepdim=True).sqrt())
+
+
 # a family's encoders: two parts of a pipeline folder, the class in transformers, how it reads a prompt; millions of parameters
 TEXT_ENCODERS = {
     "flux": (("text_encoder_2", "tokenizer_2", "T5EncoderModel", _t5, 4762), ("text_encoder", "tokenizer", "CLIPTextModel", _clip, 123)),
     "sana": (("text_encoder", "tokenizer", "Gemma2Model", _gemma, 2614),),
+    "words": (),                                                      # encode_words: nothing to load
 }
 
 
@@ -333,6 +533,8 @@ def encode_prompts(family: str, folder, prompts: list[str], length: int, plain: 
     and read once. The encoders (10 GB in FLUX) are loaded one after the other, only for prompts not yet kept, and freed.
     plain: negative and null prompts, which SANA reads without its instruction. ValueError if transformers or a part of the
     folder is missing."""
+    if family == "words":
+        return encode_words(prompts, length)
     encoders, folder, rows = TEXT_ENCODERS[family], Path(folder), [{} for _ in prompts]
     for model_part, tokenizer_part, cls, read, _ in encoders:
         alone = len(encoders) == 1 and (folder / "config.json").is_file()       # a folder that is the encoder itself
@@ -353,6 +555,15 @@ def encode_prompts(family: str, folder, prompts: list[str], length: int, plain: 
         for row, file in zip(rows, files):
             row |= read_tensors(file)
     return Text(**{k: torch.cat([row[k] for row in rows]) if k in rows[0] else None for k in ("tokens", "mask", "pooled")}, guidance=None)
+
+
+def read_captions(family: str, folder, captions: list[str], length: int, **kw):
+    """A data set's captions -> (function of rows (B,) that gives their Text, the null prompt). kw as in encode_prompts."""
+    null = null_prompt(family, folder, length, **kw)
+    if family == "words":                                            # made faster than read
+        return lambda rows: encode_words([captions[i] for i in rows.tolist()], length), null
+    text = encode_prompts(family, folder, captions, length, **kw)
+    return lambda rows: text[rows], null
 
 
 def null_prompt(family: str, folder, length: int, negative: str = "", **kw) -> Text:
@@ -418,7 +629,7 @@ class LatentCache:
         what = dict(source=source.identity, n=n, flip=flip, dtype="float16",
                     autoencoders=[dict(name=ae.cfg.name, f=ae.cfg.f, channels=ae.cfg.channels, scale=ae.cfg.scale, shift=ae.cfg.shift, weights=fingerprint(ae)) for ae in autoencoders])
         key = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]
-        self.dir, self.length = Path(root) / f"latents-{key}", n * (2 if flip else 1)
+        self.source, self.dir, self.length = source, Path(root) / f"latents-{key}", n * (2 if flip else 1)
         meta = self.dir / "meta.json"
         done = json.loads(meta.read_text())["rows"] if meta.exists() else 0
         if done < self.length:
@@ -469,6 +680,10 @@ class LatentCache:
                 for f in files.values():
                     f.flush()
                 write_json(self.dir / "meta.json", dict(what=what, rows=end))
+
+    def captions(self) -> list[str]:
+        """Of all rows, in order."""
+        return [self.source.caption(i) for i in self.labels.tolist()]
 
     def __len__(self):
         return self.length

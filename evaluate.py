@@ -13,7 +13,11 @@ same number of pictures, the same features and the same reference; so every scor
 
 import argparse
 import json
+import math
+from collections import Counter
+from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -23,7 +27,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from autoencoder import load_autoencoder
-from data import SHAPES, ImageFolder, open_source, order
+from data import COLOURS, FORMS, HUES, RADII, RELATIONS, SHAPES, SIZES, ImageFolder, Scene, cover, open_source, order, read_caption
 from model import HERE, find_weights, read_config, read_tensors, run, write_tensors
 from sample import add_model_args, dtype_of, generate, load_base, load_run, newest_run, path, run_file, save_grid, to_uint8
 
@@ -163,6 +167,111 @@ def inception_score(logits: Tensor) -> float:
     """exp E[KL(p(y|x) || p(y))] of class scores (N,K). (arXiv 1606.03498; one split, all pictures)"""
     p = logits.double().softmax(dim=1)
     return float((p * (p.clamp(min=1e-12).log() - p.mean(0, keepdim=True).clamp(min=1e-12).log())).sum(1).mean().exp())
+
+
+# ---- the judge of captioned pictures: pixels in, words out --------------------------------------------------------------------------
+
+class Seen(NamedTuple):
+    form: str
+    colour: str
+    size: str
+    x: float                                                         # the middle, in picture sides
+    y: float
+
+
+def _nearest_hue(rgb: Tensor) -> str:
+    """The name of the hue of a colour (3,)."""
+    r, g, b = rgb.tolist()
+    hue = math.atan2(3**0.5 * (g - b), 2 * r - g - b) / (2 * math.pi)
+    return COLOURS[int(((hue - HUES + 0.5) % 1 - 0.5).abs().argmin())]
+
+
+def _outline(mask: Tensor) -> tuple[Tensor, float, float]:
+    """One object's pixels (H,W) -> its outline stretched to 24x24, and its middle x, y in pixels."""
+    rows, cols = mask.any(1).nonzero().flatten(), mask.any(0).nonzero().flatten()
+    (top, bottom), (left, right) = ((v[0].item(), v[-1].item() + 1) for v in (rows, cols))
+    box = mask[top:bottom, left:right].float()[None, None]
+    return F.interpolate(box, (24, 24), mode="bilinear", antialias=True)[0, 0], (left + right) / 2, (top + bottom) / 2
+
+
+@lru_cache(maxsize=1)
+def _templates() -> list[tuple[str, Tensor, float]]:
+    """Every form in a few turns: its name, its outline, and its area in squared radii."""
+    one, found = torch.ones(1), []
+    for form in FORMS:
+        for turn in (-0.1, 0.0, 0.1):
+            facts = dict(label=torch.tensor([SHAPES.index(form)]), x=0.5 * one, y=0.5 * one, radius=0.35 * one, turn=turn * one)
+            mask = cover(facts, 96)[0] > 0.5
+            found.append((form, _outline(mask)[0], float(mask.float().mean()) / 0.35**2))
+    return found
+
+
+def components(mask: Tensor) -> Tensor:
+    """Connected pixels (also by corners) of masks (B,H,W) bool share a number > 0, that of their last pixel -> (B,H,W)."""
+    label = mask * torch.arange(1, mask[0].numel() + 1, device=mask.device, dtype=torch.float32).view(mask.shape[1:])
+    while True:
+        spread = F.max_pool2d(label[:, None], 3, 1, 1)[:, 0] * mask
+        if torch.equal(spread, label):
+            return label.long()
+        label = spread
+
+
+def look_at(images: Tensor) -> list[tuple[list[Seen], str]]:
+    """The objects in pictures (B,3,H,W) in [-1,1], and their background's colour. An object is a patch of strong colour
+    (backgrounds are muted) of at least 0.6 % of the picture; its form is that of the most similar outline."""
+    rgb = F.interpolate(images.float().cpu(), (128, 128), mode="bilinear", antialias=True).add(1).div(2).clamp(0, 1)
+    strong = rgb.amax(dim=1) - rgb.amin(dim=1) > 0.31
+    coarse = components(F.max_pool2d(strong[:, None].float(), 2)[:, 0] > 0)
+    labels = coarse.repeat_interleave(2, dim=1).repeat_interleave(2, dim=2) * strong
+    rest, out = F.max_pool2d(strong[:, None].float(), 13, 1, 6)[:, 0] == 0, []   # far enough from an object for its shine
+    for picture, away, label in zip(rgb, rest, labels):
+        seen = []
+        for number, pixels in zip(*label.unique(return_counts=True)):
+            if number and pixels >= 0.006 * label.numel():
+                outline, x, y = _outline(mine := label == number)
+                form, _, area = min(_templates(), key=lambda t: (t[1] - outline).square().mean())
+                large = float(pixels) / 128**2 / area > RADII[0] * RADII[1]
+                seen.append(Seen(form, _nearest_hue(picture[:, mine].mean(dim=1)), SIZES[large], x / 128, y / 128))
+        out.append((seen, _nearest_hue(picture[:, away].mean(dim=1))))
+    return out
+
+
+def judge_scene(seen: list[Seen], background: str, scene: Scene) -> dict[str, bool]:
+    """A picture against its caption, as GenEval asks (arXiv 2310.11513): is every form there; as many objects as asked;
+    every colour; the two in their relation (left out if none is asked); each form with its own colour and size; all of it."""
+    forms, colours = Counter(s.form for s in seen), {s.colour for s in seen}
+    whole = Counter((s.form, s.colour, s.size) for s in seen)
+    out = dict(object=all(forms[t.form] > 0 for t in scene.things), count=len(seen) == sum(t.number for t in scene.things),
+               colour=all(t.colour in colours for t in scene.things))
+    if scene.relation:
+        a, b = ([s for s in seen if s.form == t.form] for t in scene.things)
+        out["position"] = bool(a and b) and relation_of(a[0], b[0]) == scene.relation
+    out["binding"] = all(whole[t.form, t.colour, t.size] == t.number for t in scene.things)
+    return out | {"all": all(out.values()) and background == scene.background}
+
+
+def relation_of(a: Seen, b: Seen) -> str:
+    dx, dy = a.x - b.x, a.y - b.y
+    return RELATIONS[(dy > 0) if abs(dy) > abs(dx) else 2 + (dx > 0)]
+
+
+def scene_scores(images: Tensor, captions: list[str]) -> dict[str, float]:
+    """The share of pictures that pass each of judge_scene's questions, among those that it is asked of. ValueError for a
+    caption that is not one of the procedural pictures'."""
+    asked = [read_caption(c) for c in captions]
+    if None in asked:
+        raise ValueError(f"{captions[asked.index(None)]!r} is not a caption of the procedural pictures, so nothing can score it")
+    answers = [judge_scene(seen, background, scene) for (seen, background), scene in zip(look_at(images), asked)]
+    of = lambda key: [a[key] for a in answers if key in a]
+    return {key: sum(of(key)) / len(of(key)) for key in ("object", "count", "colour", "position", "binding", "all") if of(key)}
+
+
+def pick_judge(source):
+    """What scores pictures of the procedural kind of this source: judge(images, conditions, titles) -> {name: share}."""
+    if source.classes:
+        classifier = load_classifier()
+        return lambda images, y, titles: {"accuracy": accuracy(classifier, images, y)}
+    return lambda images, y, titles: scene_scores(images, titles)
 
 
 # ---- real pictures: Inception features --------------------------------------------------------------------------------------------------

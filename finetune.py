@@ -1,4 +1,5 @@
-"""End-to-end fine-tuning: stage 3 of DC-Gen (arXiv 2509.25180, Sec. 3.3, Eq. 2), and training from scratch.
+"""End-to-end fine-tuning: stage 3 of DC-Gen (arXiv 2509.25180, Sec. 3.3, Eq. 2 and 7), training from scratch, and guidance
+distillation (Eq. 3).
 
 After alignment the model draws already. What is left is to let the trunk get used to its new latents, by LoRA, while the
 new embedder and head go on training in full. The loss is stage 2's; only what is trainable differs.
@@ -7,20 +8,24 @@ new embedder and head go on training in full. The loss is stage 2's; only what i
     python finetune.py --init base                         the same without alignment: what the paper's Fig. 3 shows
     python finetune.py --tune full                         every weight instead of LoRA
     python finetune.py --init scratch --train-steps 20000  no base at all: how the embedded base itself was made
+    python finetune.py --base tiny-flux --init scratch                                  a teacher for two-pass guidance, and
+    python finetune.py --base tiny-flux --distill-guidance runs/scratch-tiny-flux-1     the one-pass model made of it
+    python finetune.py --base tiny-flux --objective flow   the plain loss on a distilled base: what Fig. 6 shows
 """
 
 import argparse
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from align import (RECIPES, add_data_args, class_names, draw, ends, new_run, pick, plot_curves, prepare, sample_loss, train,
-                   validation_loss, write_run)
+from align import (LOSSES, add_data_args, distillation_loss, draw, ends, flow_matching_loss, guidance_limits, new_run, pick, pick_objective, plot_curves, prepare, recipe_of,
+                   sample_loss, shift_of, train, validation_loss, write_run)
 from autoencoder import ae_config
 from lora import add_lora, merge_lora
-from model import BASES, build, config_dict, deepen, read_tensors, run, to_deep_latent
+from model import BASES, FluxConfig, build, config_dict, deepen, read_tensors, run, to_deep_latent, with_guidance_embed
 from sample import add_model_args, dtype_of, load_base, load_run, newest_run, run_file, save_grid
 
 
@@ -33,12 +38,19 @@ def trainable(model, tune: str, final_adaln: bool = True) -> list[tuple[str, tor
 
 def start_model(args, recipe):
     """The model before stage 3, its facts, and the parameters in it that no base has: a run's own."""
+    if args.distill_guidance:
+        teacher, info = load_run(args.distill_guidance, base_weights=args.weights)
+        kept = {k: info[k] for k in ("base", "base_weights", "shift", "ae_weights", "images", "captions") if k in info}
+        return with_guidance_embed(teacher), {**kept, "kind": "distill", "from": str(args.distill_guidance)}, []
+    if args.init == "scratch" and args.base not in BASES:
+        raise ValueError(f"--init scratch --base {args.base}: a run is no preset; there are {', '.join(BASES)}")
     if args.init == "scratch":
         cfg = BASES[args.base]
         if args.ae and args.ae != cfg.ae:
             cfg = to_deep_latent(cfg, ae_config(args.ae))
-        cfg = replace(cfg, res=args.res or cfg.res, num_classes=args.num_classes or cfg.num_classes, clock="flow", predict="velocity",
-                      guided_channels=None)
+        own = dict(guidance_embed=False) if isinstance(cfg, FluxConfig) else {} if cfg.encoders else \
+            dict(num_classes=args.num_classes or cfg.num_classes, clock="flow", predict="velocity", guided_channels=None)
+        cfg = replace(cfg, res=args.res or cfg.res, **own)
         torch.manual_seed(args.seed)
         return build(cfg), {"base": args.base, "base_weights": None, "kind": "scratch"}, []
     if args.init == "base":
@@ -52,7 +64,7 @@ def start_model(args, recipe):
         raise ValueError(f"no alignment of {args.base} in runs/; first: python align.py --base {args.base}   (or --init base to go without)")
     model, info = load_run(aligned, base_weights=args.weights)
     print(f"starting from {aligned}")
-    kept = ("base", "base_weights", "base_print", "shift", "ae_weights", "images", "steps", "lora")
+    kept = ("base", "base_weights", "base_print", "shift", "ae_weights", "images", "captions", "steps", "lora")
     if args.res:
         model.cfg = replace(model.cfg, res=args.res)
     own = read_tensors(run_file(aligned)).keys()
@@ -69,6 +81,7 @@ def main(argv=None):
     add_data_args(p)
     p.add_argument("--init", default="align", metavar="WHAT", help="align = the newest alignment of --base (default); a run's folder; "
                    "base = new embedder and head, not aligned; scratch = random weights")
+    p.add_argument("--distill-guidance", metavar="RUN", help="train a one-pass model that is told its guidance, from this run of a FLUX that needs two passes (all weights)")
     p.add_argument("--tune", default="lora", choices=("lora", "full"), help="how the trunk learns (default lora; scratch is always full)")
     p.add_argument("--rank", type=int, help="LoRA rank (default: the recipe's; paper 256)")
     p.add_argument("--alpha", type=float, help="LoRA alpha (default: the rank)")
@@ -83,37 +96,42 @@ def main(argv=None):
     p.add_argument("--weight-decay", type=float, default=1e-3, help="AdamW's, on matrices only (default 1e-3)")
     p.add_argument("--clip", type=float, default=1.0, help="gradient norm limit; -1 = never (default 1)")
     p.add_argument("--ema", type=float, default=0.999, help="decay of the moving average; 0 = none (default 0.999)")
-    p.add_argument("--shift", type=float, help="resolution shift of the times, saved with the run; 1 = off (default: the aligned run's, else 1)")
+    p.add_argument("--shift", help="resolution shift of the times, a number or a rule (sample.py --help), saved with the run; 1 = off (default: the aligned run's, "
+                   "else the recipe's; 1 from scratch)")
     p.add_argument("--sample-every", type=int, default=-1, help="a preview grid every so many steps; -1 = only at start and end")
     p.add_argument("--save-dtype", default="fp32", choices=("fp32", "bf16"), help="of the finished files (default fp32)")
     p.add_argument("--compile", action="store_true", help="torch.compile every block: a minute at first, then a third faster")
     p.add_argument("--out", metavar="DIR", help="the run's folder (default: runs/finetune-BASE-N, the next N)")
     args = p.parse_args(argv)
 
-    recipe = RECIPES.get(args.base, RECIPES["dit-xl"])
+    recipe = recipe_of(args.base)
     model, info, own = start_model(args, recipe)
-    kind, dtype, device = info["kind"], dtype_of(args), torch.device(args.device)
+    kind, dtype, device, teacher = info["kind"], dtype_of(args), torch.device(args.device), None
+    goal = "distill" if kind == "distill" else pick_objective(model.cfg, args.objective)
     out = new_run(kind, args)
     model = model.to(device).train()
     if info.get("lora") and (args.tune == "full" or args.rank or args.alpha):
         raise ValueError(f"{info['from']} carries a LoRA of its own, which goes on learning as it is; "
                          "for another one, or full tuning, add --merge")
-    if kind != "scratch" and args.tune == "lora" and not info.get("lora"):
+    everything = kind in ("scratch", "distill")
+    if not everything and args.tune == "lora" and not info.get("lora"):
         lora = dict(rank=args.rank or recipe["rank"], alpha=args.alpha or args.rank or recipe["rank"])
         torch.manual_seed(args.seed + 1)
         add_lora(model, **lora)
         info["lora"] = lora
-    named = trainable(model, "full" if kind == "scratch" else args.tune, args.final_adaln)
+    named = trainable(model, "full" if everything else args.tune, args.final_adaln)
     carried = [(k, q) for k, q in model.named_parameters() if any(q is o for o in own) and k not in dict(named)]
-    args.images = args.images or info.get("images")
+    args.images, args.captions = args.images or info.get("images"), args.captions or info.get("captions")
     files = {model.cfg.ae: args.ae_weights or info.get("ae_weights")}
-    ae, source, cache, (z_val, y_val) = prepare(args, recipe, files, model.cfg, device)
-    ae = ae[model.cfg.ae]
-    z_val, y_val = z_val[model.cfg.ae].to(device), y_val.to(device)
-    shift = args.shift or info.get("shift") or 1.0
-    stage3 = recipe["stage3"]
+    data = prepare(args, recipe, files, model.cfg, device)
+    (ae,), source, cache, model.null = data.ae.values(), data.source, data.cache, data.null
+    (z_val,), y_val = data.val[0].values(), data.val[1]
+    shift, rule = shift_of(args.shift or info.get("shift") or (1.0 if kind == "scratch" else recipe["shift"]), model.cfg)
+    limits, stage3 = guidance_limits(args, recipe, model.cfg), recipe["stage3"]
+    if kind == "distill":
+        teacher = load_run(args.distill_guidance, device, base_weights=args.weights)[0]
     steps = args.train_steps or stage3["steps"]
-    info |= dict(model=config_dict(model.cfg), shift=shift, objective=args.objective, classes=list(source.classes), images=args.images,
+    info |= dict(model=config_dict(model.cfg), shift=rule, objective=goal, classes=list(source.classes), images=args.images, captions=args.captions,
                  ae_weights=files[model.cfg.ae], steps=steps + (info.get("steps") or 0 if kind == "finetune" else 0))   # of all stages so far
     count = lambda params: sum(q.numel() for q in params) / 1e6
     print(f"{kind} of {args.base} on {model.cfg.ae}: {count(q for _, q in named):.2f}M trainable of {count(model.parameters()):.2f}M, {dtype}, "
@@ -121,20 +139,22 @@ def main(argv=None):
     if args.compile:
         for block in model.blocks:
             block.compile()
-    objective = dict(objective=args.objective, t_sampling=args.t_sampling, shift=shift, label_dropout=args.label_dropout)
+    objective = dict(objective=goal, t_sampling=args.t_sampling, shift=shift, label_dropout=args.label_dropout, limits=limits, teacher=teacher)
+    val_loss = partial(distillation_loss, teacher) if teacher else LOSSES.get(goal, flow_matching_loss)
 
     def loss_fn(rows, g):
-        z, y = cache.batch(rows, g)
-        return sample_loss(model, z[model.cfg.ae].to(device), y.to(device), g, **objective)
+        return sample_loss(model, cache.batch(rows, g)[0][model.cfg.ae].to(device), data.condition(rows), g, **objective)
 
     def preview(file, name, m):
-        images, y = draw(m, ae, 8, args.seed, args.cfg_scale, shift, dtype)
-        save_grid(file, [(name, images)], class_names(source.classes, y.tolist()), {"seed": str(args.seed), "cfg_scale": str(args.cfg_scale)})
+        m.null = data.null
+        y, titles = data.ask(8)
+        images = draw(m, ae, y, args.seed, args.cfg_scale, rule, dtype, args.base)
+        save_grid(file, [(name, images)], titles, {"seed": str(args.seed), "cfg_scale": str(args.cfg_scale)})
 
     def watch(step):
         model.eval()
         preview(out / f"samples_{step:06d}.png", f"step {step}", model)
-        loss = validation_loss(model, z_val, y_val, dtype)
+        loss = validation_loss(model, z_val, y_val, dtype, loss=val_loss, limits=limits)
         model.train()
         return {"val_loss": loss}
 

@@ -84,6 +84,8 @@ class DiTConfig:
     guided_channels: int | None = None   # classifier-free guidance acts on the first so many (None: all)
     pos_step: float = 1.0         # distance of neighbouring tokens in the position table
 
+    encoders = None                # labels need nobody to read them
+
     @property
     def out_channels(self) -> int:
         return self.in_channels * (2 if self.predict == "epsilon" else 1)
@@ -107,6 +109,7 @@ class FluxConfig:
     vec_in_dim: int = 768                       # of the pooled text (CLIP-L)
     guidance_embed: bool = True                 # distilled: reads the guidance as a number
     text_tokens: int = 512
+    encoders: str = "flux"                      # who reads the prompts: data.TEXT_ENCODERS
     weights: str | None = None
     pos_step: float = 1.0                       # distance of neighbouring tokens
 
@@ -139,6 +142,8 @@ class SanaConfig:
     mlp_ratio: float = 2.5
     caption_channels: int = 2304                # of a text token (Gemma-2-2B)
     text_tokens: int = 300
+    encoders: str = "sana"                      # as FLUX's
+    caption_scale: float = 0.01                 # what the norm of the caption starts with: Gemma's features are large
     integer_time: bool = False
     clamp: bool = False
     weights: str | None = None
@@ -170,9 +175,11 @@ BASES = {
     "dc-gen-flux-4k": FluxConfig(128, 1, "dc-ae-f64c128-1.5", res=4096, weights="nvidia/DC-Gen-FLUX.1-Krea-Dev::DC-Gen-FLUX.1-Krea-Dev-v1.0-Res4K/"),
     "sana-1.6b":      SanaConfig(32, 1, "dc-ae-f32c32-sana-1.1", weights="Efficient-Large-Model/SANA1.5_1.6B_1024px::checkpoints/SANA1.5_1.6B_1024px.pth"),
     "sana-4.8b":      SanaConfig(32, 1, "dc-ae-f32c32-sana-1.1", depth=60, weights="Efficient-Large-Model/SANA1.5_4.8B_1024px::checkpoints/SANA1.5_4.8B_1024px.pth"),
-    # the same classes, small
-    "tiny-flux": FluxConfig(4, 2, "tiny-kl-f8c4", 128, 192, depth=3, depth_single=6, num_heads=6, axes_dim=(8, 12, 12), context_in_dim=64, vec_in_dim=64, text_tokens=32),
-    "tiny-sana": SanaConfig(4, 2, "tiny-kl-f8c4", 128, 192, depth=8, num_heads=6, caption_channels=64, text_tokens=32),
+    # the same classes, small, on the procedural pictures with captions
+    "tiny-flux": FluxConfig(4, 2, "tiny-kl-f8c4", 128, 192, depth=2, depth_single=4, num_heads=6, axes_dim=(8, 12, 12), context_in_dim=256, vec_in_dim=256,
+                            text_tokens=16, encoders="words", weights="weights/tiny-flux.safetensors"),
+    "tiny-sana": SanaConfig(4, 2, "tiny-kl-f8c4", 128, 192, depth=6, num_heads=6, caption_channels=256, text_tokens=16, encoders="words", caption_scale=1.0,
+                            weights="weights/tiny-sana.safetensors"),
 }
 
 
@@ -989,7 +996,7 @@ class Sana(Backbone):
     def initialise_own(self):
         for layer in (self.t_embedder.mlp[0], self.t_embedder.mlp[2], self.t_block[1], self.y_embedder.y_proj.fc1, self.y_embedder.y_proj.fc2):
             nn.init.normal_(layer.weight, std=0.02)
-        nn.init.constant_(self.attention_y_norm.weight, 0.01)        # Gemma's features are large
+        nn.init.constant_(self.attention_y_norm.weight, self.cfg.caption_scale)
         for block in self.blocks:
             nn.init.zeros_(block.cross_attn.proj.weight)
 
@@ -1468,6 +1475,19 @@ def deepen(base: Backbone, cfg) -> Backbone:
     model.load_state_dict(state, assign=True)
     model.null = base.null
     return model.requires_grad_(False).new_embedder_and_head()
+
+
+def with_guidance_embed(teacher: Flux) -> Flux:
+    """A FLUX that reads its guidance as a number, before its distillation: a copy of the teacher's weights, and an embedder of
+    the number that starts at zero, so that whatever it is told it speaks as the teacher does without guidance."""
+    if not isinstance(teacher, Flux) or teacher.cfg.guidance_embed:
+        raise ValueError("guidance is distilled into a FLUX that does not read it yet" + ("" if isinstance(teacher, Flux) else f", not into a {type(teacher).__name__}"))
+    student = Flux(replace(teacher.cfg, guidance_embed=True)).initialise()
+    nn.init.zeros_(student.guidance_in.out_layer.weight)
+    state = student.state_dict() | {k: v.clone() for k, v in teacher.state_dict().items()}
+    student.load_state_dict(state, assign=True)
+    student.null = teacher.null
+    return student
 
 
 def config_dict(cfg) -> dict:

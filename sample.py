@@ -558,6 +558,13 @@ def load_base(name: str, weights: str | None = None, device="cpu", dtype: torch.
     return model.to(device=device, dtype=dtype).eval(), {**kept, "base": name, "base_weights": weights, "base_print": fingerprint(model)}
 
 
+def preset_of(name: str) -> str:
+    """The preset that a base came from: itself, or that of the run's base, and so on."""
+    while name not in BASES:
+        name = facts_of(name)[1]["base"]
+    return name
+
+
 def run_file(path, ema: bool = True) -> Path:
     """The weight file of a run: a file as given; of a folder the moving average if there is one and it is wanted."""
     path = Path(path)
@@ -647,13 +654,14 @@ def reject(found, flag: str, why: str):
 
 # ---- a model's own settings ------------------------------------------------------------------------------------------------------
 
-# How a family's authors draw with it, and what differs in a base of theirs. encoders: data.TEXT_ENCODERS; text: where they are
+# How a family's authors draw with it, and what differs in an embedded model and in a base of theirs. text: where the text encoders are
 SETTINGS = {
-    "DiTConfig":  dict(num_steps=25, cfg_scale=3.0, guidance=None, sampler="euler", shift=1.0, batch=64, encoders=None),
-    "FluxConfig": dict(num_steps=20, cfg_scale=1.0, guidance=3.5, sampler="euler", shift="flux2", batch=1, encoders="flux",
+    "DiTConfig":  dict(num_steps=25, cfg_scale=3.0, guidance=None, sampler="euler", shift=1.0, batch=64),
+    "FluxConfig": dict(num_steps=20, cfg_scale=1.0, guidance=3.5, sampler="euler", shift="flux2", batch=1,
                        text="black-forest-labs/FLUX.1-Krea-dev::"),
-    "SanaConfig": dict(num_steps=20, cfg_scale=4.5, guidance=None, sampler="dpm", shift=3.0, batch=1, encoders="sana",
+    "SanaConfig": dict(num_steps=20, cfg_scale=4.5, guidance=None, sampler="dpm", shift=3.0, batch=1,
                        text="Efficient-Large-Model/SANA1.5_1.6B_1024px_diffusers::"),
+    "words":      dict(num_steps=25, sampler="euler", shift=1.0, batch=64, text=None),
     "flux-krea":      dict(num_steps=28, guidance=4.5, shift="mu"),
     "flux-dev":       dict(num_steps=50, shift="mu", text="black-forest-labs/FLUX.1-dev::"),
     "dc-gen-flux-1k": dict(text=BASES["dc-gen-flux-1k"].weights),
@@ -663,7 +671,9 @@ SETTINGS = {
 
 def settings(cfg, base: str | None = None, **given) -> dict:
     """A model's settings; those given, unless None, go first."""
-    own = {**SETTINGS[type(cfg).__name__], **SETTINGS.get(base, {})}
+    own = {**SETTINGS[type(cfg).__name__], **SETTINGS.get(cfg.encoders, {}), **SETTINGS.get(base, {}), "encoders": cfg.encoders}
+    if not getattr(cfg, "guidance_embed", True):                     # a FLUX that is not distilled is guided in two passes
+        own |= dict(cfg_scale=own["guidance"], guidance=None)
     if cfg.predict == "epsilon":
         own["sampler"] = "ddpm"                                      # DiT as published
     return own | {k: v for k, v in given.items() if v is not None}
@@ -692,13 +702,19 @@ def encode(family: str, folder, prompts: list[str], negative: str, guidance: flo
     """Prompts -> their Text with the guidance that a distilled model is told, and the null condition for `model.null`."""
     kw, distinct = dict(dtype=dtype, device=device), list(dict.fromkeys(prompts))
     text = encode_prompts(family, folder, distinct, length, **kw)[torch.tensor([distinct.index(p) for p in prompts])]
-    if guidance is not None:
-        text = replace(text, guidance=torch.full((len(prompts),), guidance))
-    return text, null_prompt(family, folder, length, negative, **kw)
+    return with_guidance(text, guidance), null_prompt(family, folder, length, negative, **kw)
 
 
-def text_folder(name: str, family: str, spec: str, given: str | None, weights: str | None) -> Path:
-    """Where a family's text encoders are: the folder given, the pipeline folder that the weights came from, or the hub."""
+def with_guidance(text: Text, guidance: float | None) -> Text:
+    """The same number for every prompt; None: none."""
+    return replace(text, guidance=None if guidance is None else torch.full((len(text),), guidance, device=text.device))
+
+
+def text_folder(name: str, family: str, spec: str, given: str | None, weights: str | None) -> Path | None:
+    """Where a family's text encoders are: the folder given, the pipeline folder that the weights came from, or the hub;
+    None for encoders without files."""
+    if spec is None:
+        return None
     parts = text_parts(family)
     if not given and weights and (Path(weights) / parts[0]).is_dir():
         return Path(weights)
