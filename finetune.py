@@ -7,6 +7,7 @@ new embedder and head go on training in full. The loss is stage 2's; only what i
     python finetune.py --init base                         the same without alignment: what the paper's Fig. 3 shows
     python finetune.py --tune full                         every weight instead of LoRA
     python finetune.py --init scratch --train-steps 20000  no base at all: how the embedded base itself was made
+    torchrun --nproc-per-node 8 finetune.py --base flux-krea    eight GPUs, each with a share of the model
 """
 
 import argparse
@@ -16,8 +17,8 @@ from pathlib import Path
 
 import torch
 
-from align import (RECIPES, add_data_args, class_names, draw, ends, new_run, pick, plot_curves, prepare, sample_loss, train,
-                   validation_loss, write_run)
+from align import (BIG, RECIPES, add_data_args, class_names, draw, ends, first_goes_first, frozen_dtype, join, leave, new_run, pick, plot_curves, prepare,
+                   processes, sample_loss, settle, train, validation_loss, write_run)
 from autoencoder import ae_config
 from lora import add_lora, merge_lora
 from model import BASES, build, config_dict, deepen, read_tensors, run, to_deep_latent
@@ -42,7 +43,7 @@ def start_model(args, recipe):
         torch.manual_seed(args.seed)
         return build(cfg), {"base": args.base, "base_weights": None, "kind": "scratch"}, []
     if args.init == "base":
-        base, info = load_base(args.base, args.weights)
+        base, info = load_base(args.base, args.weights, dtype=None)
         torch.manual_seed(args.seed)
         cfg = to_deep_latent(base.cfg, ae_config(args.ae or recipe["ae"]), pos_step=args.pos_step)
         cfg = replace(cfg, res=args.res or base.cfg.res)
@@ -50,7 +51,7 @@ def start_model(args, recipe):
     aligned = Path(args.init) if args.init != "align" else newest_run(kinds=(f"align-{Path(args.base).name}",))
     if aligned is None:
         raise ValueError(f"no alignment of {args.base} in runs/; first: python align.py --base {args.base}   (or --init base to go without)")
-    model, info = load_run(aligned, base_weights=args.weights)
+    model, info = load_run(aligned, base_weights=args.weights, dtype=None)   # 12B in the file's bf16: `settle` makes float32 of what learns
     print(f"starting from {aligned}")
     kept = ("base", "base_weights", "base_print", "shift", "ae_weights", "images", "steps", "lora")
     if args.res:
@@ -86,13 +87,15 @@ def main(argv=None):
     p.add_argument("--shift", type=float, help="resolution shift of the times, saved with the run; 1 = off (default: the aligned run's, else 1)")
     p.add_argument("--sample-every", type=int, default=-1, help="a preview grid every so many steps; -1 = only at start and end")
     p.add_argument("--save-dtype", default="fp32", choices=("fp32", "bf16"), help="of the finished files (default fp32)")
+    p.add_argument("--parallel", choices=("ddp", "fsdp"),
+                   help="under torchrun: the whole model on every GPU, or a share of it (default: fsdp from 1e9 parameters on)")
     p.add_argument("--compile", action="store_true", help="torch.compile every block: a minute at first, then a third faster")
     p.add_argument("--out", metavar="DIR", help="the run's folder (default: runs/finetune-BASE-N, the next N)")
     args = p.parse_args(argv)
 
     recipe = RECIPES.get(args.base, RECIPES["dit-xl"])
     model, info, own = start_model(args, recipe)
-    kind, dtype, device = info["kind"], dtype_of(args), torch.device(args.device)
+    kind, dtype, device = info["kind"], dtype_of(args), join(args.device)
     out = new_run(kind, args)
     model = model.to(device).train()
     if info.get("lora") and (args.tune == "full" or args.rank or args.alpha):
@@ -105,9 +108,13 @@ def main(argv=None):
         info["lora"] = lora
     named = trainable(model, "full" if kind == "scratch" else args.tune, args.final_adaln)
     carried = [(k, q) for k, q in model.named_parameters() if any(q is o for o in own) and k not in dict(named)]
+    sharded = args.parallel == "fsdp" or (args.parallel is None and sum(q.numel() for q in model.parameters()) > BIG)
+    now = settle(model, [k for k, _ in named], device, frozen_dtype(args), args.recompute, sharded)
+    named, carried = ([(k, now[k]) for k, _ in part] for part in (named, carried))
     args.images = args.images or info.get("images")
     files = {model.cfg.ae: args.ae_weights or info.get("ae_weights")}
-    ae, source, cache, (z_val, y_val) = prepare(args, recipe, files, model.cfg, device)
+    with first_goes_first():
+        ae, source, cache, (z_val, y_val) = prepare(args, recipe, files, model.cfg, device)
     ae = ae[model.cfg.ae]
     z_val, y_val = z_val[model.cfg.ae].to(device), y_val.to(device)
     shift = args.shift or info.get("shift") or 1.0
@@ -129,7 +136,8 @@ def main(argv=None):
 
     def preview(file, name, m):
         images, y = draw(m, ae, 8, args.seed, args.cfg_scale, shift, dtype)
-        save_grid(file, [(name, images)], class_names(source.classes, y.tolist()), {"seed": str(args.seed), "cfg_scale": str(args.cfg_scale)})
+        if processes()[0] == 0:                                       # all draw it: a sharded model takes all
+            save_grid(file, [(name, images)], class_names(source.classes, y.tolist()), {"seed": str(args.seed), "cfg_scale": str(args.cfg_scale)})
 
     def watch(step):
         model.eval()
@@ -139,11 +147,15 @@ def main(argv=None):
         return {"val_loss": loss}
 
     start = time.perf_counter()
-    log = train(out, model, named, loss_fn, len(cache), steps, batch=args.batch or stage3["batch"], lr=args.lr or stage3["lr"], info=info,
+    log = train(out, model, named, loss_fn, cache.buckets if args.buckets else len(cache), steps, batch=args.batch or stage3["batch"], lr=args.lr or stage3["lr"], info=info,
                 warmup=stage3["warmup"] if args.warmup is None else args.warmup, schedule=args.schedule or stage3.get("schedule", "constant"), weight_decay=args.weight_decay,
                 clip=None if args.clip < 0 else args.clip, ema=args.ema or None, accumulate=args.accumulate, seed=args.seed, dtype=dtype,
                 save_every=args.save_every, watch=watch, watch_every=args.sample_every)
     write_run(out, info, named, log, torch.bfloat16 if args.save_dtype == "bf16" else torch.float32, carried=carried)
+    rank, _ = processes()
+    leave()
+    if rank:
+        return
     plot_curves(out / "curves.png", {kind: log})
     preview(out / "samples.png", kind, load_run(out, args.device)[0])
     print(f"validation loss {log[0]['val_loss']:.4f} -> {log[-1]['val_loss']:.4f} (as trained, without the average) in {time.perf_counter() - start:.0f} s; "

@@ -15,6 +15,7 @@ DDPM's chain, for DiT as it was published.
 import argparse
 import json
 import math
+import os
 import time
 import weakref
 from contextlib import contextmanager
@@ -249,6 +250,9 @@ def latent_size(cfg, ae_cfg, size: tuple[int, int]) -> tuple[int, int]:
 @contextmanager
 def visiting(module: torch.nn.Module, device):
     """The module on the device, and where it was again afterwards. Its own tensors wait there: coming home copies nothing."""
+    if all(p.device == torch.device(device) for p in module.parameters()):
+        yield module                                                 # as it is: FSDP's parameters come and go
+        return
     home = [(store, name, t, t.data) for m in module.modules() for store in (m._parameters, m._buffers) for name, t in store.items() if t is not None]
     module.to(device)
     yield module
@@ -407,6 +411,11 @@ def add_model_args(p: argparse.ArgumentParser, res=int):
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
     p.add_argument("--dtype", default="auto", choices=("auto", "bf16", "fp32"), help="arithmetic; auto = bf16 where it is faster (default auto)")
     p.add_argument("--seed", type=int, default=0, help="seed; picture i of a batch uses seed + i (default 0)")
+
+
+def device_here(device: str) -> str:
+    """"cuda" as torchrun means it: every process on a machine has its own."""
+    return f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and "LOCAL_RANK" in os.environ else device
 
 
 def dtype_of(args) -> torch.dtype:
