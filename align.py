@@ -232,7 +232,9 @@ def settle(model, trained: list[str], device, frozen: torch.dtype | None = None,
     if shard and processes()[1] > 1:
         mesh = init_device_mesh(torch.device(device).type, (processes()[1],))
         for part in (*model.blocks, model):
-            fully_shard(part, mesh=mesh).set_gradient_divide_factor(1.0)      # a sum: the loop has divided by the batch
+            fully_shard(part, mesh=mesh)
+            part.set_gradient_divide_factor(1.0)                     # a plain sum: the loop has divided by the batch
+            part.set_force_sum_reduction_for_comms(True)
     return dict(model.named_parameters())
 
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from model import Text, read_tensors, write_tensors
+from model import Text, atomic, read_tensors, write_tensors
 
 # ---- procedural pictures: one shaded shape on a gradient, everything about it known exactly ----------------------------
 
@@ -146,6 +146,13 @@ def sides(size: int | tuple[int, int]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else size
 
 
+def image_size(path) -> tuple[int, int]:
+    """A picture file's (H,W) as it is seen, from its header."""
+    from PIL import Image
+    with Image.open(path) as im:
+        return im.size if im.getexif().get(0x0112, 1) >= 5 else im.size[::-1]                # EXIF: it lies on its side
+
+
 def load_image(path, size: int | tuple[int, int]) -> Tensor:
     """One picture as (3,H,W) in [-1,1]: turned as its EXIF says, transparency onto white, 16 bits and CMYK to 8-bit RGB,
     as much of the centre as has the shape, Lanczos. ValueError naming the file if it does not decode."""
@@ -239,7 +246,7 @@ class ImageFolder:
             files = [p for i, p in enumerate(files) if (i % 20 == 19) == (split == "val")]
             if not files:
                 raise ValueError(f"--images {root}: fewer than 20 pictures, and every 20th is kept for validation; add some")
-        self.total, self.shapes = len(files), {}
+        self.total = len(files)
         self._take([p for p in tqdm(files, desc=f"opening {self.root.name}", disable=len(files) < 5000) if self._opens(p)], size)
 
     def _take(self, files: list[Path], size: int | tuple[int, int]):
@@ -254,7 +261,7 @@ class ImageFolder:
         """Aspect-ratio buckets: the pictures sorted to the sizes (H,W) that are nearest to their shape, a folder for each
         size that has any. Cropped to a square, a picture loses what is said of its sides."""
         ratio = lambda size: math.log(size[1] / size[0])
-        nearest = [min(range(len(sizes)), key=lambda k: abs(ratio(sizes[k]) - ratio(self.shapes[p]))) for p in self.files]
+        nearest = [min(range(len(sizes)), key=lambda k: abs(ratio(sizes[k]) - ratio(image_size(p)))) for p in self.files]
         parts = []
         for k in sorted(set(nearest)):
             parts.append(copy.copy(self))
@@ -265,8 +272,6 @@ class ImageFolder:
         from PIL import Image
         try:
             with Image.open(path) as im:
-                turned = im.getexif().get(0x0112, 1) >= 5            # EXIF: lies on its side
-                self.shapes[path] = im.size if turned else im.size[::-1]
                 im.verify()
         except Exception as e:
             self._leave_out(path, f"{type(e).__name__}: {e}")
@@ -708,6 +713,5 @@ def check_scale(cfg, latents: np.ndarray, report=None):
 
 
 def write_json(path: Path, value):
-    tmp = path.with_name(f".{path.name}.tmp")
-    tmp.write_text(json.dumps(value, indent=1))
-    os.replace(tmp, path)
+    with atomic(path) as tmp:
+        tmp.write_text(json.dumps(value, indent=1))

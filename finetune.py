@@ -12,17 +12,19 @@ new embedder and head go on training in full. The loss is stage 2's; only what i
 
 import argparse
 import time
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from align import (BIG, RECIPES, add_data_args, class_names, draw, ends, first_goes_first, frozen_dtype, join, leave, new_run, pick, plot_curves, prepare,
+from align import (BIG, RECIPES, add_data_args, class_names, draw, ends, first_goes_first, flow_matching_loss, frozen_dtype, join, leave, new_run, pick, plot_curves, prepare,
                    processes, sample_loss, settle, train, validation_loss, write_run)
 from autoencoder import ae_config
 from lora import add_lora, merge_lora
-from model import BASES, build, config_dict, deepen, read_tensors, run, to_deep_latent
-from sample import add_model_args, dtype_of, load_base, load_run, newest_run, run_file, save_grid
+from model import BASES, FAMILIES, DiTConfig, build, config_dict, ddpm_times, deepen, read_tensors, rotary_table, run, sincos_2d, to_deep_latent
+from sample import Cost, add_model_args, dtype_of, example_text, load_base, load_run, newest_run, run_file, save_grid
 
 
 def trainable(model, tune: str, final_adaln: bool = True) -> list[tuple[str, torch.nn.Parameter]]:
@@ -30,6 +32,41 @@ def trainable(model, tune: str, final_adaln: bool = True) -> list[tuple[str, tor
     if tune == "full":
         return pick(model, ("",))
     return pick(model, ends(model, final_adaln)) + [(k, q) for k, q in model.named_parameters() if k.endswith((".A", ".B"))]
+
+
+@contextmanager
+def without_contents():
+    """Tensors made inside are their shapes alone, and so are the tables that models keep: neither side may see the other's."""
+    forget = lambda: [table.cache_clear() for table in (sincos_2d, ddpm_times, rotary_table)]
+    forget()
+    try:
+        with FakeTensorMode():
+            yield
+    finally:
+        forget()
+
+
+def training_memory(cfg, pictures: int, grid: tuple[int, int], *, text_tokens: int | None = None, tune: str = "lora", rank: int = 256,
+                    dtype: torch.dtype = torch.bfloat16, frozen: torch.dtype | None = None, recompute: bool | None = None, ema: bool = True) -> dict[str, int]:
+    """Bytes that a training pass over so many latents of (H,W) = grid takes on one GPU, from the configuration alone: a step
+    is run on tensors without contents. Of weights frozen and trained; gradients; optimizer (AdamW's two moments); average;
+    activations (the most that is alive at one time besides); total. frozen, recompute: see settle."""
+    with without_contents():
+        model = FAMILIES[type(cfg)](cfg)
+        if tune == "lora":
+            add_lora(model, rank)
+        trained = [k for k, _ in trainable(model, tune)]
+        sizes = {k: p.nbytes for k, p in settle(model, trained, "cpu", frozen, recompute).items()}
+        cond = torch.zeros(pictures, dtype=torch.long) if isinstance(cfg, DiTConfig) else example_text(cfg, pictures, text_tokens or cfg.text_tokens)
+        z, t = torch.empty(pictures, cfg.in_channels, *grid), torch.empty(pictures)
+        with Cost() as memory:
+            for _ in range(2):                                       # the second pass, as --accumulate makes it, finds gradients there
+                with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+                    loss = flow_matching_loss(model, z, t, cond, torch.empty_like(z))[0].mean()
+                loss.backward()
+    bytes_ = dict(frozen=sum(n for k, n in sizes.items() if k not in trained), trained=(own := sum(sizes[k] for k in trained)), gradients=own,
+                  optimizer=2 * own, average=own * ema, activations=memory.peak - own)
+    return bytes_ | dict(total=sum(bytes_.values()))
 
 
 def start_model(args, recipe):
