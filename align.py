@@ -14,34 +14,46 @@ Both are linear least squares in what they train (a 1x1 map and its bias; stage 
 
     python align.py                                    the embedded base, minutes on a CPU
     python align.py --base dit-xl --images DIR         DiT-XL/2 from SD-VAE f8 patch 2 to DC-AE f32 patch 1
+    torchrun --nproc-per-node 8 align.py ...           on eight GPUs; so for finetune.py
 """
 
 import argparse
 import json
 import math
+import os
+import shutil
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import replace
+from datetime import timedelta
 from functools import partial
+from itertools import cycle, islice
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from autoencoder import AUTOENCODERS, ae_config, load_autoencoder
-from data import LatentCache, open_source, order, read_captions, read_prompts, write_json
+from data import Buckets, LatentCache, bucket_sizes, cache_prompts, open_source, order, read_prompts, write_json
 from evaluate import gap_table, layer_gap, pick_judge
 from model import BASES, FluxConfig, SanaConfig, Text, atomic, cat_conditions, choose_conditions, config_dict, deepen, run, to_deep_latent, write_tensors
-from sample import (SHIFTS, Chain, add_model_args, ddpm_loss, dtype_of, generate, latent_size, load_base, path, peak_gib, preset_of, resolve_shift, sample_t, save_grid,
-                    settings, text_folder, with_guidance)
+from sample import (SHIFTS, Chain, add_model_args, ddpm_loss, device_here, dtype_of, generate, latent_size, load_base, path, peak_gib, preset_of, resolve_shift, sample_t,
+                    save_grid, settings, text_folder, with_guidance)
 
 
 # ---- the losses --------------------------------------------------------------------------------------------------------------
@@ -171,6 +183,132 @@ def validation_loss(model, z: Tensor, y, dtype=torch.float32, times: int = 8, lo
         return float(loss(model, z, t, y, torch.randn(z.shape, generator=g).to(z.device))[0].mean())
 
 
+# ---- several processes -------------------------------------------------------------------------------------------------------
+# torchrun starts one a GPU. Each runs the whole script on its own parts of every batch; the gradients are added up. With DDP
+# everybody holds the whole model; with FSDP2 a share of it, and a block is gathered when it is its turn. Only the first
+# process writes and speaks. If one fails, torchrun ends the others.
+
+def processes() -> tuple[int, int]:
+    """This process's number, and how many there are: (0, 1) without torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def join(device: str) -> torch.device:
+    """Meet the others, if torchrun started this process. Returns the device to work on."""
+    device = torch.device(device_here(device))
+    if "WORLD_SIZE" in os.environ and not dist.is_initialized():
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        if dist.get_rank():
+            sys.stdout = open(os.devnull, "w")
+    return device
+
+
+def leave():
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def of_the_first(f):
+    """What f() returns on the first process, on all of them; it runs there only."""
+    rank, count = processes()
+    found = [f() if rank == 0 else None]
+    if count > 1:
+        dist.broadcast_object_list(found, src=0)
+    return found[0]
+
+
+@contextmanager
+def first_goes_first():
+    """The first process does what is inside, and the others after it: they find the caches filled."""
+    rank, count = processes()
+    patient = dist.new_group(backend="gloo", timeout=timedelta(days=30)) if count > 1 else None   # encoding takes hours
+    if rank:
+        dist.barrier(patient)
+    yield
+    if count > 1 and rank == 0:
+        dist.barrier(patient)
+
+
+def anywhere(flag: bool) -> bool:
+    """Whether it holds on any process. All ask at the same time, so all get one answer."""
+    flag = torch.tensor(float(flag))
+    if processes()[1] > 1:
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+    return bool(flag)
+
+
+def from_everywhere(sums: dict[str, list]) -> dict[str, list[float]]:
+    """The numbers that every process has noted, together."""
+    mine = {k: [float(x) for x in v] for k, v in sums.items()}
+    found = [mine]
+    if processes()[1] > 1:
+        dist.all_gather_object(found := [None] * processes()[1], mine)
+    return {k: [x for part in found for x in part.get(k, [])] for k in dict.fromkeys(k for part in found for k in part)}
+
+
+def add_up(tensors: list[Tensor]):
+    """Replace every tensor by its sum over the processes, in one message. Shares of FSDP are left: it adds up its own."""
+    tensors = [t for t in tensors if not isinstance(t, DTensor)]
+    if processes()[1] > 1 and tensors:
+        flat = torch.cat([t.flatten() for t in tensors])
+        dist.all_reduce(flat)
+        for t, part in zip(tensors, flat.split([t.numel() for t in tensors])):
+            t.copy_(part.view_as(t))
+
+
+def begin_alike(params: list[Tensor]):
+    """Everybody takes the first process's values; from there on equal gradients keep them equal."""
+    for p in params if processes()[1] > 1 else ():
+        if not isinstance(p, DTensor):
+            dist.broadcast(p.data, src=0)
+
+
+def whole(t: Tensor) -> Tensor:
+    """A tensor with the shares of all processes, who all have to ask."""
+    return t.detach().full_tensor() if isinstance(t, DTensor) else t.detach()
+
+
+def as_it_lies(full: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor on the other one's device, or this process's share of it where the other is a share."""
+    full = full.to(like.device)
+    return distribute_tensor(full, like.device_mesh, like.placements, src_data_rank=None) if isinstance(like, DTensor) else full
+
+
+BIG = 1e9                                                            # parameters, from which on memory is what counts
+
+
+def size_of(model) -> int:
+    """Parameters."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def settle(model, trained: list[str], device, frozen: torch.dtype | None = None, recompute: bool | None = None,
+           shard: bool = False) -> dict[str, nn.Parameter]:
+    """Make a model ready to train where it is big: returns its parameters by name (sharded, they are other objects).
+
+    frozen     type of the blocks' frozen weights; everything else is float32, what trains and what is small
+    recompute  keep only the inputs of a block, and run it again in the backward pass (activation checkpointing)
+    Defaults: bf16 and yes from BIG parameters on, as it was trained and no below.   shard: FSDP2"""
+    big = size_of(model) > BIG
+    in_blocks = {id(p) for block in model.blocks for p in block.parameters()}
+    frozen = frozen or (torch.bfloat16 if big else torch.float32)
+    for k, p in model.named_parameters():
+        p.requires_grad_(k in trained)
+        p.data = p.data.to(device, frozen if id(p) in in_blocks and k not in trained else torch.float32)
+    if big if recompute is None else recompute:
+        for block in model.blocks:                                   # no dropout anywhere: nothing random to repeat
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+    if shard and processes()[1] > 1:
+        mesh = init_device_mesh(torch.device(device).type, (processes()[1],))
+        for part in (*model.blocks, model):
+            fully_shard(part, mesh=mesh)
+            part.set_gradient_divide_factor(1.0)                     # a plain sum: the loop has divided by the batch
+            part.set_force_sum_reduction_for_comms(True)
+    return dict(model.named_parameters())
+
+
 # ---- both stages in closed form ------------------------------------------------------------------------------------------------
 
 class LeastSquares:
@@ -196,6 +334,13 @@ class LeastSquares:
         out.xx, out.xy, out.yy, out.n = self.xx + other.xx, self.xy + other.xy, self.yy + other.yy, self.n + other.n
         return out
 
+    def add_up(self) -> "LeastSquares":
+        """The sums of all processes, on all of them."""
+        n = torch.tensor(float(self.n), dtype=torch.float64, device=self.yy.device)
+        add_up([self.xx, self.xy, self.yy, n])
+        self.n = int(n)
+        return self
+
     def solve(self, ridge: float = 1e-6) -> tuple[Tensor, Tensor]:
         """W (size_out,size_in), b (size_out,). The ridge is relative to the mean power of x, and spares the bias."""
         penalty = torch.full_like(self.xx.diagonal(), ridge * float(self.xx.diagonal()[1:].mean()))
@@ -214,14 +359,13 @@ def solve_embedder(model, base, batches, ridge: float = 1e-6) -> LeastSquares:
     """Stage 1 exactly: the embedder that minimises Eq. 1 over `batches` of (z_dc, z_base). The map is linear, so one pass
     is enough. Sets it in the model; returns the sums."""
     layer, p = model.embed_linear, model.cfg.patch_size
-    sums = None
-    for z_dc, z_base in batches:
+    sums = LeastSquares(layer.weight[0].numel(), len(layer.weight), layer.weight.device)
+    for z_dc, z_base in islice(batches, processes()[0], None, processes()[1]):
         x = rearrange(z_dc, "b c (h p) (w q) -> b (h w) (c p q)", p=p, q=p)
         target = F.adaptive_avg_pool2d(grid_tokens(base, z_base).float(), (z_dc.shape[-2] // p, z_dc.shape[-1] // p)).flatten(2).transpose(1, 2)
         positions = model.embed(torch.zeros_like(z_dc)) - layer.bias  # what the embedder adds to its linear map
-        sums = sums or LeastSquares(x.shape[-1], target.shape[-1], x.device)
         sums.add(x, target - positions)
-    sums.mse = sums.loss(*_set(layer, *sums.solve(ridge)))
+    sums.add_up().mse = sums.loss(*_set(layer, *sums.solve(ridge)))
     return sums
 
 
@@ -230,24 +374,23 @@ def solve_head(model, batches, ridge: float = 1e-6, dtype=torch.float32, guided:
     """Stage 2 exactly, while the embedder stands still: the head's last linear map that minimises the flow loss (Eq. 2), or
     the guided one (Eq. 7), over `batches` of (z, t, y, x0). Its input is fixed, so the loss is quadratic in it. Of the
     guided loss too: v_hat is the same linear map of (h(c, g) + (g - 1) h(null, 1)) / g, whose weights add up to one."""
-    sums = None
+    layer = model.head_linear
+    sums = LeastSquares(layer.in_features, layer.out_features, layer.weight.device)
 
     def features(xt, t, y):
         x, clock = model.own_clock(xt, t)
         c = model.condition(clock, y, xt.shape[-2:])
         return model.head_features(model.trunk(model.embed(x), c), c).float()
 
-    for z, t, y, x0 in batches:
+    for z, t, y, x0 in islice(batches, processes()[0], None, processes()[1]):
         xt, v = path(x0, z, t)
         with torch.autocast(z.device.type, dtype, enabled=dtype != torch.float32):
             h = features(xt, t, y)
             if guided:
                 g = y.guidance.view(-1, 1, 1)
                 h = (h + (g - 1) * features(xt, t, unconditional(model, y))) / g
-        v = model.patchify(model.velocity(v, xt, t))                  # from velocity to output: a sign at most, its own inverse
-        sums = sums or LeastSquares(h.shape[-1], v.shape[-1], h.device)
-        sums.add(h, v)
-    sums.mse = sums.loss(*_set(model.head_linear, *sums.solve(ridge)))
+        sums.add(h, model.patchify(model.velocity(v, xt, t)))         # from velocity to output: a sign at most, its own inverse
+    sums.add_up().mse = sums.loss(*_set(layer, *sums.solve(ridge)))
     return sums
 
 
@@ -262,6 +405,10 @@ def _set(layer: nn.Module, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 def pick(model, prefixes: tuple[str, ...]) -> list[tuple[str, nn.Parameter]]:
     """The parameters whose names start so: what a stage trains."""
     return [(k, q) for k, q in model.named_parameters() if k.startswith(tuple(prefixes))]
+
+
+def frozen_dtype(args) -> torch.dtype | None:
+    return args.frozen_dtype and {"bf16": torch.bfloat16, "fp32": torch.float32}[args.frozen_dtype]
 
 
 NO_DECAY = ("embedding_table", "scale_shift_table", "pos_embed")
@@ -290,7 +437,79 @@ def stop_signals():
             signal.signal(s, handler)
 
 
-def train(out: Path, model: nn.Module, named: list[tuple[str, nn.Parameter]], loss_fn, length: int, steps: int, *,
+def tensors_of(named, average, opt) -> dict[str, Tensor]:
+    """All tensors that the next step depends on, by name, as they lie on this process."""
+    flat = {}
+    for i, (k, p) in enumerate(named):
+        moments = opt.state[p] if p in opt.state else dict(step=torch.zeros(()), exp_avg=torch.zeros_like(p.detach()), exp_avg_sq=torch.zeros_like(p.detach()))
+        flat |= {f"weights.{k}": p.detach()} | {f"{moment}.{k}": v for moment, v in moments.items()}
+        if average:
+            flat[f"average.{k}"] = average[i]
+    return flat
+
+
+def find_state(out: Path, name: str) -> Path | None:
+    """The newest whole state of a run: <name>.train, or a folder of shards <name>-<step>.train, in which .metadata is
+    written last."""
+    files = [out / f"{name}.train", *(d / ".metadata" for d in out.glob(f"{name}-*.train"))]
+    files = sorted((f for f in files if f.exists()), key=lambda f: f.stat().st_mtime_ns)
+    return None if not files else files[-1].parent if files[-1].name == ".metadata" else files[-1]
+
+
+def save_state(out: Path, name: str, named, average, opt, facts: dict):
+    """Write the state as find_state finds it, then take the older ones away. One file if every process holds all of the
+    model; else shards, each process its own."""
+    rank, _ = processes()
+    file, sharded = out / f"{name}.train", any(isinstance(p, DTensor) for _, p in named)
+    facts = facts | dict(sums=from_everywhere(facts["sums"]))
+    if sharded:
+        file = out / f"{name}-{facts['step']:08d}.train"
+        if rank == 0:
+            shutil.rmtree(file, ignore_errors=True)
+            file.mkdir(parents=True)
+            write_json(file / "facts.json", facts)
+        dcp.save(tensors_of(named, average, opt), checkpoint_id=file)
+    elif rank == 0:
+        with atomic(file) as tmp:
+            torch.save(dict(weights={k: p.detach().cpu() for k, p in named}, ema=average, optimizer=opt.state_dict(), **facts), tmp)
+    if rank == 0:
+        for old in {out / f"{name}.train", *out.glob(f"{name}-*.train")} - {file}:
+            shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
+
+
+@torch.no_grad()
+def load_state(file: Path, named, average, opt) -> dict:
+    """Fill weights, average and optimiser from a state, whatever number of processes wrote it; returns its facts."""
+    params = [p for group in opt.param_groups for p in group["params"]]
+    if file.is_dir():
+        flat, names = tensors_of(named, average, opt), {p: k for k, p in named}
+        dcp.load(flat, checkpoint_id=file)
+        state = {i: {m: flat[f"{m}.{names[p]}"] for m in ("step", "exp_avg", "exp_avg_sq")} for i, p in enumerate(params)}
+        opt.load_state_dict(dict(state=state, param_groups=opt.state_dict()["param_groups"]))
+        return json.loads((file / "facts.json").read_text())
+    saved = torch.load(file, map_location="cpu", weights_only=True)
+    for i, (k, p) in enumerate(named):
+        p.copy_(as_it_lies(saved["weights"][k], p))
+        if average:
+            average[i].copy_(as_it_lies(saved["ema"][i], p))
+    state = {i: {m: v if m == "step" else as_it_lies(v, params[i]) for m, v in moments.items()} for i, moments in saved["optimizer"]["state"].items()}
+    opt.load_state_dict(dict(state=state, param_groups=saved["optimizer"]["param_groups"]))
+    return {k: v for k, v in saved.items() if k not in ("weights", "ema", "optimizer")}
+
+
+def saved_average(out: Path, name: str, named) -> list[Tensor] | None:
+    """The moving average in a run's state, whole, on this process alone; None if it kept none."""
+    file = find_state(out, name)
+    if not file.is_dir():
+        return torch.load(file, map_location="cpu", weights_only=True)["ema"]
+    if not json.loads((file / "facts.json").read_text())["average"]:
+        return None
+    flat = {f"average.{k}": torch.empty(p.shape) for k, p in named}
+    dcp.load(flat, checkpoint_id=file, no_dist=True)
+    return list(flat.values())
+
+
+def train(out: Path, model: nn.Module, named: list[tuple[str, nn.Parameter]], loss_fn, rows: int | Tensor, steps: int, *,
           batch: int, lr: float, info: dict, name: str = "train", betas=(0.9, 0.999), warmup: int = 0,
           schedule: str = "constant", weight_decay: float = 0.0, clip: float | None = None, ema: float | None = None,
           accumulate: int = 1, seed: int = 0, dtype=torch.float32, save_every: int = 500, log_every: int = 25,
@@ -298,39 +517,38 @@ def train(out: Path, model: nn.Module, named: list[tuple[str, nn.Parameter]], lo
     """One training run: every stage is this loop with another loss and other trainable parameters. Returns its log.
 
     named    what is trained; everything else stays as it is.   loss_fn(indices, generator) -> loss, {name: number}
-    length   of the data set: the loop asks for indices, step by step, in an order that is a function of the step
+    rows     how many the data set has, or their buckets: see `order`, which says what a step reads
     watch    called as watch(step) at step 0 (an out-of-memory in the preview shows in the first minute), every
-             watch_every steps and at the end; returns {name: number} for the log
+             watch_every steps and at the end; returns {name: number} for the log. On every process: FSDP needs them all
     rate     share of the learning rate by name (decay_groups).   before(step): called before every step, for what changes
              on the way and is no weight; a function of the step alone, so a resumed run goes on as it was
 
-    Writes <out>/<name>.train (weights, optimiser, average, step) every save_every steps and at a signal, atomically; if
-    it is there, the run goes on from it, to the same numbers. Raises RuntimeError after three non-finite gradients."""
-    params = [p for _, p in named]
+    A batch is cut into at least `accumulate` parts, whose gradients add up; the processes share them out. The noise belongs
+    to the part and not to the process, so as many parts give the same run, on any number of processes.
+
+    Writes the state (weights, optimiser, average, step) every save_every steps and at a signal, atomically; if there is
+    one, the run goes on from it, to the same numbers. Raises RuntimeError after three non-finite gradients."""
+    (rank, count), params = processes(), [p for _, p in named]
     model.requires_grad_(False)
     for p in params:
         p.requires_grad_(True)
+    begin_alike(params)
     opt = torch.optim.AdamW(decay_groups(named, weight_decay, rate), lr=lr, betas=betas)
-    shadow = [p.detach().float().clone() for p in params] if ema else None
-    state_file, first, bad, log, sums = out / f"{name}.train", 0, 0, [], {}
-    if state_file.exists():
-        state = torch.load(state_file, map_location="cpu", weights_only=True)
-        with torch.no_grad():
-            for k, p in named:
-                p.copy_(state["weights"][k])
-        shadow = [s.to(params[0].device) for s in state["ema"]] if ema else None
-        opt.load_state_dict(state["optimizer"])
-        first, log, sums = state["step"], state["log"], state["sums"]  # sums: of the log row in the making
-        print(f"{state_file}: going on at step {first}")
-
-    def save(step):
-        with atomic(state_file) as tmp:
-            torch.save(dict(weights={k: p.detach().cpu() for k, p in named}, ema=shadow, optimizer=opt.state_dict(), step=step, log=log,
-                            sums=sums, info=json.dumps(info)), tmp)
-
+    average = [p.detach().float().clone() for p in params] if ema else None
+    first, bad, log, sums, parts = 0, 0, [], {}, accumulate
+    if found := of_the_first(lambda: find_state(out, name)):
+        facts = load_state(found, named, average, opt)
+        first, log, parts = facts["step"], facts["log"], max(parts, facts.get("parts", 1))
+        sums = facts["sums"] if rank == 0 else {}                     # of the log row in the making
+        print(f"{found}: going on at step {first}")
+    parts = -(-parts // count) * count
+    if parts > batch:
+        raise ValueError(f"--batch {batch} in {parts} parts for {count} processes: give a larger --batch")
     device, since = params[0].device, time.perf_counter()
+    save = lambda step: save_state(out, name, named, average, opt,
+                                   dict(step=step, log=log, sums=sums, parts=parts, average=bool(ema), info=json.dumps(info)))
     with stop_signals() as stop:
-        bar = tqdm(range(first, steps), initial=first, total=steps, desc=name)
+        bar = tqdm(range(first, steps), initial=first, total=steps, desc=name, disable=rank > 0)
         for step in bar:
             if watch and (step == 0 or (watch_every > 0 and step % watch_every == 0 and step > first)):
                 log.append(dict(step=step, **watch(step)))
@@ -341,39 +559,41 @@ def train(out: Path, model: nn.Module, named: list[tuple[str, nn.Parameter]], lo
             if before:
                 before(step)
             opt.zero_grad(set_to_none=True)
-            for part, rows in enumerate(order(step, batch, length, seed).chunk(accumulate)):
-                g = torch.Generator().manual_seed((seed * 1_000_003 + step) * 64 + part)
+            pieces = order(step, batch, rows, seed).tensor_split(parts)
+            for part in range(rank, parts, count):
+                g = torch.Generator().manual_seed((seed * 1_000_003 + step) * max(64, parts) + part)
                 with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                    loss, said = loss_fn(rows, g)
-                (loss * len(rows) / batch).backward()
+                    loss, said = loss_fn(pieces[part], g)
+                (loss * len(pieces[part]) / batch).backward()
                 for k, v in (dict(loss=loss.detach()) | said).items():
                     sums.setdefault(k, []).append(v)
-            norm = nn.utils.clip_grad_norm_(params, clip or math.inf)
+            add_up([p.grad for p in params if p.grad is not None])
+            norm = whole(nn.utils.clip_grad_norm_(params, clip or math.inf))
             if torch.isfinite(norm):
                 opt.step()
                 bad = 0
             else:
                 bad += 1
-                print(f"step {step}: the gradient is not finite, step skipped (pictures {order(step, batch, length, seed)[:8].tolist()} ...)")
+                print(f"step {step}: the gradient is not finite, step skipped (pictures {pieces[0][:8].tolist()} ...)")
                 if bad == 3:
-                    raise RuntimeError(f"three non-finite gradients in a row at step {step}; the last good state is {state_file}")
-            if shadow:
-                beta = min(ema, (1 + step) / (10 + step))                 # a short run must not average its own start
-                torch._foreach_lerp_(shadow, [p.detach().float() for p in params], 1 - beta)
+                    raise RuntimeError(f"three non-finite gradients in a row at step {step}; the last good state is {find_state(out, name)}")
+            if ema:
+                beta = min(ema, (1 + step) / (10 + step))             # a short run must not average its own start
+                torch._foreach_lerp_(average, [p.detach().float() for p in params], 1 - beta)
             if (step + 1) % log_every == 0 or step + 1 == steps:
-                now = time.perf_counter()
-                means = {k: float(torch.stack([torch.as_tensor(x, device=device) for x in v]).float().mean()) for k, v in sums.items()}
-                row = dict(step=step + 1, **means, lr=now_lr, grad_norm=float(norm),
-                           images_per_s=round(len(sums["loss"]) * batch / accumulate / (now - since), 1))
+                now, noted = time.perf_counter(), from_everywhere(sums)
+                row = dict(step=step + 1, **{k: float(torch.tensor(v).mean()) for k, v in noted.items()}, lr=now_lr, grad_norm=float(norm),
+                           images_per_s=round(len(noted["loss"]) * batch / parts / (now - since), 1))
                 if device.type == "cuda":
                     row["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
                 log.append(row)
                 bar.set_postfix({k: f"{row[k]:.4g}" for k in ("loss", "grad_norm", "images_per_s")})
                 sums, since = {}, now
-            if stop or (step + 1) % save_every == 0 or step + 1 == steps:
+            stopping = anywhere(bool(stop))
+            if stopping or (step + 1) % save_every == 0 or step + 1 == steps:
                 save(step + 1)
-            if stop:
-                raise SystemExit(f"stopped after step {step + 1}, saved in {state_file}; the same command with --resume goes on")
+            if stopping:
+                raise SystemExit(f"stopped after step {step + 1}, saved in {out}; the same command with --resume goes on" if rank == 0 else 1)
     if watch and first < steps:
         log.append(dict(step=steps, **watch(steps)))
         save(steps)
@@ -415,7 +635,11 @@ def recipe_of(base: str) -> dict:
 
 def new_run(kind: str, args) -> Path:
     """The folder of a run: --out, the newest unfinished one with --resume, or the next number. A folder that holds a
-    finished run is never written over (ValueError)."""
+    finished run is never written over (ValueError). One for all processes."""
+    return of_the_first(lambda: _new_run(kind, args))
+
+
+def _new_run(kind: str, args) -> Path:
     name = f"{kind}-{Path(args.base).name}"
     finished = lambda d: (d / "model.safetensors").exists()
     number = lambda d: int(tail) if (tail := d.name.removeprefix(name + "-")).isdigit() else 0
@@ -439,7 +663,7 @@ class Data(NamedTuple):
     """What a stage learns from, and what it is looked at with."""
     ae: dict                                                         # autoencoders by name
     source: object
-    cache: LatentCache
+    cache: LatentCache | Buckets
     condition: Callable[[Tensor], object]                            # rows of the cache (B,) -> their conditions
     val: tuple[dict[str, Tensor], object]                            # latents and conditions that are never trained on
     ask: Callable[[int], tuple]                                      # so many conditions for pictures, and their titles
@@ -457,7 +681,14 @@ def prepare(args, recipe: dict, weights: dict[str, str | None], cfg, device) -> 
                          f"{cfg.num_classes}; give class folders" + (f", at most {cfg.num_classes}" if source.classes else ""))
     if args.flip and cfg.encoders and not args.images:
         raise ValueError("--flip: the captions of the procedural pictures tell left from right")
-    cache = LatentCache("runs/cache", source, list(ae.values()), args.pictures or (None if args.images else recipe["pictures"]), args.flip, device=device)
+    count = args.pictures or (None if args.images else recipe["pictures"])
+    if args.buckets:
+        if not args.images or args.pictures:
+            raise ValueError("--buckets sorts all pictures of a folder by shape: give --images DIR, and leave out --pictures")
+        unit = math.lcm(*(a.cfg.f for a in ae.values()), ae[cfg.ae].cfg.f * cfg.patch_size)
+        cache = Buckets([LatentCache("runs/cache", part, list(ae.values()), flip=args.flip, device=device) for part in source.by_shape(bucket_sizes(cfg.res, unit))])
+    else:
+        cache = LatentCache("runs/cache", source, list(ae.values()), count, args.flip, device=device)
     rows = LatentCache("runs/cache", val, list(ae.values()), min(256, len(val)), device=device)
     z = {name: latents.to(device) for name, latents in rows.batch(torch.arange(len(rows)))[0].items()}
     if cfg.encoders is None:
@@ -467,14 +698,14 @@ def prepare(args, recipe: dict, weights: dict[str, str | None], cfg, device) -> 
     prompts = read_prompts(args.prompts) if args.prompts else rows.captions()
     every = [*prompts, *rows.captions(), *cache.captions()]
     folder = text_folder(args.base, cfg.encoders, own["text"], args.text_encoders, args.weights)
-    text, null = read_captions(cfg.encoders, folder, every, cfg.text_tokens, dtype=dtype_of(args), device=device)
+    text = cache_prompts(cfg.encoders, folder, every, cfg.text_tokens, dtype=dtype_of(args), device=device)
     first, n = len(prompts), len(prompts) + len(rows)
 
     def ask(count):
         r = torch.arange(count) % first
-        return with_guidance(text(r), own["guidance"]), [prompts[i] for i in r]
+        return with_guidance(text[r], own["guidance"]), [prompts[i] for i in r]
 
-    return Data(ae, source, cache, lambda r: text(r + n).to(device), (z, text(torch.arange(first, n)).to(device)), ask, null)
+    return Data(ae, source, cache, lambda r: text[r + n].to(device), (z, text[torch.arange(first, n)].to(device)), ask, text.null)
 
 
 def sample_loss(model, z: Tensor, y, g, *, objective: str, t_sampling: str, shift: float, label_dropout: float, limits=None, teacher=None) -> tuple[Tensor, dict]:
@@ -501,9 +732,14 @@ def add_data_args(p: argparse.ArgumentParser):
     p.add_argument("--images", metavar="DIR", help="folder of pictures (default: procedural shapes)")
     p.add_argument("--pictures", type=int, help="use so many of them (default: the recipe's, or all of a folder)")
     p.add_argument("--flip", action="store_true", help="mirrored pictures as well")
-    p.add_argument("--captions", metavar="TEMPLATE", help="captions made of the names of class folders, as 'a photo of a {}' (default: the .txt beside each picture)")
+    p.add_argument("--buckets", action="store_true", help="pictures of a folder in their own shapes, a batch of one shape each, not cropped to squares")
+    p.add_argument("--captions", metavar="TEMPLATE", help="captions made of the names of class folders, as 'a photo of a {}' (default: the folder's metadata.jsonl, "
+                   "else the .txt beside each picture)")
     p.add_argument("--text-encoders", metavar="DIR", help="pipeline folder with the text encoders (default: that of --weights, or the model hub's cache)")
     p.add_argument("--prompts", metavar="FILE", help="prompts of the preview pictures, one a line (default: captions of validation pictures)")
+    p.add_argument("--recompute", action=argparse.BooleanOptionalAction,
+                   help="run blocks again in the backward pass instead of keeping their activations (default: yes from 1e9 parameters on)")
+    p.add_argument("--frozen-dtype", choices=("bf16", "fp32"), help="of frozen blocks (default: bf16 from 1e9 parameters on, else fp32)")
     p.add_argument("--objective", choices=(*LOSSES, "ddpm"),
                    help="flow matching; guided flow matching, for distilled models; DDPM's epsilon with a learned variance, for DiT (default: guided for a distilled base, else flow)")
     p.add_argument("--guidance-range", type=float, nargs=2, metavar=("MIN", "MAX"), help="of the guidance that a distilled model is told (default: the recipe's, 1 to 14)")
@@ -552,13 +788,14 @@ def class_names(names, y: list[int]) -> list[str]:
 def write_run(out: Path, info: dict, named, log: list[dict], dtype=torch.float32, state: str = "train", carried=()):
     """A finished run: what it trained (and its moving average) as safetensors with its facts, and its log. carried: what
     an earlier run had trained and this one left alone; no base has it, so it travels on."""
-    saved = torch.load(out / f"{state}.train", map_location="cpu", weights_only=True)
-    rest = {k: p.detach().to(dtype) for k, p in carried}
-    if saved["ema"]:
-        write_tensors(out / "ema.safetensors", rest | {k: s.to(dtype) for (k, _), s in zip(named, saved["ema"])}, info)
+    rest, trained = ({k: whole(p).to(dtype) for k, p in part} for part in (carried, named))
+    if processes()[0]:
+        return
+    if average := saved_average(out, state, named):
+        write_tensors(out / "ema.safetensors", rest | {k: s.to(dtype) for (k, _), s in zip(named, average)}, info)
     with atomic(out / "metrics.jsonl") as tmp:
         tmp.write_text("".join(json.dumps(row) + "\n" for row in log))
-    write_tensors(out / "model.safetensors", rest | {k: p.detach().to(dtype) for k, p in named}, info)
+    write_tensors(out / "model.safetensors", rest | trained, info)
 
 
 def plot_curves(file: Path, logs: dict[str, list[dict]]):
@@ -619,19 +856,22 @@ def main(argv=None):
     closed = args.solver == "closed-form"
     if closed and args.match != "downsample":
         raise ValueError(f"--match {args.match} has no closed form here; use --solver adamw")
-    begun, recipe, dtype, device = time.perf_counter(), recipe_of(args.base), dtype_of(args), torch.device(args.device)
-    base, info = load_base(args.base, args.weights, device)
+    begun, recipe, dtype, device = time.perf_counter(), recipe_of(args.base), dtype_of(args), join(args.device)
+    base, info = load_base(args.base, args.weights, device, dtype=None)
+    settle(base, [], device, frozen_dtype(args))
     old, new = base.cfg.ae, ae_config(args.ae or recipe["ae"]).name
     goal = pick_objective(base.cfg, args.objective)
     cfg = replace(to_deep_latent(base.cfg, ae_config(new), "epsilon" if goal == "ddpm" else "velocity", args.pos_step), res=args.res or base.cfg.res)
-    out = new_run("align", args)
-    data = prepare(args, recipe, {old: args.base_ae_weights or info.get("ae_weights"), new: args.ae_weights}, cfg, device)
+    out, (rank, _) = new_run("align", args), processes()
+    with first_goes_first():
+        data = prepare(args, recipe, {old: args.base_ae_weights or info.get("ae_weights"), new: args.ae_weights}, cfg, device)
     ae, source, cache, y_val, base.null = data.ae, data.source, data.cache, data.val[1], data.null
     z_dc, z_base = data.val[0][new], data.val[0][old]
     shift, rule = shift_of(args.shift or recipe["shift"], cfg)
     limits = guidance_limits(args, recipe, cfg)
     torch.manual_seed(args.seed)
     model = deepen(base, cfg).to(device)
+    settle(model, [k for k, _ in pick(model, ends(model, args.final_adaln))], device, frozen_dtype(args), args.recompute)
     tokens = lambda m, z: z.shape[-1] * z.shape[-2] // m.cfg.patch_size**2
     print(f"{args.base}: {old} patch {base.cfg.patch_size}, {tokens(base, z_base)} tokens -> {new} patch 1, {tokens(model, z_dc)} tokens; "
           f"{len(cache)} pictures, {dtype} -> {out}")
@@ -645,7 +885,8 @@ def main(argv=None):
         images = draw(m, ae[m.cfg.ae], y, args.seed, args.cfg_scale, rule, dtype, args.base)
         row = dict(stage=name) | (judge(images, y, titles) if judge else {})
         if m is model:
-            gaps[name] = layer_gap(m, base, z_dc[:64], z_base[:64], told(torch.zeros(len(z_dc[:64]))))
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32 and next(m.blocks[0].parameters()).dtype != torch.float32):
+                gaps[name] = layer_gap(m, base, z_dc[:64], z_base[:64], told(torch.zeros(len(z_dc[:64]))))
             row |= dict(gap=sum(gaps[name]) / len(gaps[name]), val_loss=validate())
         stages.append((row, images[:8]))
         print("  " + ", ".join(f"{k} {v:.3f}" if isinstance(v, float) else v for k, v in row.items()), flush=True)
@@ -667,19 +908,20 @@ def main(argv=None):
         t, x0 = sample_t(len(z), g, args.t_sampling, shift).to(device), torch.randn(z.shape, generator=g).to(device)
         return z, t, tell_guidance(y, limits, torch.rand(len(z), generator=g) if limits else None), x0
 
+    rows = cache.buckets if args.buckets else len(cache)
     look("base", base)
     look("not aligned", model)
 
     # stage 1: the embedder
     clock, steps1 = time.perf_counter(), 0
     if closed:
-        sums = solve_embedder(model, base, (pair(r) for r in torch.arange(len(cache)).split(256)), args.ridge)
+        sums = solve_embedder(model, base, (pair(r) for r in cache.pieces(256)), args.ridge)
         print(f"stage 1 in closed form: loss {sums.mse:.5f} over {sums.n} cells, {time.perf_counter() - clock:.1f} s")
     else:
         s1 = recipe["stage1"]
         steps1 = s1["steps"] if args.stage1_steps is None else args.stage1_steps
         logs["stage 1"] = train(out, model, pick(model, (model.EMBEDDER,)), lambda rows, g: (embedding_loss(model, base, *pair(rows), args.match), {}),
-                                len(cache), steps1, batch=args.batch or s1["batch"], lr=args.lr1 or s1["lr"], info=info, name="stage1", seed=args.seed,
+                                rows, steps1, batch=args.batch or s1["batch"], lr=args.lr1 or s1["lr"], info=info, name="stage1", seed=args.seed,
                                 save_every=args.save_every)
         print(f"stage 1 by AdamW: loss {logs['stage 1'][-1]['loss']:.5f}, {time.perf_counter() - clock:.1f} s")
     look("stage 1: embedder", model)
@@ -690,13 +932,14 @@ def main(argv=None):
     batch2, head_steps = args.batch or s2["batch"], 0
     if closed and args.head_samples and goal in LOSSES:
         head_steps = -(-args.head_samples // batch2)                  # what it looks at, counted as if it were steps
-        rows = torch.arange(args.head_samples) % len(cache)
-        batches = (noisy(r, torch.Generator().manual_seed(args.seed * 1_000_003 + i)) for i, r in enumerate(rows.split(256)))
+        at_once = min(256, args.head_samples, len(cache))
+        pieces = islice(cycle(cache.pieces(at_once)), -(-args.head_samples // at_once))
+        batches = (noisy(r, torch.Generator().manual_seed(args.seed * 1_000_003 + i)) for i, r in enumerate(pieces))
         sums = solve_head(model, batches, args.ridge, dtype, goal == "guided")
         print(f"head in closed form: loss {sums.mse:.4f} over {args.head_samples} samples, {time.perf_counter() - clock:.1f} s")
         look("head in closed form", model)
     steps, clock = s2["steps"] if args.stage2_steps is None else args.stage2_steps, time.perf_counter()
-    logs["stage 2"] = train(out, model, both, flow_loss, len(cache), steps, batch=batch2, lr=args.lr2 or s2["lr"], info=info, name="stage2",
+    logs["stage 2"] = train(out, model, both, flow_loss, rows, steps, batch=batch2, lr=args.lr2 or s2["lr"], info=info, name="stage2",
                             schedule=args.schedule or s2.get("schedule", "constant"), seed=args.seed + 1, dtype=dtype, clip=None if args.clip < 0 else args.clip, save_every=args.save_every,
                             watch=lambda step: {"val_loss": validate()}, watch_every=max(1, steps // 8))
     print(f"stage 2: {steps} steps, {time.perf_counter() - clock:.1f} s")
@@ -704,10 +947,13 @@ def main(argv=None):
 
     print("\n" + gap_table(gaps))
     print("[|| g - pool(h) || / || pool(h) - its mean || per layer, clean latents of 64 unseen pictures; 0 = the base's own features]\n")
-    rows = [row for row, _ in stages]
+    scores = [row for row, _ in stages]
     info |= dict(kind="align", model=config_dict(cfg), shift=rule, classes=list(source.classes), images=args.images, captions=args.captions,
-                 ae_weights=args.ae_weights, objective=goal, steps=steps1 + head_steps + steps, stages=rows, gaps=gaps)
-    write_run(out, info, both, [dict(stage=k, **row) for k, log in logs.items() for row in log] + rows, state="stage2")
+                 ae_weights=args.ae_weights, objective=goal, steps=steps1 + head_steps + steps, stages=scores, gaps=gaps)
+    write_run(out, info, both, [dict(stage=k, **row) for k, log in logs.items() for row in log] + scores, state="stage2")
+    leave()
+    if rank:
+        return
     title = lambda r: r["stage"].replace(": ", "\n").replace(" in ", "\nin ") + (f"\n{r[score]:.0%} right" if (score := "all" if "all" in r else "accuracy") in r else "")
     save_grid(out / "samples.png", [(title(r), x) for r, x in stages], data.ask(8)[1], {"seed": str(args.seed), "cfg_scale": str(args.cfg_scale)})
     plot_gap(out / "gap.png", gaps)

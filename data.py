@@ -1,7 +1,8 @@
 """Pictures and prompts in, batches out: procedural pictures, image folders, encoded prompts, and the cache of paired latents.
 
-    image (B,3,S,S) in [-1,1], label (B,)          ShapesSource, ScenesSource, ImageFolder
-    prompts -> Text                                encode_prompts: read once, kept on disk; encode_words: made at once
+    image (B,3,H,W) in [-1,1], label (B,)          ShapesSource, ScenesSource, ImageFolder
+    prompts -> Text                                encode_words: made at once; encode_prompts: read once, kept on disk;
+                                                   cache_prompts: those of whole data sets
     z_base, z_dc of the very same pixels, label    LatentCache: filled once, read afterwards
 
 A source of pictures is anything with len(), .classes (names) and .batch(indices) -> images, labels. A source with captions
@@ -9,6 +10,7 @@ has no classes: a label is the picture's number then, and .caption(number) its t
 text encoders as folders.
 """
 
+import copy
 import hashlib
 import json
 import math
@@ -25,7 +27,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from model import Text, read_tensors, write_tensors
+from model import Text, atomic, read_tensors, write_tensors
 
 # ---- procedural pictures: one shaded shape on a gradient, everything about it known exactly ----------------------------
 
@@ -282,9 +284,21 @@ class ScenesSource(ShapesSource):
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 
 
-def load_image(path, size: int) -> Tensor:
-    """One picture as (3,size,size) in [-1,1]: turned as its EXIF says, transparency onto white, 16 bits and CMYK to
-    8-bit RGB, the centre square, Lanczos. ValueError naming the file if it does not decode."""
+def sides(size: int | tuple[int, int]) -> tuple[int, int]:
+    """A picture's size, pixels a side or (H,W) -> (H,W)."""
+    return (size, size) if isinstance(size, int) else size
+
+
+def image_size(path) -> tuple[int, int]:
+    """A picture file's (H,W) as it is seen, from its header."""
+    from PIL import Image
+    with Image.open(path) as im:
+        return im.size if im.getexif().get(0x0112, 1) >= 5 else im.size[::-1]                # EXIF: it lies on its side
+
+
+def load_image(path, size: int | tuple[int, int]) -> Tensor:
+    """One picture as (3,H,W) in [-1,1]: turned as its EXIF says, transparency onto white, 16 bits and CMYK to 8-bit RGB,
+    as much of the centre as has the shape, Lanczos. ValueError naming the file if it does not decode."""
     from PIL import Image, ImageOps                                  # Pillow: decoding pictures is not our subject
     try:
         with Image.open(path) as im:
@@ -294,39 +308,87 @@ def load_image(path, size: int) -> Tensor:
             if im.mode in ("RGBA", "LA", "PA") or "transparency" in im.info:
                 im = im.convert("RGBA")
                 im = Image.alpha_composite(Image.new("RGBA", im.size, "white"), im)
-            im = ImageOps.fit(im.convert("RGB"), (size, size), Image.Resampling.LANCZOS)
+            im = ImageOps.fit(im.convert("RGB"), sides(size)[::-1], Image.Resampling.LANCZOS)
             return torch.from_numpy(np.array(im)).permute(2, 0, 1).float() / 127.5 - 1
     except Exception as e:                                           # Pillow raises a dozen kinds on damaged files
         raise ValueError(f"{path}: not a readable picture ({type(e).__name__}: {e})") from None
 
 
+def read_metadata(root: Path) -> tuple[dict[Path, str], list[tuple[Path, str]]]:
+    """A folder's metadata.jsonl, a line a picture, {"file_name", "text", ...} -> captions by file, and what is wrong with
+    it: (file or line, why). Of two entries for a file the first one counts; of two drawings of one prompt and seed, too."""
+    captions, wrong, drawings = {}, [], {}
+    for number, line in enumerate((root / "metadata.jsonl").read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+        try:
+            entry = json.loads(line)
+            file, text = root / entry["file_name"], entry["text"].strip()
+        except (ValueError, KeyError, TypeError, AttributeError):
+            wrong.append((root / f"metadata.jsonl:{number}", "not an entry with file_name and text"))
+            continue
+        drawing = (text, entry["seed"]) if "seed" in entry else file
+        if file in captions:
+            wrong.append((root / f"metadata.jsonl:{number}", f"a second entry for {file.name}"))
+        elif not text:
+            wrong.append((file, "its text is empty"))
+        elif drawing in drawings:
+            wrong.append((file, f"the same prompt and seed as {drawings[drawing]}"))
+        elif not file.is_file():
+            wrong.append((file, "metadata.jsonl names it, and it is not there"))
+        else:
+            captions[file], drawings[drawing] = text, file.name
+    return captions, wrong
+
+
+def copies(files: list[Path]) -> list[tuple[Path, Path]]:
+    """Files that hold the same bytes as an earlier one: (copy, original). Only files of equal size are read."""
+    sizes, seen, found = {}, {}, []
+    for file in files:
+        sizes.setdefault(file.stat().st_size, []).append(file)
+    for file in (f for same in sizes.values() if len(same) > 1 for f in same):
+        original = seen.setdefault(hashlib.sha256(file.read_bytes()).digest(), file)
+        if original != file:
+            found.append((file, original))
+    return found
+
+
 class ImageFolder:
     """Pictures of a folder, cropped to a centred square, with classes or captions or neither:
-    captions=None     subfolders give classes; a flat folder, captions
-            "txt"     the .txt file beside each picture; a missing one is a ValueError that names it
+    captions=None     those of metadata.jsonl, where there is one; else subfolders give classes; a flat folder, captions
+            "txt"     metadata.jsonl, else the .txt file beside each picture; a missing one is a ValueError that names it
             "... {}"  a text with the name of the picture's subfolder put in (classes.json there may say {subfolder: name})
             False     neither is asked for
 
-    Broken files are listed and left out, unless they are more than max_broken (ValueError): a wrong folder should not
-    become a small data set. Most show when they are opened, here; of one that does only when it is decoded, the place
-    is taken by the next picture, with its label and caption."""
+    Broken files, entries and copies are listed and left out, unless they are more than max_broken (ValueError): a wrong
+    folder should not become a small data set. Most show when they are opened, here; of a picture that does only when it is
+    decoded, the place is taken by the next one, with its label, and so its caption."""
 
     def __init__(self, root, size: int, split: str = "all", max_broken: float = 0.05, captions: str | bool | None = None):
-        self.root, self.size, self.broken = Path(root), size, []
+        self.root, self.broken, self.max_broken, self.texts = Path(root), [], max_broken, {}
         if not self.root.is_dir():
             raise ValueError(f"--images {root}: no such folder")
         files = sorted(p for p in self.root.rglob("*") if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
         if not files:
             raise ValueError(f"--images {root}: no pictures in it ({', '.join(SUFFIXES)})")
+        self.total, told = len(files), (self.root / "metadata.jsonl").is_file()
+        described = told and captions in (None, "txt")
+        if not told and (self.root / "dataset.json").is_file():
+            raise ValueError(f"--images {root}: this data set is not finished, {len(files)} pictures and no metadata.jsonl; the command that draws it goes on")
         folder = lambda p: p.parent.relative_to(self.root).as_posix()
-        self.classes = tuple(sorted({folder(p) for p in files} - {"."}))
+        self.classes = () if described else tuple(sorted({folder(p) for p in files} - {"."}))
         if self.classes and (loose := [p for p in files if p.parent == self.root]):
             raise ValueError(f"{loose[0]} lies beside class folders and has no class; move it into one of them")
         self.template = captions if captions and captions != "txt" else None
         if self.template and ("{}" not in self.template or not self.classes):
             raise ValueError(f"--captions {self.template!r}: " + (f"{root} has no subfolders whose names could go into it" if self.classes == () else
                                                                    "mark with {} where the subfolder's name goes"))
-        if captions == "txt" or (captions is None and not self.classes):
+        if described:
+            self.texts, wrong = read_metadata(self.root)
+            wrong += [(p, f"a copy of {q.name}") for p, q in copies([p for p in files if p in self.texts])]
+            wrong += [(p, "no entry in metadata.jsonl") for p in files if p not in self.texts and p not in dict(wrong)]
+            for p, why in wrong:
+                self._leave_out(p, why)
+            files = [p for p in files if p not in self.broken]
+        elif captions == "txt" or (captions is None and not self.classes):
             for p in files:
                 if not p.with_suffix(".txt").is_file():
                     raise ValueError(f"{p} has no caption: put one in {p.with_suffix('.txt').name}, or sort the pictures into class folders"
@@ -336,14 +398,29 @@ class ImageFolder:
             files = [p for i, p in enumerate(files) if (i % 20 == 19) == (split == "val")]
             if not files:
                 raise ValueError(f"--images {root}: fewer than 20 pictures, and every 20th is kept for validation; add some")
-        self.total, self.max_broken = len(files), max_broken
-        self.files = [p for p in tqdm(files, desc=f"opening {self.root.name}", disable=len(files) < 5000) if self._opens(p)]
-        self.labels = torch.arange(len(self.files)) if self.template or not self.classes else torch.tensor([self.classes.index(folder(p)) for p in self.files])
+            self.total, self.broken = len(files), []                 # the share of broken ones is that of this part from here on
         if self.template:
             names = self.root / "classes.json"
             self.names, self.classes = json.loads(names.read_text(encoding="utf-8")) if names.is_file() else {}, ()
-        listing = "\n".join(f"{p.relative_to(self.root)} {p.stat().st_size} {p.stat().st_mtime_ns}" for p in self.files)
-        self.identity = f"folder {self.root.name} size={size} crop=centre " + hashlib.sha256(listing.encode()).hexdigest()[:16]
+        self._take([p for p in tqdm(files, desc=f"opening {self.root.name}", disable=len(files) < 5000) if self._opens(p)], size)
+
+    def _take(self, files: list[Path], size: int | tuple[int, int]):
+        """Make these the pictures."""
+        self.files, self.size, folder = files, size, lambda p: p.parent.relative_to(self.root).as_posix()
+        self.labels = torch.tensor([self.classes.index(folder(p)) for p in files]) if self.classes else torch.arange(len(files))
+        listing = "\n".join(f"{p.relative_to(self.root)} {p.stat().st_size} {p.stat().st_mtime_ns}" for p in files)
+        self.identity = f"folder {self.root.name} size={size} crop=centre labels={'classes' if self.classes else 'numbers'} " + hashlib.sha256(listing.encode()).hexdigest()[:16]
+
+    def by_shape(self, sizes: list[tuple[int, int]]) -> list["ImageFolder"]:
+        """Aspect-ratio buckets: the pictures sorted to the sizes (H,W) that are nearest to their shape, a folder for each
+        size that has any. Cropped to a square, a picture loses what is said of its sides."""
+        ratio = lambda size: math.log(size[1] / size[0])
+        nearest = [min(range(len(sizes)), key=lambda k: abs(ratio(sizes[k]) - ratio(image_size(p)))) for p in self.files]
+        parts = []
+        for k in sorted(set(nearest)):
+            parts.append(copy.copy(self))
+            parts[-1]._take([p for p, n in zip(self.files, nearest) if n == k], sizes[k])
+        return parts
 
     def _opens(self, path) -> bool:
         from PIL import Image
@@ -360,7 +437,8 @@ class ImageFolder:
             self.broken.append(path)
             print(f"left out: {path} ({why})")
         if len(self.broken) > self.max_broken * self.total:
-            raise ValueError(f"--images {self.root}: {len(self.broken)} of {self.total} pictures are broken, more than {self.max_broken:.0%}; mend or remove them, the last was {path}")
+            raise ValueError(f"--images {self.root}: {len(self.broken)} of {self.total} pictures are broken, more than {self.max_broken:.0%}; "
+                             f"mend or remove them, the last was {path}: {why}")
 
     def __len__(self):
         return len(self.files)
@@ -368,6 +446,8 @@ class ImageFolder:
     def caption(self, index: int) -> str:
         """ValueError if its file is not a text."""
         file = self.files[index]
+        if self.texts:
+            return self.texts[file]
         if self.template:
             name = file.parent.relative_to(self.root).as_posix()
             return self.template.replace("{}", self.names.get(name, name.replace("_", " ")))
@@ -376,21 +456,26 @@ class ImageFolder:
         except (OSError, UnicodeDecodeError) as e:
             raise ValueError(f"{file.with_suffix('.txt')}: not a readable caption ({type(e).__name__}: {e})") from None
 
-    def _picture(self, i: int) -> Tensor:
+    def _picture(self, i: int) -> tuple[Tensor, int]:
+        """Picture i, or the next one that decodes, and which it is."""
         for k in range(len(self)):
             j = (i + k) % len(self)
             try:
-                picture = load_image(self.files[j], self.size)
+                return load_image(self.files[j], self.size), j
             except ValueError as e:
                 self._leave_out(self.files[j], e)
-                continue
-            self.files[i], self.labels[i] = self.files[j], self.labels[j]
-            return picture
 
     def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:   # decoding releases Python's lock
-            pictures = list(pool.map(self._picture, indices.tolist()))
-        return torch.stack(pictures), self.labels[indices]
+            pictures, numbers = zip(*pool.map(self._picture, indices.tolist()))
+        return torch.stack(pictures), self.labels[list(numbers)]
+
+
+def bucket_sizes(res: int, unit: int, widest: float = 2.0) -> list[tuple[int, int]]:
+    """Sizes (H,W) of about res x res pixels, in multiples of `unit` pixels, from upright to wide: as many tokens as the
+    square has, so that a step costs the same in every bucket."""
+    sizes = {(H, round(res * res / H / unit) * unit) for H in range(unit, round(res * widest) + 1, unit)}
+    return sorted(((H, W) for H, W in sizes if W and max(H, W) <= widest * min(H, W)), key=lambda size: size[1] / size[0])
 
 
 def open_source(images: str | None, res: int, split: str = "train", captions: str | None = None):
@@ -524,6 +609,21 @@ def files_print(*folders: Path) -> str:
     return h.hexdigest()[:16]
 
 
+def find_encoders(family: str, folder) -> list[tuple]:
+    """A family's text encoders in a pipeline folder: (class in transformers, how it reads, its two folders, their print).
+    ValueError if one is missing."""
+    found, encoders = [], TEXT_ENCODERS[family]
+    for model_part, tokenizer_part, cls, read, _ in encoders:
+        folder = Path(folder)
+        alone = len(encoders) == 1 and (folder / "config.json").is_file()       # a folder that is the encoder itself
+        parts = [folder if alone else folder / part for part in (model_part, tokenizer_part)]
+        if missing := [str(part) for part in parts if not part.is_dir()]:
+            raise ValueError(f"{missing[0]}: no such folder; the text encoders are {', '.join(text_parts(family))} of a diffusers pipeline folder: "
+                             "give one with --text-encoders DIR")
+        found.append((cls, read, parts, files_print(*dict.fromkeys(parts))))
+    return found
+
+
 @torch.no_grad()
 def encode_prompts(family: str, folder, prompts: list[str], length: int, plain: bool = False, cache="runs/cache",
                    dtype: torch.dtype = torch.float32, device="cpu") -> Text:
@@ -535,14 +635,9 @@ def encode_prompts(family: str, folder, prompts: list[str], length: int, plain: 
     folder is missing."""
     if family == "words":
         return encode_words(prompts, length)
-    encoders, folder, rows = TEXT_ENCODERS[family], Path(folder), [{} for _ in prompts]
-    for model_part, tokenizer_part, cls, read, _ in encoders:
-        alone = len(encoders) == 1 and (folder / "config.json").is_file()       # a folder that is the encoder itself
-        parts = [folder if alone else folder / part for part in (model_part, tokenizer_part)]
-        if missing := [str(part) for part in parts if not part.is_dir()]:
-            raise ValueError(f"{missing[0]}: no such folder; the text encoders are {', '.join(text_parts(family))} of a diffusers pipeline folder: "
-                             "give one with --text-encoders DIR")
-        what = f"{cls} {files_print(*dict.fromkeys(parts))} {length} {plain} {dtype}"
+    rows = [{} for _ in prompts]
+    for cls, read, parts, print_ in find_encoders(family, folder):
+        what = f"{cls} {print_} {length} {plain} {dtype}"
         files = [Path(cache) / f"text-{hashlib.sha256(f'{what} {prompt}'.encode()).hexdigest()[:32]}.safetensors" for prompt in prompts]
         if any(not f.is_file() for f in files):
             tokenizer, model = _load_encoder(cls, *parts, dtype, device)
@@ -555,15 +650,6 @@ def encode_prompts(family: str, folder, prompts: list[str], length: int, plain: 
         for row, file in zip(rows, files):
             row |= read_tensors(file)
     return Text(**{k: torch.cat([row[k] for row in rows]) if k in rows[0] else None for k in ("tokens", "mask", "pooled")}, guidance=None)
-
-
-def read_captions(family: str, folder, captions: list[str], length: int, **kw):
-    """A data set's captions -> (function of rows (B,) that gives their Text, the null prompt). kw as in encode_prompts."""
-    null = null_prompt(family, folder, length, **kw)
-    if family == "words":                                            # made faster than read
-        return lambda rows: encode_words([captions[i] for i in rows.tolist()], length), null
-    text = encode_prompts(family, folder, captions, length, **kw)
-    return lambda rows: text[rows], null
 
 
 def null_prompt(family: str, folder, length: int, negative: str = "", **kw) -> Text:
@@ -591,17 +677,25 @@ def _load_encoder(cls: str, model_folder: Path, tokenizer_folder: Path, dtype: t
 
 # ---- the order of a run ------------------------------------------------------------------------------------------------------
 
-@lru_cache(maxsize=2)                                                 # a batch may lie across an epoch's end
+@lru_cache(maxsize=16)                                                # a batch may lie across an epoch's end
 def _permutation(epoch: int, length: int, seed: int) -> Tensor:
     return torch.randperm(length, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
 
 
-def order(step: int, batch: int, length: int, seed: int) -> Tensor:
-    """The indices of training step `step`: every epoch a new permutation. A function of the step alone, so a resumed
-    run reads what the killed one would have read, across an epoch's end too."""
+def order(step: int, batch: int, rows: int | Tensor, seed: int) -> Tensor:
+    """The indices of training step `step` (batch,): every epoch a new permutation. A function of the step alone, so a
+    resumed run reads what the killed one would have read, across an epoch's end too, on any number of processes.
+    rows: how many there are, or the bucket of every one of them (n,): then a batch is of one bucket. A bucket comes as
+    often as it has rows, and within it every row as often as any other."""
+    if not isinstance(rows, int):
+        turn, place = divmod(step, len(rows))
+        lead = rows[_permutation(turn, len(rows), seed)]              # the bucket of a step is that of a row drawn in turn
+        mine = rows == lead[place]
+        before = turn * int(mine.sum()) + int((lead[:place] == lead[place]).sum())          # steps that this bucket has had
+        return mine.nonzero().flatten()[order(before, batch, int(mine.sum()), seed)]
     places = torch.arange(step * batch, (step + 1) * batch)
-    epoch, place = places // length, places % length
-    return torch.cat([_permutation(e, length, seed)[place[epoch == e]] for e in epoch.unique().tolist()])
+    epoch, place = places // rows, places % rows
+    return torch.cat([_permutation(e, rows, seed)[place[epoch == e]] for e in epoch.unique().tolist()])
 
 
 # ---- paired latents, cached on disk --------------------------------------------------------------------------------------------
@@ -614,33 +708,26 @@ def fingerprint(module: torch.nn.Module) -> str:
     return h.hexdigest()[:16]
 
 
-class LatentCache:
-    """Latents of one source under one or more autoencoders, on disk, read memory-mapped.
+class Cache:
+    """Arrays of one length in a folder, filled from the front and read memory-mapped. The folder's name is a hash of what
+    it holds; meta.json spells that out, and says how many rows are whole: a killed filling goes on there, to the same
+    bytes. Anything missing, short or of another making is refused with the reason (ValueError)."""
 
-    Embedding alignment needs both autoencoders' latents of *the very same pixels*: two independent flips or crops ruin
-    it with a finite loss. So a picture is drawn once, flipped or not, and goes through every encoder in one pass. With
-    flip, row n + i is picture i mirrored. KL-VAE latents are stored as mean and standard deviation.
-
-    The folder's name is a hash of what it holds; meta.json spells it out and says how many rows are whole."""
-
-    def __init__(self, root, source, autoencoders: list, n: int | None = None, flip: bool = False, batch: int | None = None, device="cpu"):
-        n = min(n or len(source), len(source))
-        drawn = [ae.cfg.name for ae in autoencoders if hasattr(ae.cfg, "quant_conv")]       # a KL-VAE's posterior
-        what = dict(source=source.identity, n=n, flip=flip, dtype="float16",
-                    autoencoders=[dict(name=ae.cfg.name, f=ae.cfg.f, channels=ae.cfg.channels, scale=ae.cfg.scale, shift=ae.cfg.shift, weights=fingerprint(ae)) for ae in autoencoders])
+    def __init__(self, root, kind: str, what: dict, length: int):
         key = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]
-        self.source, self.dir, self.length = source, Path(root) / f"latents-{key}", n * (2 if flip else 1)
+        self.dir, self.what, self.length, self.done, self.names = Path(root) / f"{kind}-{key}", what, length, 0, []
         meta = self.dir / "meta.json"
-        done = json.loads(meta.read_text())["rows"] if meta.exists() else 0
-        if done < self.length:
-            batch = batch or max(1, min(32, 2**23 // source.size**2))  # 32 pictures up to 512 px, 8 of 1K, 1 of 4K
-            self._fill(source, autoencoders, drawn, what, done, batch, device)
-        self.labels = torch.from_numpy(np.array(self._array("labels")))
-        self.mean = {ae.cfg.name: self._array(ae.cfg.name) for ae in autoencoders}
-        self.std = {k: self._array(f"{k}.std") for k in drawn}
+        if meta.exists():
+            try:
+                said = json.loads(meta.read_text())
+                self.done, self.names = said["rows"], said["arrays"]
+            except (ValueError, KeyError, TypeError) as e:
+                raise ValueError(f"{meta} is damaged ({type(e).__name__}: {e}); delete the folder and run again") from None
+            if said.get("what") != json.loads(json.dumps(what)):
+                raise ValueError(f"{meta} tells of another making than its folder's name; delete the folder and run again")
 
-    def _array(self, name: str, mode: str = "r") -> np.ndarray:
-        """One of the cache's files, memory-mapped; ValueError with the reason if it is missing or short."""
+    def array(self, name: str, mode: str = "r") -> np.ndarray:
+        """One of the arrays; ValueError with the reason if it is missing or short."""
         file = self.dir / f"{name}.npy"
         try:
             array = np.load(file, mmap_mode=mode)
@@ -650,20 +737,49 @@ class LatentCache:
             raise ValueError(f"{file} has {len(array)} rows instead of {self.length}; delete the folder and run again")
         return array
 
-    def _fill(self, source, autoencoders, drawn, what, done, batch, device):
+    def new(self, name: str, shape: tuple[int, ...], dtype) -> np.ndarray:
+        """An array (length, *shape) to fill: what a killed filling left of it, or an empty one."""
         self.dir.mkdir(parents=True, exist_ok=True)
-        n, files = what["n"], {}
+        return self.array(name, "r+") if self.done else np.lib.format.open_memmap(self.dir / f"{name}.npy", "w+", dtype, (self.length, *shape))
 
-        def add(name, *shape):
-            files[name] = self._array(name, "r+") if done else \
-                np.lib.format.open_memmap(self.dir / f"{name}.npy", "w+", np.int64 if name == "labels" else np.float16, (self.length, *shape))
+    def commit(self, arrays: dict[str, np.ndarray], rows: int):
+        """So many rows are whole. The numbers reach the disk before the word that says so."""
+        for array in arrays.values():
+            array.flush()
+        self.done, self.names = rows, sorted(arrays)
+        write_json(self.dir / "meta.json", dict(what=self.what, rows=rows, arrays=self.names))
 
-        add("labels")
+
+class LatentCache:
+    """Latents of one source under one or more autoencoders, on disk (see Cache).
+
+    Embedding alignment needs both autoencoders' latents of *the very same pixels*: two independent flips or crops ruin
+    it with a finite loss. So a picture is drawn once, flipped or not, and goes through every encoder in one pass. With
+    flip, row n + i is picture i mirrored. KL-VAE latents are stored as mean and standard deviation."""
+
+    def __init__(self, root, source, autoencoders: list, n: int | None = None, flip: bool = False, batch: int | None = None, device="cpu"):
+        n = min(n or len(source), len(source))
+        drawn = [ae.cfg.name for ae in autoencoders if hasattr(ae.cfg, "quant_conv")]       # a KL-VAE's posterior
+        made_by = lambda ae: {k: getattr(ae.cfg, k) for k in ("name", "f", "channels", "scale", "shift")} | dict(weights=fingerprint(ae))
+        what = dict(layout=2, source=source.identity, n=n, flip=flip, dtype="float16", autoencoders=[made_by(ae) for ae in autoencoders])
+        self.source, self.length = source, n * (2 if flip else 1)
+        self.files = Cache(root, "latents", what, self.length)
+        self.dir = self.files.dir
+        if self.files.done < self.length:
+            H, W = sides(source.size)
+            self._fill(n, autoencoders, drawn, batch or max(1, min(32, 2**23 // (H * W))), device)   # 32 up to 512 px, 8 of 1K, 1 of 4K
+        self.labels = torch.from_numpy(np.array(self.files.array("labels")))
+        self.mean = {ae.cfg.name: self.files.array(ae.cfg.name) for ae in autoencoders}
+        self.std = {k: self.files.array(f"{k}.std") for k in drawn}
+
+    def _fill(self, n, autoencoders, drawn, batch, device):
+        cache, source, (H, W) = self.files, self.source, sides(self.source.size)
+        files = dict(labels=cache.new("labels", (), np.int64))
         for ae in autoencoders:
-            name, side = ae.cfg.name, source.size // ae.cfg.f
+            name = ae.cfg.name
             for file in (name, f"{name}.std")[: 2 if name in drawn else 1]:
-                add(file, ae.cfg.channels, side, side)
-        for at in tqdm(range(done, self.length, batch), desc=f"encoding {self.length} pictures", leave=False):
+                files[file] = cache.new(file, (ae.cfg.channels, H // ae.cfg.f, W // ae.cfg.f), np.float16)
+        for at in tqdm(range(cache.done, self.length, batch), desc=f"encoding {self.length} pictures", leave=False):
             rows = torch.arange(at, end := min(at + batch, self.length))
             images, labels = source.batch(rows % n)
             images = torch.where((rows >= n).view(-1, 1, 1, 1), images.flip(-1), images).to(device)
@@ -677,9 +793,7 @@ class LatentCache:
             if (at // batch) % 50 == 49 or end == self.length:
                 for ae in autoencoders:                              # before meta.json says so: a second try must not pass
                     check_scale(ae.cfg, files[ae.cfg.name][:end], self.dir if end == self.length else None)
-                for f in files.values():
-                    f.flush()
-                write_json(self.dir / "meta.json", dict(what=what, rows=end))
+                cache.commit(files, end)
 
     def captions(self) -> list[str]:
         """Of all rows, in order."""
@@ -687,6 +801,10 @@ class LatentCache:
 
     def __len__(self):
         return self.length
+
+    def pieces(self, size: int) -> list[Tensor]:
+        """All rows in order, so many at a time."""
+        return list(torch.arange(self.length).split(size))
 
     def batch(self, indices: Tensor, generator=None) -> tuple[dict[str, Tensor], Tensor]:
         """{autoencoder: normalised latents (B,C,H,W)}, class (B,). A KL-VAE's latents are its means without a generator
@@ -697,6 +815,105 @@ class LatentCache:
             for k, s in self.std.items():
                 z[k] = z[k] + torch.from_numpy(s[rows].astype(np.float32)) * torch.randn(z[k].shape, generator=generator)
         return z, self.labels[indices]
+
+
+class Buckets:
+    """Caches of several sizes as one, rows one cache behind the other; `buckets` (n,) says whose, and `order` reads it: a
+    batch is of one size."""
+
+    def __init__(self, caches: list[LatentCache]):
+        self.caches, sizes = caches, torch.tensor([len(c) for c in caches])
+        self.buckets, self.starts = torch.arange(len(caches)).repeat_interleave(sizes), sizes.cumsum(0) - sizes
+        self.labels = torch.cat([c.labels for c in caches])
+
+    def __len__(self):
+        return len(self.buckets)
+
+    def pieces(self, size: int) -> list[Tensor]:
+        return [rows + start for cache, start in zip(self.caches, self.starts) for rows in cache.pieces(size)]
+
+    def captions(self) -> list[str]:
+        return [text for cache in self.caches for text in cache.captions()]
+
+    def batch(self, indices: Tensor, generator=None) -> tuple[dict[str, Tensor], Tensor]:
+        k = self.buckets[indices]
+        assert (k == k[0]).all(), "a batch of several sizes"
+        return self.caches[k[0]].batch(indices - self.starts[k[0]], generator)
+
+
+class TextCache:
+    """Encoded prompts on disk (see Cache): cache[rows] is the Text of prompts[rows]; equal prompts are stored once. `null`
+    is the null prompt as in null_prompt, one row.
+
+    what: all that decides the numbers besides the prompts.   open_encoders() -> read(prompt, plain) -> {part of a Text: one row
+    of it}; it is called only if something is missing, and what it loaded (10 GB in FLUX) is gone afterwards"""
+
+    def __init__(self, root, prompts: list[str], what: str, open_encoders, negative: str = ""):
+        distinct = list(dict.fromkeys(prompts))
+        digest = hashlib.sha256("\0".join(distinct).encode()).hexdigest()
+        self.files = Cache(root, "texts", dict(layout=1, what=what, prompts=digest, negative=negative), 1 + len(distinct))
+        place = {prompt: 1 + i for i, prompt in enumerate(distinct)}  # row 0: the null prompt
+        self.dir, self.places = self.files.dir, torch.tensor([place[p] for p in prompts])
+        if self.files.done < self.files.length:
+            self._fill([negative, *distinct], open_encoders)
+        self.parts = {name: self.files.array(name) for name in self.files.names}
+        null = self._text(torch.tensor([0]))
+        self.null = null if negative else replace(null, mask=None)
+
+    @torch.no_grad()
+    def _fill(self, prompts: list[str], open_encoders):
+        cache, arrays, read = self.files, {}, open_encoders()
+        for i in tqdm(range(cache.done, len(prompts)), desc=f"reading {len(prompts)} prompts", leave=False):
+            for name, row in read(prompts[i], i == 0).items():
+                row = row[0].detach().cpu()
+                row = (row.view(torch.uint16) if row.dtype == torch.bfloat16 else row).numpy()      # numpy has no bf16
+                if name not in arrays:
+                    arrays[name] = cache.new(name, row.shape, row.dtype)
+                arrays[name][i] = row
+            if i % 256 == 255 or i + 1 == len(prompts):
+                cache.commit(arrays, i + 1)
+        del read
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _text(self, rows: Tensor) -> Text:
+        parts = {k: torch.from_numpy(a[rows.numpy()]) for k, a in self.parts.items()}
+        return Text(**{k: v.view(torch.bfloat16) if v.dtype == torch.uint16 else v for k, v in parts.items()})
+
+    def __len__(self):
+        return len(self.places)
+
+    def __getitem__(self, rows: Tensor) -> Text:
+        return self._text(self.places[rows])
+
+
+class Words:
+    """A TextCache's interface over encode_words, which is faster than a disk."""
+
+    def __init__(self, prompts: list[str], length: int, negative: str = ""):
+        self.prompts, self.length, self.null = prompts, length, null_prompt("words", None, length, negative)
+
+    def __len__(self):
+        return len(self.prompts)
+
+    def __getitem__(self, rows: Tensor) -> Text:
+        return encode_words([self.prompts[i] for i in rows.tolist()], self.length)
+
+
+def cache_prompts(family: str, folder, prompts: list[str], length: int, negative: str = "", cache="runs/cache",
+                  dtype: torch.dtype = torch.float32, device="cpu") -> TextCache | Words:
+    """A TextCache of prompts and null prompt under the text encoders in a pipeline folder, `length` tokens each. The encoders
+    are all loaded at once here, each prompt goes through them by itself; they are freed before this returns."""
+    if family == "words":
+        return Words(prompts, length, negative)
+    found = find_encoders(family, folder)
+
+    def open_encoders():
+        loaded = [(read, *_load_encoder(cls, *parts, dtype, device)) for cls, read, parts, _ in found]
+        return lambda prompt, plain: {k: v for read, *pair in loaded for k, v in read(*pair, prompt, length, plain).items()}
+
+    what = f"{[(cls, print_) for cls, _, _, print_ in found]} {length} {dtype}"
+    return TextCache(cache, prompts, what, open_encoders, negative)
 
 
 def check_scale(cfg, latents: np.ndarray, report=None):
@@ -710,6 +927,5 @@ def check_scale(cfg, latents: np.ndarray, report=None):
 
 
 def write_json(path: Path, value):
-    tmp = path.with_name(f".{path.name}.tmp")
-    tmp.write_text(json.dumps(value, indent=1))
-    os.replace(tmp, path)
+    with atomic(path) as tmp:
+        tmp.write_text(json.dumps(value, indent=1))

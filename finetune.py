@@ -11,22 +11,26 @@ new embedder and head go on training in full. The loss is stage 2's; only what i
     python finetune.py --base tiny-flux --init scratch                                  a teacher for two-pass guidance, and
     python finetune.py --base tiny-flux --distill-guidance runs/scratch-tiny-flux-1     the one-pass model made of it
     python finetune.py --base tiny-flux --objective flow   the plain loss on a distilled base: what Fig. 6 shows
+    torchrun --nproc-per-node 8 finetune.py --base flux-krea    eight GPUs, each with a share of the model
 """
 
 import argparse
 import time
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from align import (LOSSES, add_data_args, distillation_loss, draw, ends, flow_matching_loss, guidance_limits, new_run, pick, pick_objective, plot_curves, prepare, recipe_of,
-                   sample_loss, shift_of, train, validation_loss, write_run)
+from align import (BIG, LOSSES, add_data_args, distillation_loss, draw, ends, first_goes_first, flow_matching_loss, frozen_dtype, guidance_limits, join, leave, new_run, pick,
+                   pick_objective, plot_curves, prepare, processes, recipe_of, sample_loss, settle, shift_of, size_of, train, validation_loss, write_run)
 from autoencoder import ae_config
 from lora import add_lora, merge_lora
-from model import BASES, FluxConfig, build, config_dict, deepen, read_tensors, run, to_deep_latent, with_guidance_embed
-from sample import add_model_args, dtype_of, load_base, load_run, newest_run, run_file, save_grid
+from model import (BASES, FAMILIES, DiTConfig, FluxConfig, build, config_dict, ddpm_times, deepen, read_tensors, rotary_table, run, sincos_2d, to_deep_latent,
+                   with_guidance_embed)
+from sample import Cost, add_model_args, dtype_of, example_text, load_base, load_run, newest_run, run_file, save_grid
 
 
 def trainable(model, tune: str, final_adaln: bool = True) -> list[tuple[str, torch.nn.Parameter]]:
@@ -34,6 +38,41 @@ def trainable(model, tune: str, final_adaln: bool = True) -> list[tuple[str, tor
     if tune == "full":
         return pick(model, ("",))
     return pick(model, ends(model, final_adaln)) + [(k, q) for k, q in model.named_parameters() if k.endswith((".A", ".B"))]
+
+
+@contextmanager
+def without_contents():
+    """Tensors made inside are their shapes alone, and so are the tables that models keep: neither side may see the other's."""
+    forget = lambda: [table.cache_clear() for table in (sincos_2d, ddpm_times, rotary_table)]
+    forget()
+    try:
+        with FakeTensorMode():
+            yield
+    finally:
+        forget()
+
+
+def training_memory(cfg, pictures: int, grid: tuple[int, int], *, text_tokens: int | None = None, tune: str = "lora", rank: int = 256,
+                    dtype: torch.dtype = torch.bfloat16, frozen: torch.dtype | None = None, recompute: bool | None = None, ema: bool = True) -> dict[str, int]:
+    """Bytes that a training pass over so many latents of (H,W) = grid takes on one GPU, from the configuration alone: a step
+    is run on tensors without contents. Of weights frozen and trained; gradients; optimizer (AdamW's two moments); average;
+    activations (the most that is alive at one time besides); total. frozen, recompute: see settle."""
+    with without_contents():
+        model = FAMILIES[type(cfg)](cfg)
+        if tune == "lora":
+            add_lora(model, rank)
+        trained = [k for k, _ in trainable(model, tune)]
+        sizes = {k: p.nbytes for k, p in settle(model, trained, "cpu", frozen, recompute).items()}
+        cond = torch.zeros(pictures, dtype=torch.long) if isinstance(cfg, DiTConfig) else example_text(cfg, pictures, text_tokens or cfg.text_tokens)
+        z, t = torch.empty(pictures, cfg.in_channels, *grid), torch.empty(pictures)
+        with Cost() as memory:
+            for _ in range(2):                                       # the second pass, as --accumulate makes it, finds gradients there
+                with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+                    loss = flow_matching_loss(model, z, t, cond, torch.empty_like(z))[0].mean()
+                loss.backward()
+    bytes_ = dict(frozen=sum(n for k, n in sizes.items() if k not in trained), trained=(own := sum(sizes[k] for k in trained)), gradients=own,
+                  optimizer=2 * own, average=own * ema, activations=memory.peak - own)
+    return bytes_ | dict(total=sum(bytes_.values()))
 
 
 def start_model(args, recipe):
@@ -54,7 +93,7 @@ def start_model(args, recipe):
         torch.manual_seed(args.seed)
         return build(cfg), {"base": args.base, "base_weights": None, "kind": "scratch"}, []
     if args.init == "base":
-        base, info = load_base(args.base, args.weights)
+        base, info = load_base(args.base, args.weights, dtype=None)
         torch.manual_seed(args.seed)
         cfg = to_deep_latent(base.cfg, ae_config(args.ae or recipe["ae"]), pos_step=args.pos_step)
         cfg = replace(cfg, res=args.res or base.cfg.res)
@@ -62,14 +101,14 @@ def start_model(args, recipe):
     aligned = Path(args.init) if args.init != "align" else newest_run(kinds=(f"align-{Path(args.base).name}",))
     if aligned is None:
         raise ValueError(f"no alignment of {args.base} in runs/; first: python align.py --base {args.base}   (or --init base to go without)")
-    model, info = load_run(aligned, base_weights=args.weights)
+    model, info = load_run(aligned, base_weights=args.weights, dtype=None)   # 12B in the file's bf16: `settle` makes float32 of what learns
     print(f"starting from {aligned}")
     kept = ("base", "base_weights", "base_print", "shift", "ae_weights", "images", "captions", "steps", "lora")
     if args.res:
         model.cfg = replace(model.cfg, res=args.res)
     own = read_tensors(run_file(aligned)).keys()
     if args.merge:
-        merge_lora(model)
+        merge_lora(model if size_of(model) > BIG else model.float())  # the sum of both as exact as what comes of it is kept
         info, own = {k: v for k, v in info.items() if k != "lora"}, model.state_dict().keys()
     facts = {**{k: info[k] for k in kept if k in info}, "kind": "finetune", "from": str(aligned)}
     return model, facts, [q for k, q in model.named_parameters() if k in own]
@@ -100,13 +139,15 @@ def main(argv=None):
                    "else the recipe's; 1 from scratch)")
     p.add_argument("--sample-every", type=int, default=-1, help="a preview grid every so many steps; -1 = only at start and end")
     p.add_argument("--save-dtype", default="fp32", choices=("fp32", "bf16"), help="of the finished files (default fp32)")
+    p.add_argument("--parallel", choices=("ddp", "fsdp"),
+                   help="under torchrun: the whole model on every GPU, or a share of it (default: fsdp from 1e9 parameters on)")
     p.add_argument("--compile", action="store_true", help="torch.compile every block: a minute at first, then a third faster")
     p.add_argument("--out", metavar="DIR", help="the run's folder (default: runs/finetune-BASE-N, the next N)")
     args = p.parse_args(argv)
 
     recipe = recipe_of(args.base)
     model, info, own = start_model(args, recipe)
-    kind, dtype, device, teacher = info["kind"], dtype_of(args), torch.device(args.device), None
+    kind, dtype, device, teacher = info["kind"], dtype_of(args), join(args.device), None
     goal = "distill" if kind == "distill" else pick_objective(model.cfg, args.objective)
     out = new_run(kind, args)
     model = model.to(device).train()
@@ -121,9 +162,13 @@ def main(argv=None):
         info["lora"] = lora
     named = trainable(model, "full" if everything else args.tune, args.final_adaln)
     carried = [(k, q) for k, q in model.named_parameters() if any(q is o for o in own) and k not in dict(named)]
+    sharded = args.parallel == "fsdp" or (args.parallel is None and size_of(model) > BIG)
+    now = settle(model, [k for k, _ in named], device, frozen_dtype(args), args.recompute, sharded)
+    named, carried = ([(k, now[k]) for k, _ in part] for part in (named, carried))
     args.images, args.captions = args.images or info.get("images"), args.captions or info.get("captions")
     files = {model.cfg.ae: args.ae_weights or info.get("ae_weights")}
-    data = prepare(args, recipe, files, model.cfg, device)
+    with first_goes_first():
+        data = prepare(args, recipe, files, model.cfg, device)
     (ae,), source, cache, model.null = data.ae.values(), data.source, data.cache, data.null
     (z_val,), y_val = data.val[0].values(), data.val[1]
     shift, rule = shift_of(args.shift or info.get("shift") or (1.0 if kind == "scratch" else recipe["shift"]), model.cfg)
@@ -149,7 +194,8 @@ def main(argv=None):
         m.null = data.null
         y, titles = data.ask(8)
         images = draw(m, ae, y, args.seed, args.cfg_scale, rule, dtype, args.base)
-        save_grid(file, [(name, images)], titles, {"seed": str(args.seed), "cfg_scale": str(args.cfg_scale)})
+        if processes()[0] == 0:                                       # all draw it: a sharded model takes all
+            save_grid(file, [(name, images)], titles, {"seed": str(args.seed), "cfg_scale": str(args.cfg_scale)})
 
     def watch(step):
         model.eval()
@@ -159,11 +205,15 @@ def main(argv=None):
         return {"val_loss": loss}
 
     start = time.perf_counter()
-    log = train(out, model, named, loss_fn, len(cache), steps, batch=args.batch or stage3["batch"], lr=args.lr or stage3["lr"], info=info,
+    log = train(out, model, named, loss_fn, cache.buckets if args.buckets else len(cache), steps, batch=args.batch or stage3["batch"], lr=args.lr or stage3["lr"], info=info,
                 warmup=stage3["warmup"] if args.warmup is None else args.warmup, schedule=args.schedule or stage3.get("schedule", "constant"), weight_decay=args.weight_decay,
                 clip=None if args.clip < 0 else args.clip, ema=args.ema or None, accumulate=args.accumulate, seed=args.seed, dtype=dtype,
                 save_every=args.save_every, watch=watch, watch_every=args.sample_every)
     write_run(out, info, named, log, torch.bfloat16 if args.save_dtype == "bf16" else torch.float32, carried=carried)
+    rank, _ = processes()
+    leave()
+    if rank:
+        return
     plot_curves(out / "curves.png", {kind: log})
     preview(out / "samples.png", kind, load_run(out, args.device)[0])
     print(f"validation loss {log[0]['val_loss']:.4f} -> {log[-1]['val_loss']:.4f} (as trained, without the average) in {time.perf_counter() - start:.0f} s; "

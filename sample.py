@@ -10,11 +10,14 @@ DDPM's chain, for DiT as it was published.
     python sample.py --ckpt runs/finetune-tiny-1 --cfg-scale 3 --num-steps 50 --seed 7
     python sample.py --base dc-gen-flux-1k --prompt "a lighthouse at dusk" --res 1216x832
     python sample.py --base sana-4.8b --prompts FILE --dry-run        what it would take, without weights
+    python sample.py --base sana-4.8b --prompts FILE --out DIR --dataset       a training set, drawn by the base itself
 """
 
 import argparse
+import hashlib
 import json
 import math
+import os
 import time
 import weakref
 from contextlib import contextmanager
@@ -33,9 +36,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from autoencoder import ae_class, ae_config, export_autoencoder, load_autoencoder
-from data import SHAPES, TEXT_ENCODERS, encode_prompts, fingerprint, null_prompt, read_prompts, text_parts
+from data import SHAPES, SUFFIXES, TEXT_ENCODERS, cache_prompts, encode_prompts, find_encoders, fingerprint, null_prompt, read_prompts, text_parts, write_json
 from lora import add_lora, load_peft, lora_state, merge_lora, save_peft
-from model import (BASES, FAMILIES, Condition, FluxConfig, Text, build, cat_conditions, config_dict, config_of, ddpm_alphas_cumprod, deepen, export_diffusers,
+from model import (BASES, FAMILIES, Condition, FluxConfig, Text, atomic, build, cat_conditions, config_dict, config_of, ddpm_alphas_cumprod, deepen, export_diffusers,
                    fast_bf16, find_weights, read_config, read_tensors, run)
 
 
@@ -255,6 +258,9 @@ def latent_size(cfg, ae_cfg, size: tuple[int, int]) -> tuple[int, int]:
 @contextmanager
 def visiting(module: torch.nn.Module, device):
     """The module on the device, and where it was again afterwards. Its own tensors wait there: coming home copies nothing."""
+    if all(p.device == torch.device(device) for p in module.parameters()):
+        yield module                                                 # as it is: FSDP's parameters come and go
+        return
     home = [(store, name, t, t.data) for m in module.modules() for store in (m._parameters, m._buffers) for name, t in store.items() if t is not None]
     module.to(device)
     yield module
@@ -488,8 +494,8 @@ def save_png(path, pixels: np.ndarray, meta: dict | None = None):
     info = PngImagePlugin.PngInfo()
     for k, v in (meta or {}).items():
         info.add_text(k, v if isinstance(v, str) else json.dumps(v))
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels).save(path, pnginfo=info)
+    with atomic(path) as tmp:
+        Image.fromarray(pixels).save(tmp, "PNG", pnginfo=info)
 
 
 def save_grid(path, rows: list[tuple[str, Tensor]], columns: list[str] = (), meta: dict | None = None):
@@ -508,6 +514,41 @@ def save_grid(path, rows: list[tuple[str, Tensor]], columns: list[str] = (), met
     save_png(path, np.asarray(sheet), meta)
 
 
+# ---- data sets: what a base draws, to train its successor on -----------------------------------------------------------------------
+# A folder of pictures as others keep them: metadata.jsonl has a line a picture, {"file_name", "text", ...}. It is written when
+# all pictures are there, so a folder without it is not finished; dataset.json says from the start what it is made of.
+
+def parse_shard(text: str | None) -> tuple[int, int]:
+    """"2/8" -> (2, 8), the third of eight shares; None -> torchrun's process and number of processes, else all of it."""
+    if text is None:
+        return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    i, _, n = text.partition("/")
+    if not (i.isdecimal() and n.isdecimal() and int(i) < int(n)):
+        raise ValueError(f"--shard {text}: give I/N, one of 0/N .. N-1/N, as 0/8")
+    return int(i), int(n)
+
+
+def claim_dataset(folder: Path, facts: dict):
+    """Note in dataset.json what the data set is made of. ValueError if another one is in the folder, or other pictures."""
+    file, facts = folder / "dataset.json", json.loads(json.dumps(facts))
+    noted = json.loads(file.read_text()) if file.exists() else {}
+    if wrong := [k for k in facts if noted.get(k, facts[k]) != facts[k]]:
+        raise ValueError(f"{folder} holds a data set of another making ({wrong[0]}: {noted[wrong[0]]}, now {facts[wrong[0]]}); give another --out")
+    if not noted and folder.is_dir() and any(p.suffix.lower() in SUFFIXES for p in folder.iterdir()):
+        raise ValueError(f"{folder} holds pictures already; give another --out")
+    write_json(file, noted | facts)
+
+
+def finish_dataset(folder: Path, entries: list[dict]) -> int:
+    """Write metadata.jsonl if every picture is there; returns how many are missing. Whichever process comes last does it, and
+    two at a time write the same."""
+    missing = sum(not (folder / entry["file_name"]).exists() for entry in entries)
+    if not missing:
+        with atomic(folder / "metadata.jsonl") as tmp:
+            tmp.write_text("".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries), encoding="utf-8")
+    return missing
+
+
 # ---- models by name, shared flags ------------------------------------------------------------------------------------------------
 
 def add_model_args(p: argparse.ArgumentParser, res=int):
@@ -520,6 +561,11 @@ def add_model_args(p: argparse.ArgumentParser, res=int):
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
     p.add_argument("--dtype", default="auto", choices=("auto", "bf16", "fp32"), help="arithmetic; auto = bf16 where it is faster (default auto)")
     p.add_argument("--seed", type=int, default=0, help="seed; picture i of a batch uses seed + i (default 0)")
+
+
+def device_here(device: str) -> str:
+    """"cuda" as torchrun means it: every process on a machine has its own."""
+    return f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and "LOCAL_RANK" in os.environ else device
 
 
 def dtype_of(args) -> torch.dtype:
@@ -788,11 +834,16 @@ def main(argv=None):
     p.add_argument("--lora", metavar="PATH", help="a LoRA of diffusers or PEFT to add, a file or a folder with its embedder and head")
     p.add_argument("--dry-run", action="store_true", help="print what it would take, and stop; touches no weights")
     p.add_argument("--export", metavar="DIR", help="write model and autoencoder as a diffusers folder, LoRA merged (and beside it in lora/), and stop")
+    p.add_argument("--dataset", action="store_true", help="draw a training set into --out, with captions in metadata.jsonl; the same command goes on with it")
+    p.add_argument("--shard", metavar="I/N", help="of a data set: draw share I of N, 0/N .. N-1/N (default: torchrun's, else all)")
     p.add_argument("--out", help="folder for the pictures (default: samples/ in the run, or runs/samples-BASE)")
     args = p.parse_args(argv)
 
     if args.ckpt and args.base:
         raise ValueError("--base and --ckpt each name a model; give one of them")
+    reject(args.dataset and not args.out, "--dataset", "name its folder with --out DIR")
+    reject(args.shard and not args.dataset, "--shard", "only a data set is drawn in shares: add --dataset")
+    args.device = device_here(args.device)
     ckpt, name, dtype, seconds = args.ckpt or (None if args.base else newest_run()), args.base or "tiny", dtype_of(args), {}
     cfg, info = run_facts(run_file(ckpt, not args.raw)) if ckpt else facts_of(name)
     label = str(ckpt or name)
@@ -832,32 +883,62 @@ def main(argv=None):
     if args.export:
         export(*load()[::2], Path(args.export))
         return
-    if own["encoders"]:                                               # before the model: 10 GB of encoders are gone when it comes
-        folder = text_folder(label, own["encoders"], own["text"], args.text_encoders, args.weights)
-        with timed(seconds, "text", args.device):
-            guidance = own["guidance"] if distilled else None
-            cond, null = encode(own["encoders"], folder, prompts, args.negative, guidance, length, dtype, args.device)
-    model, info, ae = load()
-    if own["encoders"]:
-        model.null = null
-    seeds = [args.seed + i for i in range(len(cond))]
-    out = Path(args.out or (Path(info["file"]).parent / "samples" if ckpt else f"runs/samples-{Path(name).name}"))
-    grid = out.with_name(f"{out.name}-grid.png")                      # beside the folder, which so holds samples only
-    facts = {k: own[k] for k in ("sampler", "num_steps", "cfg_scale", "shift")} | dict(weights=str(info.get("file", name)), model=config_dict(model.cfg))
+    seeds = [args.seed + i for i in range(len(shown_as))]
+    names = [f"{i:05d}_seed{seed}.png" for i, seed in enumerate(seeds)]
+    batches, null, guidance = torch.arange(len(seeds)).split(own["batch"]), None, own["guidance"] if distilled else None
+    facts = {k: own[k] for k in ("sampler", "num_steps", "cfg_scale", "shift")} | dict(model=config_dict(cfg))
     if own["encoders"]:
         facts |= dict(guidance=guidance, text_tokens=length)
-    said = {"prompt": shown_as, "negative": [args.negative] * len(cond)} if own["encoders"] else {"class": shown_as}
+        folder = text_folder(label, own["encoders"], own["text"], args.text_encoders, args.weights)
+    if args.dataset:
+        shard = parse_shard(args.shard)
+        digest = lambda x: hashlib.sha256(json.dumps(x).encode()).hexdigest()[:16]
+        made_of = facts | dict(prompts=digest(shown_as), count=len(seeds), seed=args.seed, size=size, batch=own["batch"], dtype=str(dtype), negative=args.negative,
+                               encoders=digest([e[-1] for e in find_encoders(own["encoders"], folder)] if own["encoders"] else None))
+        claim_dataset(Path(args.out), made_of)
+        share = batches[shard[0] :: shard[1]]                         # whole batches, always the same: in another one the last bit may differ
+        batches = [rows for rows in share if not all((Path(args.out) / names[i]).exists() for i in rows)]
+    if own["encoders"] and len(batches):                              # before the model: 10 GB of encoders are gone when it comes
+        with timed(seconds, "text", args.device):
+            if args.dataset:                                          # read from the disk as they are needed: 4 MB each in FLUX
+                mine = torch.cat(share).tolist()
+                texts = cache_prompts(own["encoders"], folder, [prompts[i] for i in mine], length, args.negative, dtype=dtype, device=args.device)
+                place, null = {i: k for k, i in enumerate(mine)}, texts.null
+            else:
+                cond, null = encode(own["encoders"], folder, prompts, args.negative, guidance, length, dtype, args.device)
+
+    def condition(rows):
+        if not (args.dataset and own["encoders"]):
+            return cond[rows]
+        text = texts[torch.tensor([place[int(i)] for i in rows])]
+        return text if guidance is None else replace(text, guidance=torch.full((len(rows),), guidance))
+
+    model, info, ae = load()
+    if args.dataset:
+        claim_dataset(Path(args.out), dict(weights=fingerprint(model), autoencoder=fingerprint(ae)))
+    if own["encoders"]:
+        model.null = null
+    facts["weights"] = str(info.get("file", name))
+    out = Path(args.out or (Path(info["file"]).parent / "samples" if ckpt else f"runs/samples-{Path(name).name}"))
+    grid = out.with_name(f"{out.name}-grid.png")                      # beside the folder, which so holds samples only
+    said = {"prompt": shown_as, "negative": [args.negative] * len(seeds)} if own["encoders"] else {"class": shown_as}
     shown, start = [], time.perf_counter()
-    for rows in torch.arange(len(cond)).split(own["batch"]):          # written as they come: 50 000 do not fit in memory
-        images = generate(model, ae, cond[rows], [seeds[i] for i in rows], own["num_steps"], own["cfg_scale"], own["sampler"], own["shift"], size,
-                          own["batch"], dtype, progress=True, device=args.device, seconds=seconds)
+    for rows in tqdm(batches, desc="data set", disable=not args.dataset):          # written as they come: 50 000 do not fit in memory
+        images = generate(model, ae, condition(rows), [seeds[i] for i in rows], own["num_steps"], own["cfg_scale"], own["sampler"], own["shift"], size,
+                          own["batch"], dtype, progress=not args.dataset, device=args.device, seconds=seconds)
         for i, pixels in zip(rows.tolist(), to_uint8(images)):
-            save_png(out / f"{i:05d}_seed{seeds[i]}.png", pixels, {**{k: v[i] for k, v in said.items()}, "seed": str(seeds[i]), "dcgen": facts})
+            save_png(out / names[i], pixels, {**{k: v[i] for k, v in said.items()}, "seed": str(seeds[i]), "dcgen": facts})
         shown += list(thumbnails(images)[: 64 - len(shown)])
-    total = time.perf_counter() - start + seconds.get("text", 0.0)
-    rows = [(f"seed {seeds[i]} +", torch.stack(shown[i : i + 8])) for i in range(0, len(shown), 8)]
-    save_grid(grid, rows, shown_as if len(cond) <= 8 else (), {"dcgen": facts})
-    print(f"wrote {len(cond)} pictures to {out}/ and {grid} ({total:.1f} s, {total / len(cond):.2f} s each: "
+    total, drawn = time.perf_counter() - start + seconds.get("text", 0.0), sum(map(len, batches))
+    if args.dataset:
+        about = dict(steps=own["num_steps"], guidance=guidance, cfg_scale=own["cfg_scale"])
+        missing = finish_dataset(out, [dict(file_name=names[i], text=shown_as[i], seed=seeds[i], **about) for i in range(len(seeds))])
+        state = f"{missing} pictures are left to other shares" if missing else f"whole, {len(seeds)} pictures with captions in metadata.jsonl"
+    else:
+        rows = [(f"seed {seeds[i]} +", torch.stack(shown[i : i + 8])) for i in range(0, len(shown), 8)]
+        save_grid(grid, rows, shown_as if len(seeds) <= 8 else (), {"dcgen": facts})
+        state = f"and {grid}"
+    print(f"wrote {drawn} pictures to {out}/ {state} ({total:.1f} s, {total / max(1, drawn):.2f} s each: "
           f"{', '.join(f'{what} {s:.1f} s' for what, s in seconds.items())}; peak {peak_gib(args.device):.1f} GiB)")
 
 
