@@ -2,12 +2,14 @@
 
     python evaluate.py                                 base, aligned, fine-tuned, not aligned: the newest run of each kind
     python evaluate.py runs/finetune-tiny-1 --count 1024
+    python evaluate.py --base tiny-flux --guidance 1 2 3.5 5                  pictures with captions, at several strengths of guidance
     python evaluate.py --train-classifier              the small judge of the embedded pictures, again from scratch
     python evaluate.py --train-classifier --images DIR --classifier FILE      a judge of your own pictures
     python evaluate.py --fid DIR --reference DIR --inception FILE             real pictures, Inception features
 
 On the embedded pictures a small convolutional network judges: its answers give the class accuracy, its features the
-Frechet distance. It never saw a generated picture. A distance means something only beside another one made from the
+Frechet distance. It never saw a generated picture. Pictures with captions are looked at by a program that finds every
+object, its form, colour, size and place, and compares them with the words, as GenEval does. A distance means something only beside another one made from the
 same number of pictures, the same features and the same reference; so every score prints them.
 """
 
@@ -27,9 +29,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from autoencoder import load_autoencoder
-from data import COLOURS, FORMS, HUES, RADII, RELATIONS, SHAPES, SIZES, ImageFolder, Scene, cover, open_source, order, read_caption
+from data import COLOURS, FORMS, HUES, RADII, RELATIONS, SHAPES, SIZES, ImageFolder, Scene, cache_prompts, cover, open_source, order, read_caption
 from model import HERE, find_weights, read_config, read_tensors, run, write_tensors
-from sample import add_model_args, dtype_of, generate, load_base, load_run, newest_run, path, run_file, save_grid, to_uint8
+from sample import (add_model_args, dtype_of, generate, load_base, load_run, newest_run, path, run_file, save_grid, settings, text_folder, to_uint8,
+                    with_guidance)
 
 
 # ---- the gap between two models' representations (Fig. 4a) ----------------------------------------------------------------------
@@ -236,6 +239,9 @@ def look_at(images: Tensor) -> list[tuple[list[Seen], str]]:
     return out
 
 
+ANSWERS = ("object", "count", "colour", "position", "binding", "all")
+
+
 def judge_scene(seen: list[Seen], background: str, scene: Scene) -> dict[str, bool]:
     """A picture against its caption, as GenEval asks (arXiv 2310.11513): is every form there; as many objects as asked;
     every colour; the two in their relation (left out if none is asked); each form with its own colour and size; all of it."""
@@ -263,7 +269,7 @@ def scene_scores(images: Tensor, captions: list[str]) -> dict[str, float]:
         raise ValueError(f"{captions[asked.index(None)]!r} is not a caption of the procedural pictures, so nothing can score it")
     answers = [judge_scene(seen, background, scene) for (seen, background), scene in zip(look_at(images), asked)]
     of = lambda key: [a[key] for a in answers if key in a]
-    return {key: sum(of(key)) / len(of(key)) for key in ("object", "count", "colour", "position", "binding", "all") if of(key)}
+    return {key: sum(of(key)) / len(of(key)) for key in ANSWERS if of(key)}
 
 
 def pick_judge(source):
@@ -328,7 +334,9 @@ def main(argv=None):
     p.add_argument("--images", metavar="DIR", help="real pictures in class folders (default: those of the newest run, else procedural ones)")
     p.add_argument("--classifier", metavar="FILE", help="another judge (default: the shipped one, for the procedural pictures)")
     p.add_argument("--count", type=int, default=512, help="pictures a model (default 512)")
-    p.add_argument("--cfg-scale", type=float, default=3.0, help="classifier-free guidance; 1 = off (default 3)")
+    p.add_argument("--guidance", type=float, nargs="+", help="strengths of guidance: what a distilled model is told, for others the classifier-free scale, 1 = off "
+                   "(default: the model's own; DiT 3)")
+    p.add_argument("--text-encoders", metavar="DIR", help="pipeline folder with the text encoders (default: that of --weights, or the model hub's cache)")
     p.add_argument("--num-steps", type=int, default=25, help="steps of Euler, or of DDIM for a model of epsilon (default 25)")
     p.add_argument("--raw", action="store_true", help="the weights as trained, not their moving average")
     p.add_argument("--out", default="runs/evaluate.json", help="where the table goes (default runs/evaluate.json)")
@@ -362,12 +370,23 @@ def main(argv=None):
         for line in missing_runs({k: r and read_config(run_file(r)) for k, r in kinds.items()}, name):
             print(line)
     base, base_info = load_base(name, args.weights, args.device)
-    folder = args.images or (read_config(run_file(found[-1])).get("images") if found else base_info.get("images"))
-    res = args.res or base.cfg.res
-    train, val = open_source(folder, res), open_source(folder, res, "val")
-    real, labels = val.batch(order(0, min(64, len(val)), len(val), seed=0))
+    facts = read_config(run_file(found[-1])) if found else base_info
+    folder, encoders, res = args.images or facts.get("images"), base.cfg.encoders, args.res or base.cfg.res
+    train, val = (open_source(folder, res, split, (facts.get("captions") or "txt") if encoders else None) for split in ("train", "val"))
+    own, spaces = settings(base.cfg, name), {}
+    chosen = order(0, min(64, len(val)), len(val), seed=0)
+    real, labels = val.batch(chosen)
+    if encoders:
+        titles = [val.caption(i % len(val)) for i in range(args.count)]
+        text = cache_prompts(encoders, text_folder(name, encoders, own["text"], args.text_encoders, args.weights),
+                             titles + [val.caption(int(i)) for i in chosen], base.cfg.text_tokens, dtype=dtype, device=args.device)
+        asked, labels = text[torch.arange(args.count)], text[args.count + torch.arange(len(chosen))]
+        if own["guidance"] is not None:
+            labels = with_guidance(labels, 1.0)
+    else:
+        asked = torch.arange(args.count) % base.cfg.num_classes
+        titles = [str(train.classes[k]) if k < len(train.classes) else str(k) for k in asked.tolist()]
     real, labels = real.to(args.device), labels.to(args.device)
-    spaces = {}
 
     def ae_of(model, info):                                          # loaded once for all the models in its space
         own = args.base_ae_weights if model.cfg.ae == base.cfg.ae else None
@@ -375,41 +394,54 @@ def main(argv=None):
             spaces[model.cfg.ae] = load_autoencoder(model.cfg.ae, own or info.get("ae_weights"), device=args.device)
         return spaces[model.cfg.ae]
 
+    def draw(model, ae, side, guidance, sampler, shift):
+        told = getattr(model.cfg, "guidance_embed", False)
+        cond, cfg_scale = (with_guidance(asked, guidance), 1.0) if told else (asked, guidance)
+        if encoders:
+            model.null = text.null
+        return generate(model, ae, cond, seeds, args.num_steps, cfg_scale, sampler, shift, (side, side), dtype=dtype, progress=True)
+
     judge, no_judge = load_classifier(args.classifier) if args.classifier or not folder else None, None
     if judge is None:
         no_judge = f"the shipped classifier knows the procedural pictures only; train one: python evaluate.py --train-classifier --images {folder} --classifier FILE"
-    elif judge.classes != tuple(train.classes):
+    elif not encoders and judge.classes != tuple(train.classes):
         no_judge = f"the classifier knows {', '.join(judge.classes[:3])} ..., the pictures are {', '.join(train.classes[:3]) or 'without classes'} ..."
-    rows, drawn, notes = [], [], [f"no accuracy, no Frechet distance: {no_judge}"] if no_judge else []
+    scored = (lambda images: scene_scores(images, titles)) if encoders else lambda images: {"accuracy": accuracy(judge, images, asked)}
+    strengths = args.guidance or [own["cfg_scale"] if own["guidance"] is None else own["guidance"]]
+    rows, drawn, notes = [], [], [f"no scores, no Frechet distance: {no_judge}"] if no_judge else []
     if not no_judge:
         reference = judged_source(judge, train, max(2048, args.count))[0]
+        some = [val.batch(r)[0] for r in (torch.arange(args.count) % len(val)).split(64)]
         f, y = judged_source(judge, val, args.count)
-        rows.append(dict(name="real pictures", accuracy=share_right(judge, f, y), frechet=frechet_distance(f, reference)))
+        scores = scene_scores(torch.cat(some), titles) if encoders else dict(accuracy=share_right(judge, f, y))
+        rows.append(dict(name="real pictures", **scores, frechet=frechet_distance(f, reference)))
     for r in [None, *found]:
         model, info = load_run(r, args.device, not args.raw, args.weights) if r else (base, base_info)
         ae, side = ae_of(model, info), args.res or model.cfg.res
         row = dict(name=r.name if r else f"base {Path(name).name}", tokens=(side // ae.cfg.f // model.cfg.patch_size) ** 2, steps=str(info.get("steps", "")))
-        if r and side == res and model.cfg.ae != base.cfg.ae and len(model.blocks) == len(base.blocks) and labels.max() < base.cfg.num_classes:
+        known = encoders or int(labels.max()) < base.cfg.num_classes
+        if r and side == res and model.cfg.ae != base.cfg.ae and len(model.blocks) == len(base.blocks) and known:
             gaps = layer_gap(model, base, ae.encode(real), ae_of(base, base_info).encode(real), labels)
             row["gap"] = sum(gaps) / len(gaps)
-        if not no_judge and (why := unfit(judge, info, model.cfg.num_classes)):
-            notes.append(f"{row['name']}: no accuracy, no Frechet distance: {why}")
-        elif not no_judge:
-            y = torch.arange(args.count) % model.cfg.num_classes
-            row["sampler"] = "DDIM" if model.cfg.predict == "epsilon" else "Euler"
-            images = generate(model, ae, y, seeds, args.num_steps, args.cfg_scale, row["sampler"].lower(), info.get("shift", 1.0), (side, side), dtype=dtype, progress=True)
-            drawn.append((f"{row['name']}\n{row['tokens']} tokens", images[:8]))
-            f = judged(judge, images)
-            row |= dict(accuracy=share_right(judge, f, y), frechet=frechet_distance(f, reference))
-        rows.append(row)
+        why = None if no_judge or encoders else unfit(judge, info, model.cfg.num_classes)
+        if why:
+            notes.append(f"{row['name']}: no scores, no Frechet distance: {why}")
+        if why or no_judge:
+            rows.append(row)
+        for guidance in () if why or no_judge else strengths:
+            sampler = "ddim" if model.cfg.predict == "epsilon" else "euler"
+            images = draw(model, ae, side, guidance, sampler, info.get("shift", 1.0))
+            drawn.append((f"{row['name']}\n{row['tokens']} tokens" + f"\nguidance {guidance:g}" * (len(strengths) > 1), images[:8]))
+            rows.append(row | dict(guidance=guidance, sampler=sampler, **scored(images), frechet=frechet_distance(judged(judge, images), reference)))
 
-    print(f"\n{'':<26}{'tokens':>8}{'steps':>8}{'gap':>8}{'accuracy':>10}{'Frechet':>9}")
-    cell = lambda row, key, form: format(row[key], form) if key in row else "-"
+    shares = list(dict.fromkeys(key for row in rows for key in ("accuracy", *ANSWERS) if key in row))
+    columns = {"tokens": "", "steps": "", "guidance": "g", "gap": ".3f"} | dict.fromkeys(shares, ".1%") | {"frechet": ".3f"}
+    print("\n" + " " * 26 + "".join(f"{key:>10}" for key in columns))
     for row in rows:
-        print(f"{row['name']:<26}{row.get('tokens', ''):>8}{row.get('steps', ''):>8}{cell(row, 'gap', '.3f'):>8}"
-              f"{cell(row, 'accuracy', '.1%'):>10}{cell(row, 'frechet', '.3f'):>9}")
-    samplers = " or ".join(sorted({row["sampler"] for row in rows if "sampler" in row})) or "no"
-    protocol = (f"N {args.count}, all classes in turn, {samplers} {args.num_steps} steps, guidance {args.cfg_scale}, seeds {args.seed}+i, {'raw weights' if args.raw else 'moving average where there is one'}; "
+        print(f"{row['name']:<26}" + "".join(f"{format(row[key], form) if row.get(key) not in (None, '') else '-':>10}" for key, form in columns.items()))
+    samplers = " or ".join(sorted({row["sampler"] for row in rows if "sampler" in row})) or "nothing drawn,"
+    protocol = (f"N {args.count}, {'captions of unseen pictures' if encoders else 'all classes in turn'}, {samplers} {args.num_steps} steps, guidance {', '.join(f'{g:g}' for g in strengths)}, "
+                f"seeds {args.seed}+i, {'raw weights' if args.raw else 'moving average where there is one'}; "
                 + ("" if no_judge else f"features of {args.classifier or 'the shipped classifier'}, reference {len(reference)} real pictures; ")
                 + f"gap: mean over layers at t = 1 on {len(real)} {'pictures of ' + str(folder) if folder else 'procedural pictures'}, {res} px; {dtype}, {args.device}")
     print(f"[{protocol}]" + "".join(f"\n{note}" for note in notes))
@@ -418,7 +450,7 @@ def main(argv=None):
     if drawn:                                                        # pictures of several sizes do not make one grid
         size = drawn[0][1].shape[-2:]
         save_grid(Path(args.out).with_suffix(".png"), [(n, x) for n, x in drawn if x.shape[-2:] == size],
-                  list(judge.classes)[:8] if len(judge.classes) >= 8 else (), {"protocol": protocol})
+                  titles[:8] if len(titles) >= 8 else (), {"protocol": protocol})
     print(f"wrote {args.out}" + (f" and {Path(args.out).with_suffix('.png')}" if drawn else ""))
 
 
