@@ -302,7 +302,9 @@ def settle(model, trained: list[str], device, frozen: torch.dtype | None = None,
             block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
     if shard and processes()[1] > 1:
         mesh = init_device_mesh(torch.device(device).type, (processes()[1],))
-        for part in (*model.blocks, model):
+        # a block's modulations are read before the block is (model.modulations), so they are gathered by themselves
+        modulations = [m for block in model.blocks for name, m in block.named_children() if name.endswith(("mod", "modulation"))]
+        for part in (*modulations, *model.blocks, model):
             fully_shard(part, mesh=mesh)
             part.set_gradient_divide_factor(1.0)                     # a plain sum: the loop has divided by the batch
             part.set_force_sum_reduction_for_comms(True)
