@@ -1080,6 +1080,27 @@ def test_training_goes_on_where_it_was_killed_and_measures_the_scale(cfg, tmp_pa
     assert z.square().mean().sqrt().item() == pytest.approx(1, abs=0.05)
 
 
+def test_an_autoencoder_can_be_pulled_towards_anothers_latents(tmp_path):
+    """Killed and resumed to the same numbers; and the base's latents become readable in it, which without the pull they are not."""
+    cfg, base = STYLES["in"], calibrated(TINY_KL)
+    def run(out, steps, ratio=10.0, **kw):
+        autoencoder.train_autoencoder(cfg, kw.get("source") or Killed(32), tmp_path / out, steps=steps, batch=8, lr=2e-3, beta=1e-3, noise=0.1, seed=1, save_every=2, towards=base, ratio=ratio)
+        ae = ae_class(cfg)(cfg).eval().requires_grad_(False)
+        ae.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in read_tensors(tmp_path / f"{out}.safetensors").items()})
+        x = ShapesSource(32, split="val").batch(torch.arange(64))[0]
+        z, target = ae.moments(x)[0], F.adaptive_avg_pool2d(base.encode(x), 32 // cfg.f)
+        sums = align.LeastSquares(cfg.channels, target.shape[1])
+        sums.add(z.movedim(1, -1), target.movedim(1, -1))
+        return sums.loss(*sums.solve()) / target.var().item()
+    run("straight", 4)
+    with pytest.raises(KeyboardInterrupt):
+        run("killed", 4, source=Killed(32, 3))
+    run("killed", 4)
+    a, b = (read_tensors(tmp_path / f"{k}.safetensors") for k in ("straight", "killed"))
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    assert run("pulled", 40) < 0.85 * run("left", 40, ratio=0.0)
+
+
 # weights of whole folders, in and out
 
 def tiny_of(name):
@@ -3060,6 +3081,7 @@ def words_base(tmp_path, monkeypatch):
     cfg = replace(BASES["tiny-flux"], res=64, hidden_size=96, num_heads=3, depth=1, depth_single=1, weights=str(tmp_path / "words.safetensors"))
     write_tensors(cfg.weights, scramble(Flux(cfg)).state_dict())
     monkeypatch.setitem(BASES, "test-words", cfg)
+    monkeypatch.setitem(sample.SETTINGS, "words", sample.SETTINGS["words"] | dict(num_steps=2))
     return cfg
 
 
@@ -3371,6 +3393,67 @@ def test_bad_flags_are_told_before_anything_is_loaded(tmp_path, monkeypatch):
             align.main([*flags, "--pictures", "8", "--count", "0"])
 
 
+def test_layer_rates_are_on_a_line_and_one_on_average(tmp_path):
+    for name in TINIES:
+        net = FAMILIES[type(TINIES[name])](TINIES[name])
+        rate, n = finetune.layer_rates(net, 3.0), len(net.blocks)
+        of = lambda m: {rate(k) for k, p in net.named_parameters() if any(p is q for q in m.parameters())}
+        rates = [of(net.embed_linear), *(of(block) for block in net.blocks), of(net.head_linear)]
+        assert [len(r) for r in rates] == [1] * (n + 2)
+        rates = [r.pop() for r in rates]
+        assert rates == pytest.approx([0.5 + i / (n + 1) for i in range(n + 2)]) and sum(rates) / (n + 2) == pytest.approx(1)
+    assert {finetune.layer_rates(net, 1.0)(k) for k, _ in net.named_parameters()} == {1.0}
+    net = small_pair()[1]
+    moved = lambda k, model: (model.state_dict()[k] - net.state_dict()[k]).abs().max().item()
+    even, uneven = (run_train(tmp_path / str(r), steps=1, rate=finetune.layer_rates(net, r))[0] for r in (1.0, 3.0))
+    for k, share in ((f"{net.EMBEDDER}proj.weight", 0.5), (f"{net.HEAD}weight", 1.5)):           # AdamW's first step is the learning rate
+        assert moved(k, uneven) == pytest.approx(share * moved(k, even), rel=1e-3)
+
+
+def test_lora_comes_in_gradually_and_is_whole_at_the_end():
+    net = with_lora()[1]
+    before, own = finetune.lora_ramp(net, 4), {m: m.scale for m in net.modules() if isinstance(m, LoRALinear)}
+    for step, share in ((0, 0), (1, 0.25), (3, 0.75), (4, 1), (9, 1), (2, 0.5)):
+        before(step)
+        assert own and all(m.scale == share * scale for m, scale in own.items())
+
+
+def test_the_next_autoencoder_is_the_recipes_or_the_one_asked_for():
+    flux, at = align.RECIPES["flux-krea"], lambda name: replace(BASES["flux-krea"], ae=name, pos_step=2.0)
+    assert align.target_ae(None, flux, BASES["flux-krea"]).name == "dc-ae-f32c32-in-1.0"
+    assert align.target_ae(None, flux, at("dc-ae-f32c32-in-1.0")).name == BASES["dc-gen-flux-4k"].ae
+    assert align.target_ae("dc-ae-f64c128-in-1.0", flux, at("dc-ae-f32c32-in-1.0")).name == "dc-ae-f64c128-in-1.0"
+    with pytest.raises(ValueError, match="on dc-ae-f64c128-1.5 already, where its recipe ends; name the autoencoder to move to with --ae, one of dc-ae-f128c512-in-1.0, "):
+        align.target_ae(None, flux, at("dc-ae-f64c128-1.5"))
+    assert align.new_step(2.0, at("dc-ae-f32c32-in-1.0")) == 4.0 and align.new_step(2.0, BASES["sana-1.6b"]) == 2.0
+
+
+def test_the_average_stands_in_for_the_weights_while_it_is_looked_at():
+    p = nn.Parameter(torch.ones(2))
+    with pytest.raises(KeyError):
+        with align.holding([p], [torch.zeros(2)]):
+            assert p.tolist() == [0, 0]
+            raise KeyError
+    assert p.tolist() == [1, 1] and p.requires_grad
+
+
+def test_the_validation_loss_is_told_at_eight_times():
+    _, net, z, _, y = small_pair()
+    said = align.validation_losses(net, z, y)
+    assert list(said) == ["val_loss"] + [f"val_t{(k + 0.5) / 8:.2f}" for k in range(8)]
+    assert said["val_loss"] == pytest.approx(sum(list(said.values())[1:]) / 8, rel=1e-5) == align.validation_loss(net, z, y)
+
+
+def test_long_titles_stand_on_several_lines(tmp_path):
+    from PIL import Image
+    x, title = torch.ones(2, 3, 96, 96), "three large yellow triangles above a small pink cross on green"
+    heights = []
+    for name, columns in (("none", ()), ("short", ("a", "b")), ("long", (title, "b"))):
+        sample.save_grid(tmp_path / f"{name}.png", [("x", x)], columns)
+        heights.append(Image.open(tmp_path / f"{name}.png").height)
+    assert heights[0] == 98 and heights[1] == 98 + 16 and heights[2] >= 98 + 4 + 12 * (len(title) // 16)
+
+
 # ---- several processes: two on this CPU, that meet as torchrun's do -----------------------------------------------------------
 
 def in_process(rank, count, port, answers, job, *args):
@@ -3407,6 +3490,7 @@ def together(job, *args, count=2):
 
 def small_flux(seed=0):
     """As small_pair, of a guidance-distilled FLUX: model, latents, prompts."""
+    torch.manual_seed(seed)
     base = scramble(Flux(TINY_FLUX))
     net = deepen(base, to_deep_latent(TINY_FLUX, AUTOENCODERS["tiny-dc-ae-f32c32"]))
     scramble(net.final_layer.linear)
@@ -3466,6 +3550,39 @@ def test_two_processes_give_the_run_of_one_and_either_goes_on_with_the_other(tmp
     assert len(seen) == len(others) == 4 and not {g for _, g in seen} & {g for _, g in others}
     assert [a + b for (a, _), (b, _) in zip(seen, others)] == [order(step, 8, 48, 0).tolist() for step in range(4, 8)]
     assert wrote and all(f.startswith("__1_") for f in wrote_too) and bool(wrote_too) == (how == "fsdp"), wrote_too      # its own share at most
+
+
+def small_words(root):
+    """As the fixture, for a process of its own."""
+    os.chdir(root)
+    BASES["test-words"] = replace(BASES["tiny-flux"], res=64, hidden_size=96, num_heads=3, depth=1, depth_single=1, weights=str(root / "words.safetensors"))
+    sample.SETTINGS["words"]["num_steps"] = 2
+
+
+WORDS = ["--base", "test-words", "--ae", "tiny-dc-ae-f32c32", "--pictures", "32", "--batch", "8", "--shift", "1", "--device", "cpu", "--dtype", "fp32"]
+
+
+def align_job(root, out):
+    small_words(root)
+    align.main([*WORDS, "--stage2-steps", "3", "--head-samples", "32", "--count", "0", "--out", out])
+
+
+def finetune_job(root, out, *more):
+    small_words(root)
+    finetune.main([*WORDS, "--init", "runs/align", "--train-steps", "3", "--rank", "4", "--ema", "0.9", "--out", out, *more])
+
+
+def test_the_scripts_in_two_processes_write_what_one_writes(words_base, tmp_path):
+    """Alignment in closed form and by steps, then LoRA, with the guided loss: the same validation losses, one set of files."""
+    read = lambda out: [json.loads(line) for line in Path(out, "metrics.jsonl").read_text().splitlines()]
+    same = lambda a, b: [pytest.approx(r["val_loss"], rel=2e-3) for r in read(a) if "val_loss" in r] == [r["val_loss"] for r in read(b) if "val_loss" in r]
+    align_job(tmp_path, "runs/align"), together(align_job, tmp_path, "runs/two")
+    assert same("runs/align", "runs/two") and {f.name for f in Path("runs/align").iterdir()} - {f.name for f in Path("runs/two").iterdir()} == set()
+    finetune_job(tmp_path, "runs/tuned", "--accumulate", "2")
+    together(finetune_job, tmp_path, "runs/shares", "--parallel", "fsdp")
+    assert same("runs/tuned", "runs/shares") and Path("runs/shares/guidance.png").is_file()
+    a, b = (read_tensors(f"runs/{k}/ema.safetensors") for k in ("tuned", "shares"))
+    assert a.keys() == b.keys() and all(off(a[k], b[k]) < 0.02 for k in a)
 
 
 def test_activation_checkpointing_changes_no_gradient():
@@ -3548,6 +3665,35 @@ def test_a_run_carries_on_what_the_run_before_it_had_trained(aligned, monkeypatc
     trunk = first.blocks[0].attn.qkv
     assert_close(second.blocks[0].attn.qkv.base.weight, trunk.base.weight + trunk.delta())
     assert second.blocks[0].attn.qkv.A.shape[0] == 4
+
+
+def test_a_finished_run_is_the_next_base(words_base, tmp_path):
+    """f8 to f32, LoRA, and from there on to another latent space: the trunk is the merged one, and the chain loads by itself."""
+    align_job(tmp_path, "runs/align")
+    finetune_job(tmp_path, "runs/tuned", "--lora-ramp", "2", "--layer-rates", "3", "--sample-every", "2")
+    rows = [json.loads(line) for line in Path("runs/tuned/metrics.jsonl").read_text().splitlines()]
+    assert "val_loss_ema" in rows[-1] and "val_t0.06" in rows[0] and {"samples_000000.png", "samples_000002.png", "samples_000003.png", "guidance.png"} <= {p.name for p in Path("runs/tuned").iterdir()}
+    from PIL import Image
+    assert Image.open("runs/tuned/samples_000003.png").height > 66 + Image.open("runs/tuned/samples_000000.png").height - 1      # raw and average
+    flags = [f if f != "test-words" else "runs/tuned" for f in WORDS]
+    align.main([*flags, "--ae", "tiny-kl-f8c4", "--stage2-steps", "1", "--head-samples", "16", "--count", "0", "--out", "runs/next"])
+    net, info = load_run("runs/next")
+    merged = merge_lora(load_run("runs/tuned")[0])
+    assert info["base"] == "runs/tuned" and net.cfg.ae == "tiny-kl-f8c4" and net.cfg.pos_step == 4.0 and sample.preset_of("runs/tuned") == "test-words"
+    assert_close(net.double_blocks[0].img_attn.qkv.weight, merged.double_blocks[0].img_attn.qkv.weight)
+    with pytest.raises(ValueError, match="--ae tiny-dc-ae-f32c32: the base is on it already; .*finetune.py --init runs/tuned"):
+        align.main([*flags, "--out", "runs/x"])
+
+
+@pytest.mark.parametrize("script, flags", [(align, []), (align, ["--solver", "adamw", "--stage1-steps", "0"]), (finetune, ["--init", "base", "--rank", "4", "--lora-ramp", "9"])])
+def test_a_dry_run_measures_and_leaves_a_note(script, flags, words_base, capsys):
+    before = {p for p in Path().rglob("*")}
+    script.main([*WORDS, *flags, "--dry-run"])
+    said, left = capsys.readouterr().out, {str(p) for p in Path().rglob("*") if p not in before}
+    note = f"runs/dry-run-{'align' if script is align else 'noalign'}-test-words.txt"
+    assert left == {"runs", note} and Path(note).read_text() in said
+    for what in ("parameters", "gradients", "a step", "with 8 pictures", "a save", "8 pictures", "peak memory"):
+        assert what in said
 
 
 def test_sample_draws_from_the_newest_run_and_evaluate_scores_it(aligned, monkeypatch, capsys):
