@@ -358,12 +358,11 @@ class LeastSquares:
         out.xx, out.xy, out.yy, out.n = self.xx + other.xx, self.xy + other.xy, self.yy + other.yy, self.n + other.n
         return out
 
-    def add_up(self) -> "LeastSquares":
-        """The sums of all processes, on all of them."""
+    def add_up(self):
+        """Everybody gets the sums of all processes."""
         n = torch.tensor(float(self.n), dtype=torch.float64, device=self.yy.device)
         add_up([self.xx, self.xy, self.yy, n])
         self.n = int(n)
-        return self
 
     def solve(self, ridge: float = 1e-6) -> tuple[Tensor, Tensor]:
         """W (size_out,size_in), b (size_out,). The ridge is relative to the mean power of x, and spares the bias."""
@@ -389,7 +388,8 @@ def solve_embedder(model, base, batches, ridge: float = 1e-6) -> LeastSquares:
         target = F.adaptive_avg_pool2d(grid_tokens(base, z_base).float(), (z_dc.shape[-2] // p, z_dc.shape[-1] // p)).flatten(2).transpose(1, 2)
         positions = model.embed(torch.zeros_like(z_dc)) - layer.bias  # what the embedder adds to its linear map
         sums.add(x, target - positions)
-    sums.add_up().mse = sums.loss(*_set(layer, *sums.solve(ridge)))
+    sums.add_up()
+    sums.mse = sums.loss(*_set(layer, *sums.solve(ridge)))
     return sums
 
 
@@ -414,7 +414,8 @@ def solve_head(model, batches, ridge: float = 1e-6, dtype=torch.float32, guided:
                 g = y.guidance.view(-1, 1, 1)
                 h = (h + (g - 1) * features(xt, t, unconditional(model, y))) / g
         sums.add(h, model.patchify(model.velocity(v, xt, t)))         # from velocity to output: a sign at most, its own inverse
-    sums.add_up().mse = sums.loss(*_set(layer, *sums.solve(ridge)))
+    sums.add_up()
+    sums.mse = sums.loss(*_set(layer, *sums.solve(ridge)))
     return sums
 
 

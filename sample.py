@@ -914,8 +914,7 @@ def main(argv=None):
     def condition(rows):
         if not (args.dataset and own["encoders"]):
             return cond[rows]
-        text = texts[torch.tensor([place[int(i)] for i in rows])]
-        return text if guidance is None else replace(text, guidance=torch.full((len(rows),), guidance))
+        return with_guidance(texts[torch.tensor([place[int(i)] for i in rows])], guidance)
 
     model, info, ae = load()
     if args.dataset:
