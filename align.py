@@ -53,7 +53,7 @@ from data import Buckets, LatentCache, bucket_sizes, cache_prompts, open_source,
 from evaluate import gap_table, layer_gap, pick_judge
 from model import BASES, FluxConfig, SanaConfig, Text, atomic, cat_conditions, choose_conditions, config_dict, deepen, run, to_deep_latent, write_tensors
 from sample import (SHIFTS, Chain, add_model_args, ddpm_loss, device_here, dtype_of, generate, latent_size, load_base, path, peak_gib, preset_of, resolve_shift, sample_t,
-                    save_grid, settings, text_folder, with_guidance)
+                    save_grid, settings, text_folder, timed, with_guidance)
 
 
 # ---- the losses --------------------------------------------------------------------------------------------------------------
@@ -173,14 +173,20 @@ def drop_labels(model, y: Tensor, p: float, generator) -> Tensor:
 
 
 @torch.no_grad()
-def validation_loss(model, z: Tensor, y, dtype=torch.float32, times: int = 8, loss=flow_matching_loss, limits=None) -> float:
+def validation_losses(model, z: Tensor, y, dtype=torch.float32, times: int = 8, loss=flow_matching_loss, limits=None) -> dict[str, float]:
     """The loss at eight fixed t (and guidances between the limits) on fixed noise: steady from step to step, comparable from
-    run to run in one latent space."""
+    run to run in one latent space. -> {"val_loss": their mean, "val_t0.06": at t = 0.06, ...}"""
     g, rows = torch.Generator().manual_seed(12345), torch.arange(len(z))
-    t = ((rows % times) + 0.5).div(times).to(z.device)
+    t = (rows % times + 0.5) / times
     y = tell_guidance(y, limits, (rows // times % times + 0.5) / times)
     with torch.autocast(z.device.type, dtype, enabled=dtype != torch.float32):
-        return float(loss(model, z, t, y, torch.randn(z.shape, generator=g).to(z.device))[0].mean())
+        each = loss(model, z, t.to(z.device), y, torch.randn(z.shape, generator=g).to(z.device))[0].cpu()
+    return {"val_loss": float(each.mean()), **{f"val_t{x:.2f}": float(each[t == x].mean()) for x in t.unique()}}
+
+
+def validation_loss(*args, **kw) -> float:
+    """Their mean."""
+    return validation_losses(*args, **kw)["val_loss"]
 
 
 # ---- several processes -------------------------------------------------------------------------------------------------------
@@ -276,6 +282,22 @@ def as_it_lies(full: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(full, like.device_mesh, like.placements, src_data_rank=None) if isinstance(like, DTensor) else full
 
 
+@contextmanager
+def holding(params: list[Tensor], values: list[Tensor]):
+    """The parameters with these values in their place; afterwards they have their own again."""
+    own = [p.detach().clone() for p in params]
+
+    @torch.no_grad()
+    def put(tensors):
+        for p, t in zip(params, tensors):
+            p.copy_(t)
+    put(values)
+    try:
+        yield
+    finally:
+        put(own)
+
+
 BIG = 1e9                                                            # parameters, from which on memory is what counts
 
 
@@ -302,7 +324,9 @@ def settle(model, trained: list[str], device, frozen: torch.dtype | None = None,
             block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
     if shard and processes()[1] > 1:
         mesh = init_device_mesh(torch.device(device).type, (processes()[1],))
-        for part in (*model.blocks, model):
+        # a block's modulations are read before the block is (model.modulations), so they are gathered by themselves
+        modulations = [m for block in model.blocks for name, m in block.named_children() if name.endswith(("mod", "modulation"))]
+        for part in (*modulations, *model.blocks, model):
             fully_shard(part, mesh=mesh)
             part.set_gradient_divide_factor(1.0)                     # a plain sum: the loop has divided by the batch
             part.set_force_sum_reduction_for_comms(True)
@@ -334,12 +358,11 @@ class LeastSquares:
         out.xx, out.xy, out.yy, out.n = self.xx + other.xx, self.xy + other.xy, self.yy + other.yy, self.n + other.n
         return out
 
-    def add_up(self) -> "LeastSquares":
-        """The sums of all processes, on all of them."""
+    def add_up(self):
+        """Everybody gets the sums of all processes."""
         n = torch.tensor(float(self.n), dtype=torch.float64, device=self.yy.device)
         add_up([self.xx, self.xy, self.yy, n])
         self.n = int(n)
-        return self
 
     def solve(self, ridge: float = 1e-6) -> tuple[Tensor, Tensor]:
         """W (size_out,size_in), b (size_out,). The ridge is relative to the mean power of x, and spares the bias."""
@@ -365,7 +388,8 @@ def solve_embedder(model, base, batches, ridge: float = 1e-6) -> LeastSquares:
         target = F.adaptive_avg_pool2d(grid_tokens(base, z_base).float(), (z_dc.shape[-2] // p, z_dc.shape[-1] // p)).flatten(2).transpose(1, 2)
         positions = model.embed(torch.zeros_like(z_dc)) - layer.bias  # what the embedder adds to its linear map
         sums.add(x, target - positions)
-    sums.add_up().mse = sums.loss(*_set(layer, *sums.solve(ridge)))
+    sums.add_up()
+    sums.mse = sums.loss(*_set(layer, *sums.solve(ridge)))
     return sums
 
 
@@ -390,7 +414,8 @@ def solve_head(model, batches, ridge: float = 1e-6, dtype=torch.float32, guided:
                 g = y.guidance.view(-1, 1, 1)
                 h = (h + (g - 1) * features(xt, t, unconditional(model, y))) / g
         sums.add(h, model.patchify(model.velocity(v, xt, t)))         # from velocity to output: a sign at most, its own inverse
-    sums.add_up().mse = sums.loss(*_set(layer, *sums.solve(ridge)))
+    sums.add_up()
+    sums.mse = sums.loss(*_set(layer, *sums.solve(ridge)))
     return sums
 
 
@@ -513,15 +538,17 @@ def train(out: Path, model: nn.Module, named: list[tuple[str, nn.Parameter]], lo
           batch: int, lr: float, info: dict, name: str = "train", betas=(0.9, 0.999), warmup: int = 0,
           schedule: str = "constant", weight_decay: float = 0.0, clip: float | None = None, ema: float | None = None,
           accumulate: int = 1, seed: int = 0, dtype=torch.float32, save_every: int = 500, log_every: int = 25,
-          watch=None, watch_every: int = -1, rate=lambda name: 1.0, before=None) -> list[dict]:
+          watch=None, watch_every: int = -1, rate=lambda name: 1.0, before=None, seconds: dict | None = None) -> list[dict]:
     """One training run: every stage is this loop with another loss and other trainable parameters. Returns its log.
 
     named    what is trained; everything else stays as it is.   loss_fn(indices, generator) -> loss, {name: number}
     rows     how many the data set has, or their buckets: see `order`, which says what a step reads
-    watch    called as watch(step) at step 0 (an out-of-memory in the preview shows in the first minute), every
-             watch_every steps and at the end; returns {name: number} for the log. On every process: FSDP needs them all
+    watch    called as watch(step, averaged) at step 0 (an out-of-memory in the preview shows in the first minute), every
+             watch_every steps and at the end; returns {name: number} for the log. On every process: FSDP needs them all.
+             averaged: `with averaged():` has the moving average in the weights' place; None where there is none
     rate     share of the learning rate by name (decay_groups).   before(step): called before every step, for what changes
              on the way and is no weight; a function of the step alone, so a resumed run goes on as it was
+    seconds  receives the times of all steps and saves
 
     A batch is cut into at least `accumulate` parts, whose gradients add up; the processes share them out. The noise belongs
     to the part and not to the process, so as many parts give the same run, on any number of processes.
@@ -544,15 +571,21 @@ def train(out: Path, model: nn.Module, named: list[tuple[str, nn.Parameter]], lo
     parts = -(-parts // count) * count
     if parts > batch:
         raise ValueError(f"--batch {batch} in {parts} parts for {count} processes: give a larger --batch")
-    device, since = params[0].device, time.perf_counter()
-    save = lambda step: save_state(out, name, named, average, opt,
-                                   dict(step=step, log=log, sums=sums, parts=parts, average=bool(ema), info=json.dumps(info)))
+    device, seconds, since = params[0].device, {} if seconds is None else seconds, time.perf_counter()
+    averaged = partial(holding, params, average) if ema else None
+
+    def save(step):
+        with timed(seconds, "save", device):
+            save_state(out, name, named, average, opt, dict(step=step, log=log, sums=sums, parts=parts, average=bool(ema), info=json.dumps(info)))
+
     with stop_signals() as stop:
         bar = tqdm(range(first, steps), initial=first, total=steps, desc=name, disable=rank > 0)
         for step in bar:
             if watch and (step == 0 or (watch_every > 0 and step % watch_every == 0 and step > first)):
-                log.append(dict(step=step, **watch(step)))
-            decay = 0.5 + 0.5 * math.cos(math.pi * step / steps) if schedule == "cosine" else 1.0
+                watching = time.perf_counter()
+                log.append(dict(step=step, **watch(step, averaged)))
+                since += time.perf_counter() - watching              # looking is not training
+            begun, decay = time.perf_counter(), 0.5 + 0.5 * math.cos(math.pi * step / steps) if schedule == "cosine" else 1.0
             now_lr = lr * min(1.0, (step + 1) / max(1, warmup)) * decay
             for group in opt.param_groups:
                 group["lr"] = now_lr * group["rate"]
@@ -580,6 +613,7 @@ def train(out: Path, model: nn.Module, named: list[tuple[str, nn.Parameter]], lo
             if ema:
                 beta = min(ema, (1 + step) / (10 + step))             # a short run must not average its own start
                 torch._foreach_lerp_(average, [p.detach().float() for p in params], 1 - beta)
+            seconds["steps"] = seconds.get("steps", 0.0) + time.perf_counter() - begun
             if (step + 1) % log_every == 0 or step + 1 == steps:
                 now, noted = time.perf_counter(), from_everywhere(sums)
                 row = dict(step=step + 1, **{k: float(torch.tensor(v).mean()) for k, v in noted.items()}, lr=now_lr, grad_norm=float(norm),
@@ -595,7 +629,7 @@ def train(out: Path, model: nn.Module, named: list[tuple[str, nn.Parameter]], lo
             if stopping:
                 raise SystemExit(f"stopped after step {step + 1}, saved in {out}; the same command with --resume goes on" if rank == 0 else 1)
     if watch and first < steps:
-        log.append(dict(step=steps, **watch(steps)))
+        log.append(dict(step=steps, **watch(steps, averaged)))
         save(steps)
     return log
 
@@ -622,7 +656,7 @@ RECIPES = {
     "dit-xl-512": _recipe("dc-ae-f32c32-in-1.0", 50_000, (20_000, 2e-4, 1024), (100_000, 2e-4, 1024)),
     "sana-1.6b":  _recipe("dc-ae-f64c128-in-1.0", 20_000, (5_000, 2e-4, 1024), (150_000, 2e-4, 1024), shift=3.0),
     "sana-4.8b":  _recipe("dc-ae-f64c128-in-1.0", 20_000, (5_000, 1e-4, 256), (50_000, 1e-4, 256), shift=3.0),
-    "flux-krea":  _recipe("dc-ae-f32c32-in-1.0", 20_000, (5_000, 1e-4, 256), (10_000, 1e-4, 256), shift="flux2"),
+    "flux-krea":  _recipe("dc-ae-f32c32-in-1.0", 20_000, (5_000, 1e-4, 256), (10_000, 1e-4, 256), shift="flux2", then="dc-ae-f64c128-1.5"),
 }
 
 
@@ -633,14 +667,33 @@ def recipe_of(base: str) -> dict:
     return RECIPES.get(name, RECIPES[kin])
 
 
+def target_ae(asked: str | None, recipe: dict, cfg):
+    """The autoencoder to move a base of this configuration to: the one asked for, else the recipe's next one that is deeper
+    than the base's own (FLUX at 2K and 4K: from f32 on to f64). ValueError where the recipe ends."""
+    own = ae_config(cfg.ae)
+    for name in (asked,) if asked else (recipe["ae"], recipe.get("then")):
+        if name and (asked or ae_config(name).f > own.f):
+            return ae_config(name)
+    raise ValueError(f"this base is on {own.name} already, where its recipe ends; name the autoencoder to move to with --ae, "
+                     f"one of {', '.join(k for k, ae in AUTOENCODERS.items() if ae.f > own.f)}")
+
+
 def new_run(kind: str, args) -> Path:
     """The folder of a run: --out, the newest unfinished one with --resume, or the next number. A folder that holds a
     finished run is never written over (ValueError). One for all processes."""
-    return of_the_first(lambda: _new_run(kind, args))
+    out = of_the_first(lambda: _new_run(kind, args))
+    if args.dry_run:
+        args.cache = str(out / "cache")                              # it leaves nothing
+    return out
 
 
 def _new_run(kind: str, args) -> Path:
     name = f"{kind}-{Path(args.base).name}"
+    if args.dry_run:
+        out = Path("runs") / f"dry-run-{name}"
+        shutil.rmtree(out, ignore_errors=True)
+        out.mkdir(parents=True)
+        return out
     finished = lambda d: (d / "model.safetensors").exists()
     number = lambda d: int(tail) if (tail := d.name.removeprefix(name + "-")).isdigit() else 0
     runs = sorted((d for d in Path("runs").glob(f"{name}-*") if number(d)), key=number)
@@ -674,22 +727,22 @@ def prepare(args, recipe: dict, weights: dict[str, str | None], cfg, device) -> 
     """Autoencoders {name: weight file or None}, pictures, latents and conditions for a model of this configuration.
     ValueError if the pictures have not what it is conditioned on."""
     ae = {name: load_autoencoder(name, file, device=device) for name, file in weights.items()}
-    captions, own = (args.captions or "txt") if cfg.encoders else None, settings(cfg, args.base)
+    captions, own, cache_dir = (args.captions or "txt") if cfg.encoders else None, settings(cfg, preset_of(args.base)), args.cache
     source, val = (open_source(args.images, cfg.res, split, captions) for split in ("train", "val"))
     if not cfg.encoders and (len(source.classes) > cfg.num_classes or not source.classes):
         raise ValueError(f"{args.images or 'the procedural pictures'}: {len(source.classes) or 'captions instead of'} classes, and the model has "
                          f"{cfg.num_classes}; give class folders" + (f", at most {cfg.num_classes}" if source.classes else ""))
     if args.flip and cfg.encoders and not args.images:
         raise ValueError("--flip: the captions of the procedural pictures tell left from right")
-    count = args.pictures or (None if args.images else recipe["pictures"])
-    if args.buckets:
+    count = 16 if args.dry_run else args.pictures or (None if args.images else recipe["pictures"])
+    if args.buckets and not args.dry_run:
         if not args.images or args.pictures:
             raise ValueError("--buckets sorts all pictures of a folder by shape: give --images DIR, and leave out --pictures")
         unit = math.lcm(*(a.cfg.f for a in ae.values()), ae[cfg.ae].cfg.f * cfg.patch_size)
-        cache = Buckets([LatentCache("runs/cache", part, list(ae.values()), flip=args.flip, device=device) for part in source.by_shape(bucket_sizes(cfg.res, unit))])
+        cache = Buckets([LatentCache(cache_dir, part, list(ae.values()), flip=args.flip, device=device) for part in source.by_shape(bucket_sizes(cfg.res, unit))])
     else:
-        cache = LatentCache("runs/cache", source, list(ae.values()), count, args.flip, device=device)
-    rows = LatentCache("runs/cache", val, list(ae.values()), min(256, len(val)), device=device)
+        cache = LatentCache(cache_dir, source, list(ae.values()), count, args.flip, device=device)
+    rows = LatentCache(cache_dir, val, list(ae.values()), 16 if args.dry_run else 256, device=device)
     z = {name: latents.to(device) for name, latents in rows.batch(torch.arange(len(rows)))[0].items()}
     if cfg.encoders is None:
         ask = lambda n: ((y := torch.arange(n) % cfg.num_classes), class_names(source.classes, y.tolist()))
@@ -698,7 +751,7 @@ def prepare(args, recipe: dict, weights: dict[str, str | None], cfg, device) -> 
     prompts = read_prompts(args.prompts) if args.prompts else rows.captions()
     every = [*prompts, *rows.captions(), *cache.captions()]
     folder = text_folder(args.base, cfg.encoders, own["text"], args.text_encoders, args.weights)
-    text = cache_prompts(cfg.encoders, folder, every, cfg.text_tokens, dtype=dtype_of(args), device=device)
+    text = cache_prompts(cfg.encoders, folder, every, cfg.text_tokens, cache=cache_dir, dtype=dtype_of(args), device=device)
     first, n = len(prompts), len(prompts) + len(rows)
 
     def ask(count):
@@ -743,21 +796,28 @@ def add_data_args(p: argparse.ArgumentParser):
     p.add_argument("--objective", choices=(*LOSSES, "ddpm"),
                    help="flow matching; guided flow matching, for distilled models; DDPM's epsilon with a learned variance, for DiT (default: guided for a distilled base, else flow)")
     p.add_argument("--guidance-range", type=float, nargs=2, metavar=("MIN", "MAX"), help="of the guidance that a distilled model is told (default: the recipe's, 1 to 14)")
+    p.add_argument("--cache", default="runs/cache", metavar="DIR", help="where latents and encoded prompts are kept (default runs/cache)")
     p.add_argument("--pos-step", type=float, default=2.0,
-                   help="distance of neighbouring tokens in the new position table; 1 = as the authors, 2 = spread over the base's places (default 2)")
+                   help="distance of neighbouring tokens in the new position table, in tokens of the base; 1 = as the authors, 2 = spread over the base's places (default 2)")
     p.add_argument("--final-adaln", action=argparse.BooleanOptionalAction, default=True,
                    help="stages 2 and 3 train DiT's final modulation as a part of the head, as the authors do (default yes)")
     p.add_argument("--label-dropout", type=float, default=0.1, help="share of conditions replaced by the null one (default 0.1)")
     p.add_argument("--t-sampling", default="logit-normal", choices=("logit-normal", "uniform"), help="distribution of training times (default logit-normal)")
     p.add_argument("--cfg-scale", type=float, help="guidance of the preview pictures (default: the model's own; DiT 3)")
+    p.add_argument("--dry-run", action="store_true", help="all of it with 16 pictures and one step: print what it takes, leave that as a note in runs/, and stop")
     p.add_argument("--save-every", type=int, default=500, help="steps between resumable states (default 500)")
     p.add_argument("--resume", action="store_true", help="go on with --out, or with the newest unfinished run of this kind")
 
 
-def draw(model, ae, cond, seed: int, cfg_scale: float | None, shift: float | str, dtype, base: str | None = None) -> Tensor:
-    """Preview pictures of these conditions, seeds seed + i, as the model's settings have it. The same noise within a latent
-    space."""
-    own = settings(model.cfg, base, cfg_scale=cfg_scale)
+def new_step(pos_step: float, cfg) -> float:
+    """Distance of neighbouring tokens in a deeper model's position table: pos_step tokens of the base, which are its own step apart."""
+    return pos_step * getattr(cfg, "pos_step", 1.0)
+
+
+def draw(model, ae, cond, seed: int, cfg_scale: float | None, shift: float | str, dtype, base: str) -> Tensor:
+    """Preview pictures of these conditions, seeds seed + i, as the settings of the base's preset have it. The same noise
+    within a latent space."""
+    own = settings(model.cfg, preset_of(base), cfg_scale=cfg_scale)
     sampler = "ddim" if model.cfg.predict == "epsilon" else own["sampler"]
     return generate(model, ae, cond, [seed + i for i in range(len(cond))], own["num_steps"], own["cfg_scale"], sampler, shift, dtype=dtype)
 
@@ -798,18 +858,39 @@ def write_run(out: Path, info: dict, named, log: list[dict], dtype=torch.float32
     write_tensors(out / "model.safetensors", rest | trained, info)
 
 
+def note_dry_run(out: Path, model, named, seconds: dict, batch: int, ema: bool, device, name: str = "train"):
+    """What a dry run has measured, printed and noted beside its folder, which goes away."""
+    size, state = lambda params: sum(p.nbytes for p in params) / 1e9, find_state(out, name)
+    own, files = size(p for _, p in named), [f for f in (state.rglob("*") if state.is_dir() else [state]) if f.is_file()]
+    count = lambda params: f"{sum(p.numel() for p in params) / 1e6:,.2f}M"
+    rows = [("parameters", f"{count(p for _, p in named)} trained, {count(model.parameters())} in all"),
+            ("weights", f"{size(model.parameters()) - own:.3f} GB frozen, {own:.3f} GB trained"),
+            ("beside them", f"gradients {own:.3f} GB, optimizer {2 * own:.3f} GB" + (f", average {own:.3f} GB" if ema else "")),
+            ("a step", f"{seconds['steps']:.2f} s with {batch} pictures, the first one"),
+            ("a save", f"{seconds['save']:.2f} s, {sum(f.stat().st_size for f in files) / 1e9:.3f} GB"),
+            ("8 pictures", f"{seconds['pictures']:.2f} s"),
+            ("peak memory", f"{peak_gib(device):.2f} GiB, of everything in this run")]
+    text, note = "\n".join(f"{what:14}{said}" for what, said in rows), out.with_name(f"{out.name}.txt")
+    with atomic(note) as tmp:
+        tmp.write_text(text + "\n")
+    shutil.rmtree(out)
+    print(f"{text}\nwrote {note}")
+
+
 def plot_curves(file: Path, logs: dict[str, list[dict]]):
-    """Loss, validation loss and gradient norm against the step, a column a stage."""
+    """Loss and validation loss, gradient norm (Fig. 19), and the validation loss at each t, against the step; a column a stage."""
     import matplotlib                                                # matplotlib: curves
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    fig, axes = plt.subplots(2, len(logs), figsize=(5 * len(logs), 6), squeeze=False)
+    fig, axes = plt.subplots(3, len(logs), figsize=(5 * len(logs), 9), squeeze=False)
     for col, (stage, log) in enumerate(logs.items()):
-        for key, ax in (("loss", axes[0][col]), ("val_loss", axes[0][col]), ("grad_norm", axes[1][col])):
-            points = [(r["step"], r[key]) for r in log if key in r]
-            if points:
-                ax.plot(*zip(*points), label=key, marker="o" if key == "val_loss" else None)
-            ax.set_yscale("log"), ax.legend(), ax.set_xlabel("step"), ax.grid(alpha=0.3)
+        times = sorted({k for r in log for k in r if k.startswith("val_t")})
+        for ax, keys in zip(axes[:, col], (("loss", "val_loss", "val_loss_ema"), ("grad_norm",), times)):
+            for key in keys:
+                if points := [(r["step"], r[key]) for r in log if key in r]:
+                    ax.plot(*zip(*points), label=key, marker="o" if key.startswith("val") else None)
+                    ax.legend(fontsize=7)
+            ax.set_yscale("log"), ax.set_xlabel("step"), ax.grid(alpha=0.3)
         axes[0][col].set_title(stage)
     fig.tight_layout()
     fig.savefig(file, dpi=80)
@@ -841,7 +922,7 @@ def main(argv=None):
     p.add_argument("--head-samples", type=int, default=8192, help="closed form: noisy samples for the head; 0 = leave it random (default 8192)")
     p.add_argument("--head-only", action="store_true", help="stage 2 leaves the embedder alone, as the closed form does: to compare the two")
     p.add_argument("--match", default="downsample", choices=MATCHES, help="stage 1 by AdamW: how embeddings are compared (default downsample)")
-    p.add_argument("--stage1-steps", type=int, help="AdamW steps of stage 1 (default: the recipe's)")
+    p.add_argument("--stage1-steps", type=int, help="AdamW steps of stage 1 (default: the recipe's; 0 = no stage 1, by either solver)")
     p.add_argument("--stage2-steps", type=int, help="AdamW steps of embedder and head together (default: the recipe's; 0 = none)")
     p.add_argument("--lr1", type=float, help="stage 1 learning rate (default: the recipe's)")
     p.add_argument("--lr2", type=float, help="stage 2 learning rate (default: the recipe's)")
@@ -854,14 +935,18 @@ def main(argv=None):
     args = p.parse_args(argv)
 
     closed = args.solver == "closed-form"
+    if args.dry_run:
+        args.stage1_steps, args.stage2_steps, args.head_samples, args.count = 0 if args.stage1_steps == 0 else 1, 1, min(16, args.head_samples), 0
     if closed and args.match != "downsample":
         raise ValueError(f"--match {args.match} has no closed form here; use --solver adamw")
     begun, recipe, dtype, device = time.perf_counter(), recipe_of(args.base), dtype_of(args), join(args.device)
     base, info = load_base(args.base, args.weights, device, dtype=None)
     settle(base, [], device, frozen_dtype(args))
-    old, new = base.cfg.ae, ae_config(args.ae or recipe["ae"]).name
+    old, new = base.cfg.ae, target_ae(args.ae, recipe, base.cfg).name
+    if old == new:
+        raise ValueError(f"--ae {new}: the base is on it already; stages 1 and 2 are for another one, stage 3 is finetune.py --init {args.base}")
     goal = pick_objective(base.cfg, args.objective)
-    cfg = replace(to_deep_latent(base.cfg, ae_config(new), "epsilon" if goal == "ddpm" else "velocity", args.pos_step), res=args.res or base.cfg.res)
+    cfg = replace(to_deep_latent(base.cfg, ae_config(new), "epsilon" if goal == "ddpm" else "velocity", new_step(args.pos_step, base.cfg)), res=args.res or base.cfg.res)
     out, (rank, _) = new_run("align", args), processes()
     with first_goes_first():
         data = prepare(args, recipe, {old: args.base_ae_weights or info.get("ae_weights"), new: args.ae_weights}, cfg, device)
@@ -877,22 +962,24 @@ def main(argv=None):
           f"{len(cache)} pictures, {dtype} -> {out}")
     judge = pick_judge(source) if args.count and not args.images else None   # they know the procedural pictures only
     told = lambda places: tell_guidance(y_val[:64], limits, places)   # what both models are told where their features are compared
-    stages, gaps, logs = [], {}, {}
+    stages, gaps, logs, seconds = [], {}, {}, {}
 
     def look(name: str, m):
         """A stage's pictures, class accuracy, gap to the base and validation loss."""
         y, titles = data.ask(max(8, args.count if judge else 8))
-        images = draw(m, ae[m.cfg.ae], y, args.seed, args.cfg_scale, rule, dtype, args.base)
+        seconds["pictures"] = 0.0
+        with timed(seconds, "pictures", device):
+            images = draw(m, ae[m.cfg.ae], y, args.seed, args.cfg_scale, rule, dtype, args.base)
         row = dict(stage=name) | (judge(images, y, titles) if judge else {})
         if m is model:
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32 and next(m.blocks[0].parameters()).dtype != torch.float32):
                 gaps[name] = layer_gap(m, base, z_dc[:64], z_base[:64], told(torch.zeros(len(z_dc[:64]))))
-            row |= dict(gap=sum(gaps[name]) / len(gaps[name]), val_loss=validate())
+            row |= dict(gap=sum(gaps[name]) / len(gaps[name]), val_loss=validate()["val_loss"])
         stages.append((row, images[:8]))
         print("  " + ", ".join(f"{k} {v:.3f}" if isinstance(v, float) else v for k, v in row.items()), flush=True)
 
     def validate():
-        return validation_loss(model, z_dc, y_val, dtype, loss=LOSSES.get(goal, flow_matching_loss), limits=limits)
+        return validation_losses(model, z_dc, y_val, dtype, loss=LOSSES.get(goal, flow_matching_loss), limits=limits)
 
     def pair(rows):                                                   # means, not draws: a target should not be noise
         z, _ = cache.batch(rows)
@@ -908,13 +995,15 @@ def main(argv=None):
         t, x0 = sample_t(len(z), g, args.t_sampling, shift).to(device), torch.randn(z.shape, generator=g).to(device)
         return z, t, tell_guidance(y, limits, torch.rand(len(z), generator=g) if limits else None), x0
 
-    rows = cache.buckets if args.buckets else len(cache)
+    rows = getattr(cache, "buckets", len(cache))
     look("base", base)
     look("not aligned", model)
 
     # stage 1: the embedder
     clock, steps1 = time.perf_counter(), 0
-    if closed:
+    if args.stage1_steps == 0:
+        print("no stage 1: the embedder stays random")
+    elif closed:
         sums = solve_embedder(model, base, (pair(r) for r in cache.pieces(256)), args.ridge)
         print(f"stage 1 in closed form: loss {sums.mse:.5f} over {sums.n} cells, {time.perf_counter() - clock:.1f} s")
     else:
@@ -924,7 +1013,8 @@ def main(argv=None):
                                 rows, steps1, batch=args.batch or s1["batch"], lr=args.lr1 or s1["lr"], info=info, name="stage1", seed=args.seed,
                                 save_every=args.save_every)
         print(f"stage 1 by AdamW: loss {logs['stage 1'][-1]['loss']:.5f}, {time.perf_counter() - clock:.1f} s")
-    look("stage 1: embedder", model)
+    if args.stage1_steps != 0:
+        look("stage 1: embedder", model)
 
     # stage 2: embedder and head
     both = pick(model, ends(model, args.final_adaln)[args.head_only:])
@@ -941,7 +1031,7 @@ def main(argv=None):
     steps, clock = s2["steps"] if args.stage2_steps is None else args.stage2_steps, time.perf_counter()
     logs["stage 2"] = train(out, model, both, flow_loss, rows, steps, batch=batch2, lr=args.lr2 or s2["lr"], info=info, name="stage2",
                             schedule=args.schedule or s2.get("schedule", "constant"), seed=args.seed + 1, dtype=dtype, clip=None if args.clip < 0 else args.clip, save_every=args.save_every,
-                            watch=lambda step: {"val_loss": validate()}, watch_every=max(1, steps // 8))
+                            watch=lambda step, _: validate(), watch_every=max(1, steps // 8), seconds=seconds)
     print(f"stage 2: {steps} steps, {time.perf_counter() - clock:.1f} s")
     look("stage 2: both", model)
 
@@ -954,6 +1044,8 @@ def main(argv=None):
     leave()
     if rank:
         return
+    if args.dry_run:
+        return note_dry_run(out, model, both, seconds, batch2, False, device, "stage2")
     title = lambda r: r["stage"].replace(": ", "\n").replace(" in ", "\nin ") + (f"\n{r[score]:.0%} right" if (score := "all" if "all" in r else "accuracy") in r else "")
     save_grid(out / "samples.png", [(title(r), x) for r, x in stages], data.ask(8)[1], {"seed": str(args.seed), "cfg_scale": str(args.cfg_scale)})
     plot_gap(out / "gap.png", gaps)

@@ -15,6 +15,7 @@ Reading order: configs, KL-VAE, DC-AE, large pictures, weights, a training loop 
     python autoencoder.py --ae tiny-dc-ae-f32c32                 reconstructions of procedural pictures, PSNR and SSIM
     python autoencoder.py --ae sd-vae-f8c4 --images DIR          the same of your own pictures
     python autoencoder.py --ae tiny-kl-f8c4 --train              train one of the small ones from scratch
+    python autoencoder.py --ae tiny-dc-ae-f32c32 --train --init weights/tiny-dc-ae-f32c32.safetensors --align-to tiny-kl-f8c4    A.9
 """
 
 import argparse
@@ -694,33 +695,47 @@ def load_autoencoder(name: str, weights: str | None = None, dtype: torch.dtype |
 
 # ---- training a small one --------------------------------------------------------------------------------------------------
 
-def training_loss(ae: Autoencoder, x: Tensor, beta: float, noise: float) -> tuple[Tensor, dict]:
+def training_loss(ae: Autoencoder, x: Tensor, beta: float, noise: float, pull=None) -> tuple[Tensor, dict]:
     """L1 + MSE between a picture and its reconstruction, + beta KL(posterior || N(0,1)) per latent number.
     DC-AE has no variance of its own and gets a constant one, `noise`: latents that bear a little noise are latents
-    that a diffusion model's small errors do not break."""
+    that a diffusion model's small errors do not break. pull(x, mean): another loss of the latents, to be added."""
     mean, logvar = ae.moments(x)
     z = mean + (noise if logvar is None else (0.5 * logvar).exp()) * torch.randn_like(mean)
     y = ae.decode_raw(z)
     l1, mse = (y.float() - x).abs().mean(), (y.float() - x).square().mean()
     spread = 0.0 if logvar is None else logvar.float().exp() - 1 - logvar.float()      # a constant variance only adds a constant
     kl = 0.5 * (mean.float().square() + spread).mean()
-    return l1 + mse + beta * kl, {"l1": l1.item(), "psnr": 10 * torch.log10(4 / mse).item(), "kl": kl.item()}
+    more = pull(x, mean) if pull else 0.0
+    return l1 + mse + beta * kl + more, {"l1": l1.item(), "psnr": 10 * torch.log10(4 / mse).item(), "kl": kl.item(), "pull": float(more)}
+
+
+def latent_alignment_loss(base: Autoencoder, reading: nn.Module, x: Tensor, z: Tensor) -> Tensor:
+    """What pulls a deep latent space towards a base's (arXiv 2509.25180, A.9, which does not say how two of different
+    size are compared): the base's latents, averaged over each deep cell, are to be a linear map of the deep latents, `reading`
+    (C' to C channels), which learns along and is thrown away. x (B,3,fH,fW), its deep latent z (B,C',H,W) -> scalar."""
+    with torch.no_grad():
+        target = base.encode(x).float()                              # B C h w, finer
+    return F.mse_loss(reading(z).float(), F.adaptive_avg_pool2d(target, z.shape[-2:]))
 
 
 def train_autoencoder(cfg, source, out, steps: int, batch: int, lr: float, beta: float, noise: float, seed: int,
-                      device="cpu", dtype: torch.dtype = torch.float32, start: str | None = None, save_every: int = 500):
+                      device="cpu", dtype: torch.dtype = torch.float32, start: str | None = None, save_every: int = 500,
+                      towards: Autoencoder | None = None, ratio: float = 1.0):
     """Train cfg on a picture source; writes <out>.safetensors with the measured scale and shift, and a resumable
-    <out>.train every save_every steps. A run that is killed and started again gives the same numbers."""
+    <out>.train every save_every steps. A run that is killed and started again gives the same numbers.
+    start: a file of ours to start from. towards: a base's autoencoder; ratio times latent_alignment_loss comes on top."""
     torch.manual_seed(seed)
     ae = ae_class(cfg)(cfg).to(device, memory_format=torch.channels_last).train()
-    opt = torch.optim.AdamW(ae.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
+    reading = nn.Conv2d(cfg.channels, towards.cfg.channels, 1).to(device) if towards else nn.Identity()
+    params = [*ae.parameters(), *reading.parameters()]
+    opt = torch.optim.AdamW(params, lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
     if start:
         load = read_tensors(start)
         ae.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in load.items()})
     state_file, file, first = Path(f"{out}.train"), Path(f"{out}.safetensors"), 0
     if state_file.exists():
         state = torch.load(state_file, weights_only=True, map_location=device)
-        ae.load_state_dict(state["model"]), opt.load_state_dict(state["optimizer"])
+        ae.load_state_dict(state["model"]), reading.load_state_dict(state["reading"]), opt.load_state_dict(state["optimizer"])
         first = state["step"]
         print(f"continuing {state_file} at step {first}")
     bar = tqdm(range(first, steps), initial=first, total=steps, desc=cfg.name)
@@ -728,12 +743,12 @@ def train_autoencoder(cfg, source, out, steps: int, batch: int, lr: float, beta:
         for g in opt.param_groups:                                    # warm-up, then linear to zero
             g["lr"] = lr * min(1.0, (step + 1) / 200, (steps - step) / (0.6 * steps))
         torch.manual_seed(seed * 1_000_003 + step)                    # resuming needs no generator state
-        x, _ = source.batch(torch.randint(len(source), (batch,)))
+        x = source.batch(torch.randint(len(source), (batch,)))[0].to(device, memory_format=torch.channels_last)
         with torch.autocast(torch.device(device).type, dtype, enabled=dtype != torch.float32):
-            loss, said = training_loss(ae, x.to(device, memory_format=torch.channels_last), beta, noise)
+            loss, said = training_loss(ae, x, beta, noise, (lambda x, z: ratio * latent_alignment_loss(towards, reading, x, z)) if towards else None)
         opt.zero_grad(set_to_none=True)
         loss.backward()
-        norm = nn.utils.clip_grad_norm_(ae.parameters(), 1.0)
+        norm = nn.utils.clip_grad_norm_(params, 1.0)
         if not torch.isfinite(norm):
             raise RuntimeError(f"the gradient is not finite at step {step}; nothing was written after the last checkpoint, {state_file}")
         opt.step()
@@ -741,7 +756,7 @@ def train_autoencoder(cfg, source, out, steps: int, batch: int, lr: float, beta:
             bar.set_postfix({k: f"{v:.3f}" for k, v in said.items()})
         if (step + 1) % save_every == 0 or step + 1 == steps:
             with atomic(state_file) as tmp:
-                torch.save({"model": ae.state_dict(), "optimizer": opt.state_dict(), "step": step + 1}, tmp)
+                torch.save({"model": ae.state_dict(), "reading": reading.state_dict(), "optimizer": opt.state_dict(), "step": step + 1}, tmp)
     scale, shift = measure_scale(ae.requires_grad_(False).eval(), source)
     done = replace(cfg, scale=scale, shift=shift)
     write_tensors(file, {k: v.bfloat16() if v.is_floating_point() else v for k, v in ae.state_dict().items()}, asdict(done))
@@ -803,6 +818,9 @@ def main(argv=None):
     p.add_argument("--dtype", default="auto", choices=("auto", "bf16", "fp32"), help="arithmetic; auto = bf16 where it is faster (default auto)")
     p.add_argument("--train", action="store_true", help="train it from scratch instead")
     p.add_argument("--init", metavar="FILE", help="with --train: start from this file of ours, not from scratch")
+    p.add_argument("--align-to", metavar="NAME", help="with --train: pull its latents towards those of this one, as the paper's A.9 does instead of embedding alignment")
+    p.add_argument("--align-weights", metavar="FILE", help="weight file of that one (default: shipped, or the model hub's cache)")
+    p.add_argument("--align-ratio", type=float, default=1.0, help="weight of that loss (default 1; the paper tries 0.1, 1 and 10)")
     p.add_argument("--steps", type=int, default=3000, help="training steps (default 3000)")
     p.add_argument("--batch", type=int, default=16, help="pictures a step (default 16)")
     p.add_argument("--lr", type=float, default=1e-3, help="peak learning rate (default 1e-3)")
@@ -814,7 +832,9 @@ def main(argv=None):
     dtype = torch.bfloat16 if args.dtype == "bf16" or (args.dtype == "auto" and fast_bf16(args.device)) else torch.float32
     if args.train:
         source = open_source(args.images, args.res)
-        return train_autoencoder(ae_config(args.ae), source, out, args.steps, args.batch, args.lr, args.beta, args.noise, args.seed, args.device, dtype, args.init)
+        towards = load_autoencoder(args.align_to, args.align_weights, device=args.device) if args.align_to else None
+        return train_autoencoder(ae_config(args.ae), source, out, args.steps, args.batch, args.lr, args.beta, args.noise, args.seed, args.device, dtype, args.init,
+                                 towards=towards, ratio=args.align_ratio)
 
     source = open_source(args.images, args.res, "all" if args.images else "val")     # procedural: none that it was trained on
     ae = load_autoencoder(args.ae, args.weights, device=args.device)

@@ -6,7 +6,11 @@ new embedder and head go on training in full. The loss is stage 2's; only what i
 
     python finetune.py                                     LoRA on the newest alignment of the embedded base
     python finetune.py --init base                         the same without alignment: what the paper's Fig. 3 shows
-    python finetune.py --tune full                         every weight instead of LoRA
+    python finetune.py --tune full                         every weight instead of LoRA (Fig. 5)
+    python finetune.py --layer-rates 3                     later layers learn three times as fast as early ones (A.8)
+    python finetune.py --lora-ramp 500                     LoRA comes in gradually (A.8)
+    python align.py --solver adamw --stage1-steps 0        then finetune.py: freeze the backbone, then end to end (A.8)
+    python finetune.py --init base --ae-weights FILE       on an autoencoder that was aligned in its stead (A.9, autoencoder.py)
     python finetune.py --init scratch --train-steps 20000  no base at all: how the embedded base itself was made
     python finetune.py --base tiny-flux --init scratch                                  a teacher for two-pass guidance, and
     python finetune.py --base tiny-flux --distill-guidance runs/scratch-tiny-flux-1     the one-pass model made of it
@@ -24,13 +28,14 @@ from pathlib import Path
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from align import (BIG, LOSSES, add_data_args, distillation_loss, draw, ends, first_goes_first, flow_matching_loss, frozen_dtype, guidance_limits, join, leave, new_run, pick,
-                   pick_objective, plot_curves, prepare, processes, recipe_of, sample_loss, settle, shift_of, size_of, train, validation_loss, write_run)
+from align import (BIG, LOSSES, add_data_args, distillation_loss, draw, ends, first_goes_first, flow_matching_loss, frozen_dtype, guidance_limits, join, leave, new_run, new_step,
+                   note_dry_run, pick, pick_objective, plot_curves, prepare, processes, recipe_of, sample_loss, settle, shift_of, size_of, target_ae, train, validation_losses,
+                   write_run)
 from autoencoder import ae_config
-from lora import add_lora, merge_lora
+from lora import LoRALinear, add_lora, merge_lora
 from model import (BASES, FAMILIES, DiTConfig, FluxConfig, build, config_dict, ddpm_times, deepen, read_tensors, rotary_table, run, sincos_2d, to_deep_latent,
                    with_guidance_embed)
-from sample import Cost, add_model_args, dtype_of, example_text, load_base, load_run, newest_run, run_file, save_grid
+from sample import Cost, add_model_args, dtype_of, example_text, load_base, load_run, newest_run, run_file, save_grid, timed, with_guidance
 
 
 def trainable(model, tune: str, final_adaln: bool = True) -> list[tuple[str, torch.nn.Parameter]]:
@@ -38,6 +43,25 @@ def trainable(model, tune: str, final_adaln: bool = True) -> list[tuple[str, tor
     if tune == "full":
         return pick(model, ("",))
     return pick(model, ends(model, final_adaln)) + [(k, q) for k, q in model.named_parameters() if k.endswith((".A", ".B"))]
+
+
+def layer_rates(model, ratio: float):
+    """Layer-wise learning rates (A.8): shares of the learning rate on a line from the first layer to the last, `ratio` times
+    larger there, 1 on average. What comes before the blocks counts as the first layer, the head as the last. -> name -> share"""
+    names, of = {id(m): n for n, m in model.named_modules()}, lambda place: 2 / (1 + ratio) * (1 + (ratio - 1) * place / (len(model.blocks) + 1))
+    places = {names[id(block)] + ".": i + 1 for i, block in enumerate(model.blocks)} | {model.HEAD_TRAINED: len(model.blocks) + 1}
+    return lambda name: of(next((place for start, place in places.items() if name.startswith(start)), 0))
+
+
+def lora_ramp(model, steps: int):
+    """LoRA that comes in gradually (A.8): its alpha grows on a line from 0 to its own within so many steps. -> what to call
+    before every step"""
+    loras = [(m, m.scale) for m in model.modules() if isinstance(m, LoRALinear)]
+
+    def before(step):
+        for m, scale in loras:
+            m.scale = scale * min(1.0, step / steps)
+    return before
 
 
 @contextmanager
@@ -95,7 +119,7 @@ def start_model(args, recipe):
     if args.init == "base":
         base, info = load_base(args.base, args.weights, dtype=None)
         torch.manual_seed(args.seed)
-        cfg = to_deep_latent(base.cfg, ae_config(args.ae or recipe["ae"]), pos_step=args.pos_step)
+        cfg = to_deep_latent(base.cfg, target_ae(args.ae, recipe, base.cfg), pos_step=new_step(args.pos_step, base.cfg))
         cfg = replace(cfg, res=args.res or base.cfg.res)
         return deepen(base, cfg), {**info, "kind": "noalign"}, []
     aligned = Path(args.init) if args.init != "align" else newest_run(kinds=(f"align-{Path(args.base).name}",))
@@ -114,6 +138,9 @@ def start_model(args, recipe):
     return model, facts, [q for k, q in model.named_parameters() if k in own]
 
 
+GUIDANCES = (1.0, 2.0, 3.5, 5.0)                                      # of the guidance grid
+
+
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_args(p)
@@ -122,6 +149,9 @@ def main(argv=None):
                    "base = new embedder and head, not aligned; scratch = random weights")
     p.add_argument("--distill-guidance", metavar="RUN", help="train a one-pass model that is told its guidance, from this run of a FLUX that needs two passes (all weights)")
     p.add_argument("--tune", default="lora", choices=("lora", "full"), help="how the trunk learns (default lora; scratch is always full)")
+    p.add_argument("--layer-rates", type=float, default=1.0, metavar="RATIO",
+                   help="learning rate of the last layer over that of the first, on a line between, the average as given (default 1; A.8: 3)")
+    p.add_argument("--lora-ramp", type=int, default=0, metavar="STEPS", help="steps in which LoRA's alpha grows from 0 to its own (default 0 = from the start)")
     p.add_argument("--rank", type=int, help="LoRA rank (default: the recipe's; paper 256)")
     p.add_argument("--alpha", type=float, help="LoRA alpha (default: the rank)")
     p.add_argument("--merge", action="store_true", help="merge the LoRA that --init RUN carries into its trunk, and start a new one (next resolution)")
@@ -146,6 +176,18 @@ def main(argv=None):
     args = p.parse_args(argv)
 
     recipe = recipe_of(args.base)
+    stage3 = recipe["stage3"]
+    steps = args.train_steps or stage3["steps"]
+    if args.layer_rates <= 0:
+        raise ValueError(f"--layer-rates {args.layer_rates:g}: a ratio above 0, 1 = all layers alike")
+    if args.lora_ramp and (args.tune == "full" or args.init == "scratch" or args.distill_guidance):
+        raise ValueError(f"--lora-ramp {args.lora_ramp}: there is no LoRA in this run")
+    if args.lora_ramp and args.compile:
+        raise ValueError(f"--lora-ramp {args.lora_ramp}: a compiled block has its alpha built in; leave out --compile")
+    if args.lora_ramp >= steps:
+        raise ValueError(f"--lora-ramp {args.lora_ramp}: it has to end before the run does, of {steps} steps")
+    if args.dry_run:
+        steps, args.lora_ramp = 1, 0
     model, info, own = start_model(args, recipe)
     kind, dtype, device, teacher = info["kind"], dtype_of(args), join(args.device), None
     goal = "distill" if kind == "distill" else pick_objective(model.cfg, args.objective)
@@ -172,10 +214,9 @@ def main(argv=None):
     (ae,), source, cache, model.null = data.ae.values(), data.source, data.cache, data.null
     (z_val,), y_val = data.val[0].values(), data.val[1]
     shift, rule = shift_of(args.shift or info.get("shift") or (1.0 if kind == "scratch" else recipe["shift"]), model.cfg)
-    limits, stage3 = guidance_limits(args, recipe, model.cfg), recipe["stage3"]
+    limits = guidance_limits(args, recipe, model.cfg)
     if kind == "distill":
         teacher = load_run(args.distill_guidance, device, base_weights=args.weights)[0]
-    steps = args.train_steps or stage3["steps"]
     info |= dict(model=config_dict(model.cfg), shift=rule, objective=goal, classes=list(source.classes), images=args.images, captions=args.captions,
                  ae_weights=files[model.cfg.ae], steps=steps + (info.get("steps") or 0 if kind == "finetune" else 0))   # of all stages so far
     count = lambda params: sum(q.numel() for q in params) / 1e6
@@ -184,40 +225,57 @@ def main(argv=None):
     if args.compile:
         for block in model.blocks:
             block.compile()
-    objective = dict(objective=goal, t_sampling=args.t_sampling, shift=shift, label_dropout=args.label_dropout, limits=limits, teacher=teacher)
+    seconds, objective = {}, dict(objective=goal, t_sampling=args.t_sampling, shift=shift, label_dropout=args.label_dropout, limits=limits, teacher=teacher)
     val_loss = partial(distillation_loss, teacher) if teacher else LOSSES.get(goal, flow_matching_loss)
 
     def loss_fn(rows, g):
         return sample_loss(model, cache.batch(rows, g)[0][model.cfg.ae].to(device), data.condition(rows), g, **objective)
 
-    def preview(file, name, m):
+    def grid(file, rows):
+        if processes()[0] == 0:
+            save_grid(out / file, rows, data.ask(8)[1], {"seed": str(args.seed), "cfg_scale": str(args.cfg_scale)})
+
+    def pictures(m, told=lambda y: y):
+        """The same conditions and the same noise every time; told: what changes their guidance."""
         m.null = data.null
-        y, titles = data.ask(8)
-        images = draw(m, ae, y, args.seed, args.cfg_scale, rule, dtype, args.base)
-        if processes()[0] == 0:                                       # all draw it: a sharded model takes all
-            save_grid(file, [(name, images)], titles, {"seed": str(args.seed), "cfg_scale": str(args.cfg_scale)})
+        return draw(m, ae, told(data.ask(8)[0]), args.seed, args.cfg_scale, rule, dtype, args.base)
 
-    def watch(step):
+    def watch(step, averaged):
         model.eval()
-        preview(out / f"samples_{step:06d}.png", f"step {step}", model)
-        loss = validation_loss(model, z_val, y_val, dtype, loss=val_loss, limits=limits)
+        validate = partial(validation_losses, model, z_val, y_val, dtype, loss=val_loss, limits=limits)
+        seconds["pictures"] = 0.0
+        with timed(seconds, "pictures", device):
+            rows = [(f"step {step}", pictures(model))]                # all processes draw: a sharded model takes all
+        said = validate()
+        if averaged and step:                                         # at step 0 it is the same
+            with averaged():
+                rows, said["val_loss_ema"] = [*rows, ("average", pictures(model))], validate()["val_loss"]
+        grid(f"samples_{step:06d}.png", rows)
         model.train()
-        return {"val_loss": loss}
+        return said
 
-    start = time.perf_counter()
-    log = train(out, model, named, loss_fn, cache.buckets if args.buckets else len(cache), steps, batch=args.batch or stage3["batch"], lr=args.lr or stage3["lr"], info=info,
+    start, batch = time.perf_counter(), args.batch or stage3["batch"]
+    log = train(out, model, named, loss_fn, getattr(cache, "buckets", len(cache)), steps, batch=batch, lr=args.lr or stage3["lr"], info=info,
                 warmup=stage3["warmup"] if args.warmup is None else args.warmup, schedule=args.schedule or stage3.get("schedule", "constant"), weight_decay=args.weight_decay,
                 clip=None if args.clip < 0 else args.clip, ema=args.ema or None, accumulate=args.accumulate, seed=args.seed, dtype=dtype,
-                save_every=args.save_every, watch=watch, watch_every=args.sample_every)
+                save_every=args.save_every, watch=watch, watch_every=args.sample_every, rate=layer_rates(model, args.layer_rates),
+                before=lora_ramp(model, args.lora_ramp) if args.lora_ramp else None, seconds=seconds)
     write_run(out, info, named, log, torch.bfloat16 if args.save_dtype == "bf16" else torch.float32, carried=carried)
     rank, _ = processes()
     leave()
     if rank:
         return
+    if args.dry_run:
+        return note_dry_run(out, model, named, seconds, batch, bool(args.ema), device)
     plot_curves(out / "curves.png", {kind: log})
-    preview(out / "samples.png", kind, load_run(out, args.device)[0])
-    print(f"validation loss {log[0]['val_loss']:.4f} -> {log[-1]['val_loss']:.4f} (as trained, without the average) in {time.perf_counter() - start:.0f} s; "
-          f"wrote {out}/ (weights, metrics.jsonl, samples.png, curves.png)")
+    done, more = load_run(out, args.device)[0], ""
+    grid("samples.png", [(kind, pictures(done))])
+    if limits:
+        grid("guidance.png", [(f"g = {g:g}", pictures(done, lambda y: with_guidance(y, g))) for g in GUIDANCES])
+        more = ", guidance.png"
+    average = f", {log[-1]['val_loss_ema']:.4f} by the average" if "val_loss_ema" in log[-1] else ""
+    print(f"validation loss {log[0]['val_loss']:.4f} -> {log[-1]['val_loss']:.4f} as trained{average}, in {time.perf_counter() - start:.0f} s; "
+          f"wrote {out}/ (weights, metrics.jsonl, samples.png, curves.png{more})")
 
 
 if __name__ == "__main__":

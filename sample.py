@@ -18,6 +18,7 @@ import hashlib
 import json
 import math
 import os
+import textwrap
 import time
 import weakref
 from contextlib import contextmanager
@@ -499,14 +500,17 @@ def save_png(path, pixels: np.ndarray, meta: dict | None = None):
 
 
 def save_grid(path, rows: list[tuple[str, Tensor]], columns: list[str] = (), meta: dict | None = None):
-    """A labelled grid: rows = (name, pictures (B,3,H,W) in [-1,1]); names to the left, column titles above."""
+    """A labelled grid: rows = (name, pictures (B,3,H,W) in [-1,1]); names to the left, column titles above, over as many
+    lines as they take."""
     from PIL import Image, ImageDraw
     H, W = rows[0][1].shape[-2:]
-    n, left, top = max(len(x) for _, x in rows), 10 + 7 * max(len(line) for name, _ in rows for line in name.split("\n")), 16 if columns else 0
+    titles = [textwrap.wrap(c, max(4, W // 6)) for c in columns]     # the font's letters are 6 pixels wide
+    n, left, top = max(len(x) for _, x in rows), 10 + 7 * max(len(line) for name, _ in rows for line in name.split("\n")), 4 + 12 * max(map(len, titles)) if titles else 0
     sheet = Image.new("RGB", (left + n * (W + 2), top + len(rows) * (H + 2)), "white")
     draw = ImageDraw.Draw(sheet)
-    for j, c in enumerate(columns):
-        draw.text((left + j * (W + 2) + 4, 2), c[: max(4, W // 7)], fill="black")
+    for j, lines in enumerate(titles):
+        for k, line in enumerate(lines):
+            draw.text((left + j * (W + 2) + 1, 1 + 12 * k), line, fill="black")
     for i, (name, x) in enumerate(rows):
         draw.multiline_text((5, top + i * (H + 2) + H // 2 - 8), name, fill="black")
         for j, p in enumerate(to_uint8(x)):
@@ -910,8 +914,7 @@ def main(argv=None):
     def condition(rows):
         if not (args.dataset and own["encoders"]):
             return cond[rows]
-        text = texts[torch.tensor([place[int(i)] for i in rows])]
-        return text if guidance is None else replace(text, guidance=torch.full((len(rows),), guidance))
+        return with_guidance(texts[torch.tensor([place[int(i)] for i in rows])], guidance)
 
     model, info, ae = load()
     if args.dataset:

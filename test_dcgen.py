@@ -9,9 +9,11 @@ import hashlib
 import json
 import math
 import os
+import multiprocessing
 import pickle
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -44,7 +46,8 @@ import sample
 from align import drop_labels, embedding_loss, flow_matching_loss, solve_embedder, solve_head
 from autoencoder import (AUTOENCODERS, DCAE, KLVAE, DCAEConfig, KLConfig, ae_class, ae_config, ae_table, diffusers_ae_config, export_autoencoder, in_strips, in_tiles,
                          load_autoencoder, psnr, ssim, stated_config)
-from data import SANA_INSTRUCTION, SHAPES, ImageFolder, LatentCache, ShapesSource, encode_prompts, load_image, null_prompt, open_source, order, read_prompts, shape_facts, shapes
+from data import (SANA_INSTRUCTION, SHAPES, Buckets, ImageFolder, LatentCache, ShapesSource, TextCache, bucket_sizes, cache_prompts, encode_prompts, encode_words, image_size,
+                  load_image, null_prompt, open_source, order, read_prompts, shape_facts, shapes)
 from bench import SWITCHES, DiffusersDrawer, Drawer, filled, floor, ratios, sane, self_checks, shared, spread, works
 from evaluate import accuracy, frechet_distance, gap_table, inception_score, judged_source, layer_gap, load_classifier, share_right
 from lora import LoRALinear, add_lora, load_peft, lora_from_peft, lora_state, lora_to_peft, merge_lora, save_peft
@@ -1077,6 +1080,27 @@ def test_training_goes_on_where_it_was_killed_and_measures_the_scale(cfg, tmp_pa
     assert z.square().mean().sqrt().item() == pytest.approx(1, abs=0.05)
 
 
+def test_an_autoencoder_can_be_pulled_towards_anothers_latents(tmp_path):
+    """Killed and resumed to the same numbers; and the base's latents become readable in it, which without the pull they are not."""
+    cfg, base = STYLES["in"], calibrated(TINY_KL)
+    def run(out, steps, ratio=10.0, **kw):
+        autoencoder.train_autoencoder(cfg, kw.get("source") or Killed(32), tmp_path / out, steps=steps, batch=8, lr=2e-3, beta=1e-3, noise=0.1, seed=1, save_every=2, towards=base, ratio=ratio)
+        ae = ae_class(cfg)(cfg).eval().requires_grad_(False)
+        ae.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in read_tensors(tmp_path / f"{out}.safetensors").items()})
+        x = ShapesSource(32, split="val").batch(torch.arange(64))[0]
+        z, target = ae.moments(x)[0], F.adaptive_avg_pool2d(base.encode(x), 32 // cfg.f)
+        sums = align.LeastSquares(cfg.channels, target.shape[1])
+        sums.add(z.movedim(1, -1), target.movedim(1, -1))
+        return sums.loss(*sums.solve()) / target.var().item()
+    run("straight", 4)
+    with pytest.raises(KeyboardInterrupt):
+        run("killed", 4, source=Killed(32, 3))
+    run("killed", 4)
+    a, b = (read_tensors(tmp_path / f"{k}.safetensors") for k in ("straight", "killed"))
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    assert run("pulled", 40) < 0.85 * run("left", 40, ratio=0.0)
+
+
 # weights of whole folders, in and out
 
 def tiny_of(name):
@@ -1599,6 +1623,131 @@ def test_latents_of_a_wrong_scale_are_refused_every_time(tmp_path):
         for _ in range(2):                                           # a second try must not find a cache that says it is whole
             with pytest.raises(ValueError, match=f"standard deviation.*is its scale {scale} right"):
                 LatentCache(tmp_path, ShapesSource(16), [averages(8, scale)], n=8)
+
+
+def described_folder(root, entries):
+    """Pictures 000.png ... and a metadata.jsonl of these lines, dicts or as they are."""
+    flat_folder(root, 24, text=False)
+    (root / "metadata.jsonl").write_text("".join((e if isinstance(e, str) else json.dumps(e)) + "\n" for e in entries))
+    return root
+
+
+def test_a_folder_with_metadata_has_its_captions_wherever_they_are_asked_for(tmp_path):
+    described_folder(tmp_path, [dict(file_name=f"{i:03d}.png", text=f"grey {i}") for i in range(24)])
+    for captions in (None, "txt"):
+        source = ImageFolder(tmp_path, 8, captions=captions)
+        assert source.classes == () and [source.caption(i) for i in (0, 23)] == ["grey 0", "grey 23"]
+    assert open_source(str(tmp_path), 8, "val").caption(0) == "grey 19"
+    assert len(ImageFolder(tmp_path, 8, captions=False)) == 24
+    (tmp_path / "metadata.jsonl").rename(tmp_path / "gone")
+    (tmp_path / "dataset.json").write_text("{}")
+    for captions in (None, False):
+        with pytest.raises(ValueError, match="this data set is not finished, 24 pictures and no metadata.jsonl"):
+            ImageFolder(tmp_path, 8, captions=captions)
+
+
+def test_duplicates_and_broken_entries_of_a_data_set_are_named_and_left_out(tmp_path, capsys):
+    entries = [dict(file_name=f"{i:03d}.png", text=f"grey {i}", seed=i) for i in range(22)]
+    entries[5]["text"] = " "
+    entries[7] |= dict(text="grey 6", seed=6)                        # 007 is a second drawing of 006
+    described_folder(tmp_path, [*entries, dict(file_name="003.png", text="again"), "{half", dict(file_name="gone.png", text="x")])
+    shutil.copy(tmp_path / "010.png", tmp_path / "011.png")
+    source = ImageFolder(tmp_path, 8, max_broken=0.5)
+    said = capsys.readouterr().out
+    for why in ("005.png (its text is empty)", "007.png (the same prompt and seed as 006.png)", "metadata.jsonl:23 (a second entry for 003.png)", "metadata.jsonl:24 (not an entry",
+                "gone.png (metadata.jsonl names it", "011.png (a copy of 010.png)", "022.png (no entry", "023.png (no entry"):
+        assert why in said, why
+    assert [p.name for p in source.files] == [f"{i:03d}.png" for i in range(22) if i not in (5, 7, 11)] and source.caption(3) == "grey 3"
+    with pytest.raises(ValueError, match="of 24 pictures are broken, more than 5%"):
+        ImageFolder(tmp_path, 8)
+
+
+def test_a_bucket_has_pictures_of_its_own_shape_and_a_batch_is_of_one(tmp_path):
+    sizes = bucket_sizes(64, 16)
+    assert (64, 64) in sizes and all(H % 16 == W % 16 == 0 and max(H, W) <= 2 * min(H, W) and abs(H * W - 64 * 64) <= 0.25 * 64 * 64 for H, W in sizes)
+    wide, tall = np.zeros((40, 80, 3), np.uint8), np.zeros((90, 50, 3), np.uint8)
+    wide[:, :20], tall[-30:] = 255, 255                              # its left quarter and its lowest third are white
+    for i in range(14):
+        save(wide if i % 7 < 4 else tall, tmp_path / f"{i:02d}.png")
+        (tmp_path / f"{i:02d}.txt").write_text(f"{'wide' if i % 7 < 4 else 'tall'} {i}")
+    parts = ImageFolder(tmp_path, 64).by_shape(sizes)
+    assert [len(p) for p in parts] == [6, 8] and image_size(parts[0].files[0]) == (90, 50)
+    (H, W), (h, w) = parts[1].size, parts[0].size
+    assert W > 1.5 * H and h > 1.5 * w and parts[0].identity != parts[1].identity
+    x, _ = parts[1].batch(torch.tensor([0]))
+    assert x.shape == (1, 3, H, W) and x[0, :, :, 2].min() > 0.9 and x[0, :, :, W // 2].max() < -0.9       # nothing is cut off at the sides ...
+    square = ImageFolder(tmp_path, 64).batch(torch.tensor([0]))[0]
+    assert square[0, :, :, 2].max() < -0.9                           # ... where the square has lost its left quarter
+    cache = Buckets([LatentCache(tmp_path / "cache", part, [averages(4, 1)], flip=True) for part in parts])
+    text = cache.captions()
+    assert len(cache) == len(text) == 28 and len(cache.pieces(5)) == 3 + 4
+    times = torch.zeros(28, dtype=torch.long)
+    for step in range(28):                                           # of 4 rows each: as often as each other, 4 times
+        rows = order(step, 4, cache.buckets, seed=0)
+        z, labels = cache.batch(rows)
+        times += rows.bincount(minlength=28)
+        shape = "tall" if z["averages-f4"].shape[-1] == w // 4 else "wide"
+        assert all(text[r].startswith(shape) for r in rows)
+    assert times.tolist() == [4] * 28
+    assert torch.equal(cache.labels[rows], labels)
+
+
+class Encoder:
+    """Counts what it is asked; ends at its n-th prompt."""
+
+    def __init__(self, left=10**6):
+        self.left = self.start = left
+
+    def __call__(self):
+        def read(prompt, plain):
+            if self.left == 0:
+                raise KeyboardInterrupt
+            self.left -= 1
+            numbers = torch.frombuffer(hashlib.sha256(f"{prompt} {plain}".encode()).digest(), dtype=torch.uint8)[None].float()
+            return {"tokens": numbers.view(1, 8, 4).bfloat16(), "mask": torch.ones(1, 8, dtype=torch.bool)}
+        return read
+
+
+def test_encoded_prompts_that_were_killed_go_on_and_equal_ones_are_read_once(tmp_path):
+    prompts = [f"prompt {i % 600}" for i in range(700)]
+    make = lambda root, encoder, prompts=prompts, what="it": TextCache(tmp_path / root, prompts, what, encoder)
+    straight = make("a", Encoder())
+    with pytest.raises(KeyboardInterrupt):
+        make("b", Encoder(400))
+    rest = Encoder()
+    resumed = make("b", rest)
+    assert rest.start - rest.left == 601 - 256 and len(resumed) == 700
+    for file in straight.dir.glob("*.npy"):
+        assert file.read_bytes() == (resumed.dir / file.name).read_bytes()
+    rows = torch.tensor([3, 603, 5])
+    text = make("b", Encoder(0))[rows]                               # whole: nothing is read
+    assert text.tokens.dtype == torch.bfloat16 and torch.equal(text.tokens[0], text.tokens[1]) and not torch.equal(text.tokens[0], text.tokens[2])
+    assert text.mask.all() and text.pooled is None and resumed.null.mask is None and len(resumed.null) == 1
+    for other in (make("b", Encoder(), prompts[:-101]), make("b", Encoder(), what="another encoder")):
+        assert other.dir != resumed.dir
+
+
+def test_stale_or_partial_encoded_prompts_are_refused_with_the_reason(tmp_path):
+    make = lambda: TextCache(tmp_path, ["a", "b"], "it", Encoder())
+    folder = make().dir
+    whole = (folder / "tokens.npy").read_bytes()
+    (folder / "tokens.npy").write_bytes(whole[:-8])
+    with pytest.raises(ValueError, match="tokens.npy is missing or not whole.*delete the folder and run again"):
+        make()
+    (folder / "tokens.npy").write_bytes(whole)
+    meta = json.loads((folder / "meta.json").read_text())
+    (folder / "meta.json").write_text(json.dumps(meta | dict(what=meta["what"] | dict(what="another"))))
+    with pytest.raises(ValueError, match="tells of another making than its folder's name"):
+        make()
+    (folder / "meta.json").write_text("{")
+    with pytest.raises(ValueError, match="meta.json is damaged"):
+        make()
+
+
+def test_words_are_encoded_at_once_behind_the_same_interface(tmp_path):
+    texts = cache_prompts("words", None, ["a red ring", "a blue cross"], 8, cache=tmp_path)
+    assert len(texts) == 2 and torch.equal(texts[torch.tensor([1])].tokens, encode_words(["a blue cross"], 8).tokens)
+    assert texts.null.mask is None and len(texts.null) == 1 and not any(tmp_path.iterdir())
 
 
 # ---- lora.py -------------------------------------------------------------------------------------------------------------
@@ -2925,6 +3074,54 @@ def test_a_run_of_a_text_model_draws_exports_and_takes_a_lora(text_bases, encode
     assert np.abs(one - pictures("lora")["00000_seed0.png"]).max() <= 1 and np.abs(one - pictures("plain")["00000_seed0.png"]).mean() > 0.05
 
 
+@pytest.fixture
+def words_base(tmp_path, monkeypatch):
+    """A scrambled distilled base "test-words" that reads words, in a working folder."""
+    monkeypatch.chdir(tmp_path)
+    cfg = replace(BASES["tiny-flux"], res=64, hidden_size=96, num_heads=3, depth=1, depth_single=1, weights=str(tmp_path / "words.safetensors"))
+    write_tensors(cfg.weights, scramble(Flux(cfg)).state_dict())
+    monkeypatch.setitem(BASES, "test-words", cfg)
+    monkeypatch.setitem(sample.SETTINGS, "words", sample.SETTINGS["words"] | dict(num_steps=2))
+    return cfg
+
+
+def test_a_data_set_is_drawn_in_shares_or_after_a_kill_to_the_same_bytes(words_base, monkeypatch, capsys):
+    Path("p.txt").write_text("a small red ring on blue\na large pink cross on green\ntwo small blue squares on red\n")
+    draw = lambda out, *more: sample.main(["--base", "test-words", "--prompts", "p.txt", "--count", "6", "--seed", "4", "--num-steps", "2", "--batch", "2", "--dataset",
+                                           "--out", out, "--device", "cpu", "--dtype", "fp32", *more])
+    read = lambda out: {f.name: f.read_bytes() for f in sorted(Path(out).iterdir()) if f.suffix == ".png"}
+    draw("whole")
+    entries = [json.loads(line) for line in Path("whole/metadata.jsonl").read_text().splitlines()]
+    assert [(e["file_name"], e["text"], e["seed"]) for e in entries[2:4]] == [("00002_seed6.png", "two small blue squares on red", 6), ("00003_seed7.png", "a small red ring on blue", 7)]
+    save_one, written = sample.save_png, []
+    with monkeypatch.context() as m:
+        def dies(*args):
+            if len(written) == 3:
+                raise KeyboardInterrupt
+            written.append(save_one(*args))
+        m.setattr(sample, "save_png", dies)
+        with pytest.raises(KeyboardInterrupt):
+            draw("killed")
+    assert len(read("killed")) == 3 and not Path("killed/metadata.jsonl").exists()
+    with pytest.raises(ValueError, match="this data set is not finished, 3 pictures and no metadata.jsonl"):
+        ImageFolder("killed", 64)
+    with pytest.raises(ValueError, match="killed holds a data set of another making .seed: 4, now 5.; give another --out"):
+        draw("killed", "--seed", "5")
+    draw("killed")
+    draw("shares", "--shard", "1/2")
+    assert len(read("shares")) == 2 and not Path("shares/metadata.jsonl").exists() and "4 pictures are left to other shares" in capsys.readouterr().out
+    draw("shares", "--shard", "0/2")
+    for out in ("killed", "shares"):
+        assert read(out) == read("whole") and Path(out, "metadata.jsonl").read_text() == Path("whole/metadata.jsonl").read_text()
+    assert [ImageFolder("whole", 64).caption(i) for i in (0, 5)] == ["a small red ring on blue", "two small blue squares on red"]
+    draw("whole")                                                    # it is whole: nothing is drawn again
+    assert "wrote 0 pictures" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="--shard 2/2: give I/N"):
+        draw("x", "--shard", "2/2")
+    with pytest.raises(ValueError, match="--dataset: name its folder"):
+        sample.main(["--base", "test-words", "--prompts", "p.txt", "--dataset"])
+
+
 def test_a_grid_of_large_pictures_is_of_small_ones():
     x = torch.randn(2, 3, 64, 128)
     assert sample.thumbnails(x) is x and sample.thumbnails(x, 32).shape == (2, 3, 16, 32)
@@ -3196,6 +3393,221 @@ def test_bad_flags_are_told_before_anything_is_loaded(tmp_path, monkeypatch):
             align.main([*flags, "--pictures", "8", "--count", "0"])
 
 
+def test_layer_rates_are_on_a_line_and_one_on_average(tmp_path):
+    for name in TINIES:
+        net = FAMILIES[type(TINIES[name])](TINIES[name])
+        rate, n = finetune.layer_rates(net, 3.0), len(net.blocks)
+        of = lambda m: {rate(k) for k, p in net.named_parameters() if any(p is q for q in m.parameters())}
+        rates = [of(net.embed_linear), *(of(block) for block in net.blocks), of(net.head_linear)]
+        assert [len(r) for r in rates] == [1] * (n + 2)
+        rates = [r.pop() for r in rates]
+        assert rates == pytest.approx([0.5 + i / (n + 1) for i in range(n + 2)]) and sum(rates) / (n + 2) == pytest.approx(1)
+    assert {finetune.layer_rates(net, 1.0)(k) for k, _ in net.named_parameters()} == {1.0}
+    net = small_pair()[1]
+    moved = lambda k, model: (model.state_dict()[k] - net.state_dict()[k]).abs().max().item()
+    even, uneven = (run_train(tmp_path / str(r), steps=1, rate=finetune.layer_rates(net, r))[0] for r in (1.0, 3.0))
+    for k, share in ((f"{net.EMBEDDER}proj.weight", 0.5), (f"{net.HEAD}weight", 1.5)):           # AdamW's first step is the learning rate
+        assert moved(k, uneven) == pytest.approx(share * moved(k, even), rel=1e-3)
+
+
+def test_lora_comes_in_gradually_and_is_whole_at_the_end():
+    net = with_lora()[1]
+    before, own = finetune.lora_ramp(net, 4), {m: m.scale for m in net.modules() if isinstance(m, LoRALinear)}
+    for step, share in ((0, 0), (1, 0.25), (3, 0.75), (4, 1), (9, 1), (2, 0.5)):
+        before(step)
+        assert own and all(m.scale == share * scale for m, scale in own.items())
+
+
+def test_the_next_autoencoder_is_the_recipes_or_the_one_asked_for():
+    flux, at = align.RECIPES["flux-krea"], lambda name: replace(BASES["flux-krea"], ae=name, pos_step=2.0)
+    assert align.target_ae(None, flux, BASES["flux-krea"]).name == "dc-ae-f32c32-in-1.0"
+    assert align.target_ae(None, flux, at("dc-ae-f32c32-in-1.0")).name == BASES["dc-gen-flux-4k"].ae
+    assert align.target_ae("dc-ae-f64c128-in-1.0", flux, at("dc-ae-f32c32-in-1.0")).name == "dc-ae-f64c128-in-1.0"
+    with pytest.raises(ValueError, match="on dc-ae-f64c128-1.5 already, where its recipe ends; name the autoencoder to move to with --ae, one of dc-ae-f128c512-in-1.0, "):
+        align.target_ae(None, flux, at("dc-ae-f64c128-1.5"))
+    assert align.new_step(2.0, at("dc-ae-f32c32-in-1.0")) == 4.0 and align.new_step(2.0, BASES["sana-1.6b"]) == 2.0
+
+
+def test_the_average_stands_in_for_the_weights_while_it_is_looked_at():
+    p = nn.Parameter(torch.ones(2))
+    with pytest.raises(KeyError):
+        with align.holding([p], [torch.zeros(2)]):
+            assert p.tolist() == [0, 0]
+            raise KeyError
+    assert p.tolist() == [1, 1] and p.requires_grad
+
+
+def test_the_validation_loss_is_told_at_eight_times():
+    _, net, z, _, y = small_pair()
+    said = align.validation_losses(net, z, y)
+    assert list(said) == ["val_loss"] + [f"val_t{(k + 0.5) / 8:.2f}" for k in range(8)]
+    assert said["val_loss"] == pytest.approx(sum(list(said.values())[1:]) / 8, rel=1e-5) == align.validation_loss(net, z, y)
+
+
+def test_long_titles_stand_on_several_lines(tmp_path):
+    from PIL import Image
+    x, title = torch.ones(2, 3, 96, 96), "three large yellow triangles above a small pink cross on green"
+    heights = []
+    for name, columns in (("none", ()), ("short", ("a", "b")), ("long", (title, "b"))):
+        sample.save_grid(tmp_path / f"{name}.png", [("x", x)], columns)
+        heights.append(Image.open(tmp_path / f"{name}.png").height)
+    assert heights[0] == 98 and heights[1] == 98 + 16 and heights[2] >= 98 + 4 + 12 * (len(title) // 16)
+
+
+# ---- several processes: two on this CPU, that meet as torchrun's do -----------------------------------------------------------
+
+def in_process(rank, count, port, answers, job, *args):
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TQDM_DISABLE="1")
+    torch.set_num_threads(1)
+    try:
+        answers.put((rank, job(*args)))
+        align.leave()
+    except BaseException as e:
+        answers.put((rank, RuntimeError(f"process {rank}: {e!r}")))
+
+
+def together(job, *args, count=2):
+    """What job(*args) returns in each of so many processes. They come from a server that has only imported: a fork of a
+    process whose threads have worked may hang."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["test_dcgen"])
+    answers, found = context.SimpleQueue(), {}
+    parts = [context.Process(target=in_process, args=(rank, count, port, answers, job, *args), daemon=True) for rank in range(count)]
+    for p in parts:
+        p.start()
+    while len(found) < count:
+        rank, answer = answers.get()
+        found[rank] = answer
+        if isinstance(found[rank], Exception):
+            for p in parts:                                          # who waits for one that failed waits for ever
+                p.kill()
+            raise found[rank]
+    return [found[rank] for rank in range(count)]
+
+
+def small_flux(seed=0):
+    """As small_pair, of a guidance-distilled FLUX: model, latents, prompts."""
+    torch.manual_seed(seed)
+    base = scramble(Flux(TINY_FLUX))
+    net = deepen(base, to_deep_latent(TINY_FLUX, AUTOENCODERS["tiny-dc-ae-f32c32"]))
+    scramble(net.final_layer.linear)
+    net.null = prompts(TINY_FLUX, 1)
+    return net, torch.randn(48, 32, 2, 3, generator=torch.Generator().manual_seed(seed)), replace(prompts(TINY_FLUX, 48), guidance=None)
+
+
+def job(out, name, how, steps, accumulate=1):
+    """A short training of all parameters -> its log, its final weights, what this process was given and what it wrote."""
+    device, seen, wrote = align.join("cpu"), [], []
+    sys.addaudithook(lambda event, args: wrote.append(Path(args[0]).name) if event == "open" and isinstance(args[0], (str, os.PathLike)) and str(out) in str(args[0])
+                     and isinstance(args[1], str) and set(args[1]) & set("wax+") else None)
+    net, z, y = small_flux() if name == "flux" else [small_pair()[i] for i in (1, 2, 4)]
+    objective = dict(objective="guided" if name == "flux" else "flow", t_sampling="logit-normal", shift=1.0, label_dropout=0.1, limits=(1.0, 5.0) if name == "flux" else None)
+    names = [k for k, _ in align.pick(net, ("",))]
+    now = align.settle(net, names, device, recompute=name == "flux", shard=how == "fsdp")
+
+    def loss(rows, g):
+        seen.append((rows.tolist(), g.initial_seed()))
+        return align.sample_loss(net, z[rows], y[rows], g, **objective)
+
+    def watch(step, *_):
+        val = align.guided_loss if name == "flux" else align.flow_matching_loss
+        return dict(val_loss=align.validation_loss(net, z[:16], y[torch.arange(16)], loss=val, limits=objective["limits"]))
+    log = align.train(Path(out), net, [(k, now[k]) for k in names], loss, 48, steps, batch=8, lr=1e-3, info={}, log_every=1, save_every=4, ema=0.9, accumulate=accumulate,
+                      watch=watch, watch_every=3)
+    weights = [align.whole(now[k]).numpy() for k in names]
+    return log, weights, seen, wrote
+
+
+def numbers(log):
+    return [[r[k] for k in ("step", "loss", "grad_norm", "val_loss") if k in r] for r in log]
+
+
+def two_jobs(root, name, how):
+    """Four steps, four more that resume them, and four that resume what one process has left."""
+    job(root / "two", name, how, 4)
+    if os.environ["RANK"] == "0":
+        shutil.copytree(root / "two", root / "then")
+    return *job(root / "two", name, how, 8), job(root / "first", name, how, 8)[0]
+
+
+@pytest.mark.parametrize("name, how", [("dit", "ddp"), ("dit", "fsdp"), ("flux", "fsdp")])
+def test_two_processes_give_the_run_of_one_and_either_goes_on_with_the_other(tmp_path, name, how):
+    """Losses, gradient norms and validation losses of eight steps, to rounding: of one process in two parts, of two processes,
+    and of either resuming the other at step 4."""
+    one, weights, *_ = job(tmp_path / "one", name, None, 8, accumulate=2)
+    job(tmp_path / "first", name, None, 4, accumulate=2)
+
+    (two, ended, seen, wrote, second), (_, _, others, wrote_too, _) = together(two_jobs, tmp_path, name, how)
+    then = job(tmp_path / "then", name, None, 8)[0]
+    for log in (two, second, then):
+        np.testing.assert_allclose(np.concatenate([*numbers([r for r in log if r["step"] >= 5])]), np.concatenate([*numbers([r for r in one if r["step"] >= 5])]), rtol=2e-4, atol=1e-6)
+    for v, w in zip(weights, ended):
+        np.testing.assert_allclose(v, w, atol=2e-5)
+    # steps 4 to 7: each process its part of the batch, with noise of its own
+    assert len(seen) == len(others) == 4 and not {g for _, g in seen} & {g for _, g in others}
+    assert [a + b for (a, _), (b, _) in zip(seen, others)] == [order(step, 8, 48, 0).tolist() for step in range(4, 8)]
+    assert wrote and all(f.startswith("__1_") for f in wrote_too) and bool(wrote_too) == (how == "fsdp"), wrote_too      # its own share at most
+
+
+def small_words(root):
+    """As the fixture, for a process of its own."""
+    os.chdir(root)
+    BASES["test-words"] = replace(BASES["tiny-flux"], res=64, hidden_size=96, num_heads=3, depth=1, depth_single=1, weights=str(root / "words.safetensors"))
+    sample.SETTINGS["words"]["num_steps"] = 2
+
+
+WORDS = ["--base", "test-words", "--ae", "tiny-dc-ae-f32c32", "--pictures", "32", "--batch", "8", "--shift", "1", "--device", "cpu", "--dtype", "fp32"]
+
+
+def align_job(root, out):
+    small_words(root)
+    align.main([*WORDS, "--stage2-steps", "3", "--head-samples", "32", "--count", "0", "--out", out])
+
+
+def finetune_job(root, out, *more):
+    small_words(root)
+    finetune.main([*WORDS, "--init", "runs/align", "--train-steps", "3", "--rank", "4", "--ema", "0.9", "--out", out, *more])
+
+
+def test_the_scripts_in_two_processes_write_what_one_writes(words_base, tmp_path):
+    """Alignment in closed form and by steps, then LoRA, with the guided loss: the same validation losses, one set of files."""
+    read = lambda out: [json.loads(line) for line in Path(out, "metrics.jsonl").read_text().splitlines()]
+    same = lambda a, b: [pytest.approx(r["val_loss"], rel=2e-3) for r in read(a) if "val_loss" in r] == [r["val_loss"] for r in read(b) if "val_loss" in r]
+    align_job(tmp_path, "runs/align"), together(align_job, tmp_path, "runs/two")
+    assert same("runs/align", "runs/two") and {f.name for f in Path("runs/align").iterdir()} - {f.name for f in Path("runs/two").iterdir()} == set()
+    finetune_job(tmp_path, "runs/tuned", "--accumulate", "2")
+    together(finetune_job, tmp_path, "runs/shares", "--parallel", "fsdp")
+    assert same("runs/tuned", "runs/shares") and Path("runs/shares/guidance.png").is_file()
+    a, b = (read_tensors(f"runs/{k}/ema.safetensors") for k in ("tuned", "shares"))
+    assert a.keys() == b.keys() and all(off(a[k], b[k]) < 0.02 for k in a)
+
+
+def test_activation_checkpointing_changes_no_gradient():
+    for name in TINIES:
+        grads = []
+        for recompute in (False, True):
+            net = scramble(FAMILIES[type(TINIES[name])](TINIES[name]))
+            names = [k for k, _ in net.named_parameters()]
+            now = align.settle(net, names, "cpu", recompute=recompute)
+            z, cond = torch.randn(2, net.cfg.in_channels, 8, 8, generator=torch.Generator().manual_seed(0)), condition_of(net.cfg)
+            flow_matching_loss(net, z, torch.tensor([0.2, 0.7]), cond, torch.zeros_like(z))[0].mean().backward()
+            grads.append({k: now[k].grad for k in names})
+        assert sum(g is not None for g in grads[0].values()) > len(names) // 2
+        assert all((a is None and b is None) or torch.equal(a, b) for a, b in zip(*(g.values() for g in grads))), name
+
+
+def test_a_big_model_is_frozen_in_bf16_and_learns_in_float32():
+    net = scramble(FAMILIES[FluxConfig](TINY_FLUX)).bfloat16()
+    add_lora(net, rank=2)
+    trained = [k for k, _ in finetune.trainable(net, "lora")]
+    for k, p in align.settle(net, trained, "cpu", torch.bfloat16).items():
+        inside = "_blocks." in k and k not in trained
+        assert p.dtype == (torch.bfloat16 if inside else torch.float32) and p.requires_grad == (k in trained), k
+
+
 # ---- finetune.py, and the scripts from end to end -------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
@@ -3253,6 +3665,35 @@ def test_a_run_carries_on_what_the_run_before_it_had_trained(aligned, monkeypatc
     trunk = first.blocks[0].attn.qkv
     assert_close(second.blocks[0].attn.qkv.base.weight, trunk.base.weight + trunk.delta())
     assert second.blocks[0].attn.qkv.A.shape[0] == 4
+
+
+def test_a_finished_run_is_the_next_base(words_base, tmp_path):
+    """f8 to f32, LoRA, and from there on to another latent space: the trunk is the merged one, and the chain loads by itself."""
+    align_job(tmp_path, "runs/align")
+    finetune_job(tmp_path, "runs/tuned", "--lora-ramp", "2", "--layer-rates", "3", "--sample-every", "2")
+    rows = [json.loads(line) for line in Path("runs/tuned/metrics.jsonl").read_text().splitlines()]
+    assert "val_loss_ema" in rows[-1] and "val_t0.06" in rows[0] and {"samples_000000.png", "samples_000002.png", "samples_000003.png", "guidance.png"} <= {p.name for p in Path("runs/tuned").iterdir()}
+    from PIL import Image
+    assert Image.open("runs/tuned/samples_000003.png").height > 66 + Image.open("runs/tuned/samples_000000.png").height - 1      # raw and average
+    flags = [f if f != "test-words" else "runs/tuned" for f in WORDS]
+    align.main([*flags, "--ae", "tiny-kl-f8c4", "--stage2-steps", "1", "--head-samples", "16", "--count", "0", "--out", "runs/next"])
+    net, info = load_run("runs/next")
+    merged = merge_lora(load_run("runs/tuned")[0])
+    assert info["base"] == "runs/tuned" and net.cfg.ae == "tiny-kl-f8c4" and net.cfg.pos_step == 4.0 and sample.preset_of("runs/tuned") == "test-words"
+    assert_close(net.double_blocks[0].img_attn.qkv.weight, merged.double_blocks[0].img_attn.qkv.weight)
+    with pytest.raises(ValueError, match="--ae tiny-dc-ae-f32c32: the base is on it already; .*finetune.py --init runs/tuned"):
+        align.main([*flags, "--out", "runs/x"])
+
+
+@pytest.mark.parametrize("script, flags", [(align, []), (align, ["--solver", "adamw", "--stage1-steps", "0"]), (finetune, ["--init", "base", "--rank", "4", "--lora-ramp", "9"])])
+def test_a_dry_run_measures_and_leaves_a_note(script, flags, words_base, capsys):
+    before = {p for p in Path().rglob("*")}
+    script.main([*WORDS, *flags, "--dry-run"])
+    said, left = capsys.readouterr().out, {str(p) for p in Path().rglob("*") if p not in before}
+    note = f"runs/dry-run-{'align' if script is align else 'noalign'}-test-words.txt"
+    assert left == {"runs", note} and Path(note).read_text() in said
+    for what in ("parameters", "gradients", "a step", "with 8 pictures", "a save", "8 pictures", "peak memory"):
+        assert what in said
 
 
 def test_sample_draws_from_the_newest_run_and_evaluate_scores_it(aligned, monkeypatch, capsys):
