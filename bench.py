@@ -750,7 +750,7 @@ def throughput(pair: tuple[Work, Work], args, device, dtype, compiler: dict, unt
 
     for work, (model, ae), switch in ((pair[i], models[i], switch) for i in (1, 0) for switch in kinds):
         for batch in args.batches:
-            if time.perf_counter() > until:
+            if time.perf_counter() + 2 * batch * floor(work)["floor_bf16"] * min(n, 20) / n * (1 + max(1, args.repeats // 3)) > until:
                 print(f"{work.name} {work.res}: no time left for a batch of {batch} (--minutes)")
                 break
             took = attempt(time_batch, work, model, ae, switch, batch)
@@ -969,6 +969,8 @@ def main(argv=None):
         raise ValueError(f"--res {args.res}: give pixels a side ({', '.join(map(str, family.deep))}), or all")
     sizes = family.paper if args.res == "all" else (int(args.res) if args.res else family.paper[-1],)
     args.switches = [s for s in SWITCHES if s in args.switches]
+    if args.switches == ["graph"] and not cuda:
+        raise ValueError("--switches graph: that needs a GPU")
     args.repeats = args.repeats or ((30 if max(sizes) <= 1024 else 10) if cuda else 2)
     args.warm = (10.0 if cuda else 0.0) if args.warm is None else args.warm
     args.num_steps = args.num_steps or (None if cuda else 4)
@@ -999,7 +1001,7 @@ def main(argv=None):
         return result[kind][before:]
 
     print(f"{result['device']}, torch {result['torch']}, {result['dtype']}, {result['date']}")
-    if not cuda:
+    if not cuda and (args.tables or args.train or args.latency or args.batches):
         print(f"no GPU: the small twins ({family.twin} and its DC-Gen sibling) run in place of {args.model}. These are NOT GPU figures, and say\n"
               "nothing about speed: blocks are traced without a break but not compiled, and the CPU multiplies FP8 out. What is shown is that\n"
               "every row runs and that what it makes is sane.")
@@ -1015,8 +1017,8 @@ def main(argv=None):
         text = (None, f"not timed: {text}") if isinstance(text, str) else text
         for pair in pairs:
             until = time.perf_counter() + 60 * args.minutes
-            print(flush=True)
             if args.latency:
+                print(flush=True)
                 print_rows(keep("rows", bench_pair(pair, args, device, dtype, compiler, text, until)))
             if args.batches:
                 print_throughput(keep("throughput", throughput(pair, args, device, dtype, compiler, until)), pair, args.num_steps or family.num_steps)
