@@ -774,6 +774,12 @@ def print_throughput(rows: list[dict], pair: tuple[Work, Work], num_steps: int):
          paper=("paper_per_min", ",.2f"), where=("paper_where",))
 
 
+def days(plan: tuple[int, int], images_per_s: float) -> float:
+    """Of one GPU, for a schedule of (steps, batch)."""
+    steps, batch = plan
+    return steps * batch / images_per_s / 86400
+
+
 def train_rows(schedule: tuple | None, pair: tuple[Work, Work], args, device, dtype):
     """One optimiser step of each stage: images/s, memory, and the H100-days that the paper's schedule (Table 7) would take at
     this rate; rows as they are finished. Stage 3 has LoRA of rank 256. The loss is Eq. 2; the guided one of Eq. 7 has a second forward pass."""
@@ -817,7 +823,7 @@ def train_rows(schedule: tuple | None, pair: tuple[Work, Work], args, device, dt
             yield row | dict(failed=found)
         else:
             rate = batch / statistics.median(found[1])
-            yield row | dict(trainable=found[0], images_per_s=rate, peak_gib=peak_gib(device), h100_days=plan[0] * plan[1] / rate / 86400 if plan and cuda else None)
+            yield row | dict(trainable=found[0], images_per_s=rate, peak_gib=peak_gib(device), h100_days=days(plan, rate) if plan and cuda else None)
         model.requires_grad_(False), free()
 
 
@@ -1015,6 +1021,7 @@ def main(argv=None):
     else:
         text = attempt(text_seconds, BASES[args.model] if cuda else BASES[family.twin], device, dtype, not cuda) if args.latency else None
         text = (None, f"not timed: {text}") if isinstance(text, str) else text
+        free()                                                        # 10 GB of T5
         for pair in pairs:
             until = time.perf_counter() + 60 * args.minutes
             if args.latency:

@@ -3464,7 +3464,7 @@ def test_fp8_on_a_layer_with_outliers_errs_as_published():
 
 @pytest.mark.parametrize("name", TINIES)
 def test_fp8_errs_by_five_percent_a_step_at_most(name):
-    """At fixed inputs; by six in SANA, whose linear attention divides by a sum of what was rounded."""
+    """At fixed inputs and random weights, which are the harder case (other seeds: 2.4 to 5.4)."""
     torch.manual_seed(0)
     cfg = {"dit": replace(TINY_DIT, hidden_size=192, num_heads=6, depth=6), "flux": BASES["tiny-flux"], "sana": BASES["tiny-sana"]}[name]
     net = scramble(FAMILIES[type(cfg)](replace(cfg, weights=None)))
@@ -3476,7 +3476,16 @@ def test_fp8_errs_by_five_percent_a_step_at_most(name):
     assert not any(re.search(r"mod\.|modulation|adaLN|final_layer|embedder", n) for n in names)
     assert len(names) == {"dit": 4 * 6, "flux": 8 * 3 + 2 * 6, "sana": 5 * 8}[name]
     errors = [off(fast(x, t, c), net(x, t, c)) for x, t, c in [(torch.randn(2, cfg.in_channels, 8, 8), torch.tensor(t), condition_of(cfg)) for t in ((0.1, 0.4), (0.6, 0.9))]]
-    assert 0.002 < min(errors) and max(errors) < (0.06 if name == "sana" else 0.05), errors
+    assert 0.002 < min(errors) and max(errors) < 0.05, errors
+
+
+def test_fp8_errs_by_three_percent_a_step_at_most_on_trained_weights():
+    net = build(BASES["tiny"], HERE / BASES["tiny"].weights)
+    fast, y, g = shared(net), torch.arange(16) % 8, torch.Generator().manual_seed(0)
+    fp8_linears(fast)
+    for t in (0.1, 0.3, 0.5, 0.7, 0.9):
+        x, clock = torch.randn(16, 4, 16, 16, generator=g), torch.full((16,), t)
+        assert 0.005 < off(fast(x, clock, y), net(x, clock, y)) < 0.03, t
 
 
 def test_fp8_refuses_what_it_cannot_do():
@@ -3488,6 +3497,13 @@ def test_fp8_refuses_what_it_cannot_do():
         fp8_linears(DiT(replace(TINY_DIT, hidden_size=40)))
     with pytest.raises(ValueError, match="no linear map"):
         fp8_linears(nn.Sequential(nn.Linear(16, 16)))
+
+
+def test_models_that_share_a_trunk_share_its_fp8_codes():
+    made, base = {}, scramble(Flux(BASES["tiny-flux"]))
+    one, two, other = shared(base), shared(deepen(base, replace(to_deep_latent(base.cfg, ae_config("tiny-dc-ae-f32c32"))))), scramble(Flux(BASES["tiny-flux"]), 1)
+    names = [fp8_linears(net, made=made) for net in (one, two, other)][0]
+    assert all(one.get_submodule(n) is two.get_submodule(n) is not other.get_submodule(n) for n in names) and len(made) == 2 * len(names)
 
 
 # ---- bench.py ------------------------------------------------------------------------------------------------------------
@@ -3720,6 +3736,7 @@ def test_bench_times_throughput_training_and_rates_of_the_twins(capsys, fresh_co
     rows = last()["train"]
     assert [r["stage"][0] for r in rows] == ["1", "2", "3"] and all(r["images_per_s"] > 0 and r["h100_days"] is None for r in rows)
     assert [r["schedule"] for r in rows] == [[20000, 64], [5000, 256], [10000, 256]] and rows[0]["trainable"] < rows[1]["trainable"] < rows[2]["trainable"]
+    assert bench.days((20_000, 64), 10.0) == 128_000 / 86_400
     assert bench.MODELS["dit-xl"].schedule[512] == ((50000, 64), (20000, 1024), (100000, 1024))
     bench.main(["--tables", "--model", "dit-xl", "--res", "256", "--device", "cpu"])
     rows = last()["tables"]
