@@ -6,6 +6,7 @@
     python bench.py --model flux-krea --train     time and memory of a post-training step of each stage
     python bench.py --res 1024 --against diffusers          the same work by the diffusers library, interleaved
     python bench.py --tables                      rates of matrix products, attention and decoder stages: what the floors rest on
+    python bench.py --res all --no-latency        only the floors
 
 Speed is made in four places, each a switch here with a row of its own, each on top of the ones before:
 
@@ -564,13 +565,13 @@ def _on(cls, config, device, dtype):
             torch.set_default_dtype(before)
 
 
-# what tells a softmax attention by the name of its kernel, or on a CPU its operator; cuDNN's names contain "flash" too
-ATTENTION_KERNELS = {"cudnn": "cuDNN", "fmha_cutlass": "memory-efficient", "efficient_attention": "memory-efficient", "flash": "flash"}
+# softmax attention by the names of its kernels, or on a CPU its operators; cuDNN's have "flash" in them as well, so it comes first
+ATTENTION_KERNELS = {"cuDNN": "cudnn.*(sdpa|attention|fmha|flash)", "memory-efficient": "fmha_cutlass|efficient_attention", "flash": "flash"}
 
 
 def attention_of(names) -> str:
-    kinds = (next((kind for sign, kind in ATTENTION_KERNELS.items() if sign in name), None) for name in map(str.lower, names) if re.search("attention|fmha|sdpa|flash", name))
-    return " + ".join(sorted({kind for kind in kinds if kind}))
+    kinds = {next((kind for kind, sign in ATTENTION_KERNELS.items() if re.search(sign, name.lower())), "") for name in names}
+    return " + ".join(sorted(kinds - {""}))
 
 
 def profile(drawer: Drawer, seed: int = 0) -> dict:
@@ -677,8 +678,8 @@ def bench_pair(pair: tuple[Work, Work], args, device, dtype, compiler: dict, tex
                 row = dict(work=work.name, res=work.res, switch=s, precision=precision_of(s == "fp8", dtype)) | found[s]
                 if "sum" in row:
                     rate = arithmetic / row["sum"]["median"] / 1e12
-                    row |= dict(tokens=counted["tokens"], num_steps=n, tflops=arithmetic / 1e12, floor_s=counted["floor_fp8" if s == "fp8" else "floor_bf16"] if cuda else None,
-                                text_s=text[0], text=text[1], tflop_per_s=rate, paper_s=work.latency, paper_where=work.where, clocks=clocks.read())
+                    row |= dict(tokens=counted["tokens"], num_steps=n, tflops=arithmetic / 1e12, text_s=text[0], text=text[1], tflop_per_s=rate, paper_s=work.latency, paper_where=work.where, clocks=clocks.read(),
+                                floor_s=counted["floor_fp8" if s == "fp8" else "floor_bf16"] if cuda else None)
                     if cuda and s != "fp8" and rate * 1e12 > H100_BF16 and "H100" in torch.cuda.get_device_name(device):
                         row["note"] = "more TFLOP/s than an H100 has: THE BENCHMARK IS WRONG"
                 yield row
