@@ -3294,7 +3294,7 @@ def test_kill_9_and_resume_give_the_losses_of_an_unbroken_run(aligned, tmp_path)
 # ---- the fast path: compiled layers, hoisted steps, strips, FP8 -----------------------------------------------------------
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-FAST = {**TINIES, "ddpm": OLD_DIT}
+EVERY = {**TINIES, "ddpm": OLD_DIT}
 
 
 @pytest.fixture
@@ -3307,7 +3307,7 @@ def fresh_compiler():
 
 def fast_case(name, seed=0, dtype=torch.float32):
     """A scrambled model with its null prompt, a condition of two rows, and noise."""
-    cfg = FAST[name]
+    cfg = EVERY[name]
     net, g = scramble(FAMILIES[type(cfg)](cfg), seed).to(dtype), torch.Generator().manual_seed(seed + 1)
     cond = condition_of(cfg)
     if isinstance(cond, Text):
@@ -3364,7 +3364,7 @@ def test_strips_of_a_stage_are_of_one_height(style):
 
 
 @pytest.mark.parametrize("cfg_scale", [1.0, 2.5])
-@pytest.mark.parametrize("name", FAST)
+@pytest.mark.parametrize("name", EVERY)
 def test_hoisted_steps_are_the_plain_loop(name, cfg_scale):
     net, cond, x = fast_case(name)
     times = time_grid(4, 3.0)
@@ -3764,7 +3764,7 @@ def test_bench_says_what_it_cannot_time(capsys):
 
 
 @needs_gpu
-@pytest.mark.parametrize("name", FAST)
+@pytest.mark.parametrize("name", EVERY)
 def test_a_captured_step_is_the_plain_loop(name):
     net, cond, x = fast_case(name)
     net, cond, x = net.cuda(), cond.to("cuda"), x.cuda()
