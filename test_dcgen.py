@@ -3743,12 +3743,14 @@ def test_bench_times_throughput_training_and_rates_of_the_twins(capsys, fresh_co
     assert {r["table"] for r in rows} == {"products", "attention", "decoder stages"} and all(r["ms"] > 0 for r in rows)
 
 
-def test_throughput_uses_every_switch_up_to_the_last_one_named(monkeypatch, capsys):
+def test_throughput_uses_every_switch_up_to_the_last_one_named_and_scales_twenty_steps(monkeypatch, capsys):
     """`--switches fp8` used to time FP8 without anything else."""
     seen = []
-    monkeypatch.setattr(bench, "Drawer", lambda work, model, ae, switches, *args: seen.append(switches) or Played())
-    bench.main(["--res", "512", "--device", "cpu", "--repeats", "1", "--no-latency", "--switches", "hoist", "fp8", "--batches", "1"])
-    assert seen == 2 * [("eager", "attention", "compile", "hoist"), ("eager", "attention", "compile", "hoist", "decoder", "uint8", "fp8")]
+    monkeypatch.setattr(bench, "Drawer", lambda work, model, ae, switches, batch, compiler, num_steps, made: seen.append((switches, num_steps)) or Played(seconds=0.002))
+    bench.main(["--res", "512", "--device", "cpu", "--repeats", "1", "--no-latency", "--num-steps", "40", "--switches", "hoist", "fp8", "--batches", "1"])
+    assert seen == 2 * [(("eager", "attention", "compile", "hoist"), 20), (("eager", "attention", "compile", "hoist", "decoder", "uint8", "fp8"), 20)]
+    rates = json.loads(capsys.readouterr().out.splitlines()[-1])["throughput"]
+    assert len(rates) == 4 and all(r["denoise_per_min"] < 60 / (40 * 0.002) for r in rates)
 
 
 def test_bench_says_what_it_cannot_time(capsys):
