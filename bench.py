@@ -6,6 +6,7 @@
     python bench.py --model flux-krea --train     time and memory of a post-training step of each stage
     python bench.py --res 1024 --against diffusers          the same work by the diffusers library, interleaved
     python bench.py --tables                      rates of matrix products, attention and decoder stages: what the floors rest on
+    python bench.py --res all --no-latency        only the floors
 
 Speed is made in four places, each a switch here with a row of its own, each on top of the ones before:
 
@@ -21,8 +22,10 @@ Speed is made in four places, each a switch here with a row of its own, each on 
 Protocol. Weights are random, of a size at which every block's output stays near 1: the time does not depend on their values
 as long as they are neither zeros nor infinities, and both are checked in what comes out. What compiles, tunes or captures
 does so in a first call that is reported apart; then --warm seconds of real work, for a GPU at its power limit slows down; then
---repeats rounds in which all rows take turns, with fresh noise each. Stages are timed by events on the device's stream, and
-the host's clock around the whole has to agree. The text is encoded once and timed apart.
+--repeats rounds in which all rows of a model take turns, with fresh noise each. Stages are timed by events on the device's
+stream, and the host's clock around the whole has to agree. Where a step alone takes a second, three steps are timed and one
+full image confirms them. The text is encoded once and timed apart. A row that fails (memory, a compiler) leaves the others
+alive; --out is written after every row, and --minutes cuts rounds short rather than lose all to a time limit.
 
 Without a GPU the small twins run on the CPU: the same code, not the same figures. The floors of the full models are counted
 all the same.
@@ -30,15 +33,21 @@ all the same.
 
 import argparse
 import copy
+import gc
+import importlib.util
 import json
 import math
+import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
 import threading
 import time
+import traceback
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -166,6 +175,7 @@ def text_flops(cfg) -> float:
     return of(26, cfg.text_tokens, 2304, 2048, 1024, 9216, 3) if isinstance(cfg, SanaConfig) else 0.0
 
 
+@lru_cache(maxsize=None)                                             # seconds of counting, and asked for twice
 def floor(work: Work) -> dict:
     """Arithmetic and memory of one image, from the configurations alone, and the time an H100 could not go below."""
     cfg, ae_cfg = work.cfg, ae_config(work.cfg.ae)
@@ -270,7 +280,8 @@ class Drawer:
         self.work, self.switches, self.batch = work, switches, batch
         self.model, self.ae, weight = shared(model), shared(ae), model.embed_linear.weight
         self.dtype, self.device, self.steps = weight.dtype, weight.device, None
-        self.times = time_grid(num_steps or work.num_steps)
+        # a network that predicts noise has its output divided by t: from t = 0 on, random weights would blow up. All times cost the same
+        self.times = time_grid(num_steps or work.num_steps, start=0.5 if getattr(work.cfg, "predict", "velocity") == "epsilon" else 0.0)
         self.cond = work.condition(batch, self.device, self.dtype)
         if "fp8" in switches:
             fp8_linears(self.model, made=quantised)
@@ -307,11 +318,9 @@ class DiffusersDrawer(Drawer):
     """The same work by the diffusers library's own classes over the same weights; compiler: its blocks and decoder compiled."""
 
     def __init__(self, work: Work, model, ae, batch: int = 1, compiler: dict | None = None, num_steps: int | None = None):
+        import diffusers
         super().__init__(work, model, ae, ("attention",), batch, None, num_steps)
-        try:
-            import diffusers
-        except ImportError:
-            raise ValueError("--against diffusers needs: pip install diffusers") from None
+
         def theirs(config: dict, state: dict, table):
             kind, config = getattr(diffusers, config["_class_name"]), {k: v for k, v in config.items() if k != "_class_name"}
             with torch.device("meta"):
@@ -410,67 +419,109 @@ def bytes_of(*modules: nn.Module) -> int:
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for m in modules for t in (*m.parameters(), *m.buffers())}.values())
 
 
-def measure(drawers: dict[str, Drawer], repeats: int, warm: float, seed: int = 0) -> dict[str, dict]:
-    """Time every way to draw, taking turns. -> name -> seconds of each stage (median, p10, p90), of the first call, peak GiB."""
-    out, device = {}, next(iter(drawers.values())).device
+def attempt(f, *args):
+    """f(*args), or in a few words why it failed: one row too many for the memory, or for a compiler, is no reason to lose the others."""
+    try:
+        return f(*args)
+    except RuntimeError as error:                                     # out of memory; a kernel's or a compiler's refusal; insane data
+        traceback.print_exc()
+        return f"{type(error).__name__}: {error}".splitlines()[0][:200]
+
+
+def free():
+    """Give back what no row needs any more: compiled modules lie in reference cycles, and a graph keeps its memory."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+class Peak:
+    """Most GiB that one way to draw has alive while a block runs: its weights, and all that comes on top; None on a CPU."""
+
+    def __init__(self, drawer: Drawer):
+        self.drawer, self.cuda, self.gib = drawer, drawer.device.type == "cuda", None
+
+    def __enter__(self):
+        if self.cuda:
+            torch.cuda.reset_peak_memory_stats(self.drawer.device)
+            self.held = torch.cuda.memory_allocated(self.drawer.device)
+        return self
+
+    def __exit__(self, *_):
+        if self.cuda:
+            self.gib = (torch.cuda.max_memory_allocated(self.drawer.device) - self.held + bytes_of(self.drawer.model, self.drawer.ae)) / 2**30
+
+
+def measure(drawers: dict[str, Drawer], repeats: int, warm: float, seed: int = 0, until: float = math.inf) -> dict[str, dict]:
+    """Time every way to draw, taking turns. -> name -> seconds of each stage (median, p10, p90), of the first call, peak GiB;
+    or "failed". until: no round after this time (of time.perf_counter), except for the first three."""
+    out, took, alive = {}, {name: [] for name in drawers}, dict(drawers)
+    device = next(iter(drawers.values())).device
     g = torch.Generator(device).manual_seed(seed)
-    cuda = device.type == "cuda"
-    for name, d in drawers.items():                                   # compiles, tunes, captures
-        held = torch.cuda.memory_allocated(device) if cuda else 0
-        if cuda:
-            torch.cuda.reset_peak_memory_stats(device)
-        took = draw(d, g)
-        peak = (torch.cuda.max_memory_allocated(device) - held + bytes_of(d.model, d.ae)) / 2**30 if cuda else None
-        out[name] = dict(first_s=took["wall"], peak_gib=peak)
-    until = time.perf_counter() + warm
-    while time.perf_counter() < until:
-        for d in drawers.values():
-            draw(d, g)
-    took = {name: [] for name in drawers}
-    for _ in range(repeats):
-        for name, d in drawers.items():
-            took[name].append(draw(d, g))
-    for name, rows in took.items():
-        out[name] |= {stage: spread([r[stage] for r in rows]) for stage in ("denoise", "decode", "uint8", "sum", "wall")}
-        out[name] |= dict(repeats=repeats, compile_s=max(0.0, out[name]["first_s"] - out[name]["wall"]["median"]), estimated=False)
-        if cuda and abs(out[name]["sum"]["median"] / out[name]["wall"]["median"] - 1) > 0.01:
-            out[name]["note"] = "events and the host's clock differ by more than 1 %"
+
+    def once(name: str) -> dict:
+        result = attempt(draw, alive[name], g)
+        if isinstance(result, str):
+            out[name] = dict(failed=result)
+            del alive[name], drawers[name]                            # drawers too: what it holds is to be freed
+            free()
+            return {}
+        return result
+
+    for name in list(alive):                                          # compiles, tunes, captures
+        with Peak(alive[name]) as peak:
+            first = once(name)
+        if first:
+            out[name] = dict(first_s=first["wall"], peak_gib=peak.gib)
+    end = time.perf_counter() + warm
+    while alive and time.perf_counter() < end:
+        for name in list(alive):
+            once(name)
+    for k in range(repeats):
+        begun = time.perf_counter()
+        for name in list(alive):
+            took[name].append(once(name))
+        if k >= 2 and 2 * time.perf_counter() - begun > until:
+            break
+    for name in alive:
+        rows, row = took[name], out[name]
+        row |= {stage: spread([r[stage] for r in rows]) for stage in ("denoise", "decode", "uint8", "sum", "wall")}
+        row |= dict(repeats=len(rows), compile_s=max(0.0, row["first_s"] - row["wall"]["median"]), estimated=False)
+        if device.type == "cuda" and abs(row["sum"]["median"] / row["wall"]["median"] - 1) > 0.01:
+            row["note"] = "events and the host's clock differ by more than 1 %"
     return out
 
 
-def measure_long(drawer: Drawer, confirm: bool, seed: int = 0) -> dict:
+def measure_long(drawer: Drawer, confirm: bool, seed: int = 0, until: float = math.inf) -> dict:
     """For steps of seconds: one warm step, three timed ones, which have to agree within 2 %, and their median times the number
-    of steps: every step does the same work. confirm: one full run beside the estimate."""
+    of steps: every step does the same work. confirm: one full run beside the estimate, if it ends before `until`."""
     g, device, n = torch.Generator(drawer.device).manual_seed(seed), drawer.device, len(drawer.times) - 1
-    held = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    begun = now(device)
-    drawer.denoise(drawer.noise(g), 1)
-    first, steps = now(device) - begun, []
-    for _ in range(3):
+
+    def denoise(count: int | None = None) -> tuple[Tensor, float]:
         x0, begun = drawer.noise(g), now(device)
-        z = drawer.denoise(x0, 1)
-        steps.append(now(device) - begun)
-    drawer.decode(z)                                                  # warms up
-    stages = Stages(device)
-    x = drawer.decode(z)
-    stages.mark("decode")
-    drawer.to_host(x)
-    stages.mark("uint8")
-    rest = stages.read(device)
+        z = drawer.denoise(x0, count)
+        return z, now(device) - begun
+
+    with Peak(drawer) as peak:
+        first = denoise(1)[1]
+        steps = [denoise(1)[1] for _ in range(3)]
+        z = denoise(1)[0]
+        drawer.decode(z)                                              # warms up
+        stages = Stages(device)
+        x = drawer.decode(z)
+        stages.mark("decode")
+        drawer.to_host(x)
+        stages.mark("uint8")
+        rest = stages.read(device)
     sane(f"{drawer.work.name}'s latent", z), sane(f"{drawer.work.name}'s picture", x)
     step, one = statistics.median(steps), lambda v: dict(median=v, p10=v, p90=v)
     total = n * step + rest["decode"] + rest["uint8"]
-    peak = (torch.cuda.max_memory_allocated(device) - held + bytes_of(drawer.model, drawer.ae)) / 2**30 if device.type == "cuda" else None
     row = dict(denoise={k: n * v for k, v in spread(steps).items()}, decode=one(rest["decode"]), uint8=one(rest["uint8"]), sum=one(total), wall=one(total),
-               first_s=first, compile_s=max(0.0, first - step), peak_gib=peak, repeats=3, estimated=True)
+               first_s=first, compile_s=max(0.0, first - step), peak_gib=peak.gib, repeats=3, estimated=True)
     if max(steps) / min(steps) > 1.02:
         row["note"] = f"three steps differ by {max(steps) / min(steps) - 1:.1%}, more than 2 %"
-    if confirm:
-        x0, begun = drawer.noise(g), now(device)
-        drawer.denoise(x0)
-        row["full_run_s"] = now(device) - begun
+    if confirm and time.perf_counter() + 1.1 * n * step < until:
+        row["full_run_s"] = denoise()[1]
     return row
 
 
@@ -514,27 +565,33 @@ def _on(cls, config, device, dtype):
             torch.set_default_dtype(before)
 
 
-ATTENTION_KERNELS = {"cudnn": "cuDNN", "flash": "flash", "fmha_cutlass": "memory-efficient", "efficient": "memory-efficient"}
+# softmax attention by the names of its kernels, or on a CPU its operators; cuDNN's have "flash" in them as well, so it comes first
+ATTENTION_KERNELS = {"cuDNN": "cudnn.*(sdpa|attention|fmha|flash)", "memory-efficient": "fmha_cutlass|efficient_attention", "flash": "flash"}
+
+
+def attention_of(names) -> str:
+    kinds = {next((kind for kind, sign in ATTENTION_KERNELS.items() if re.search(sign, name.lower())), "") for name in names}
+    return " + ".join(sorted(kinds - {""}))
 
 
 def profile(drawer: Drawer, seed: int = 0) -> dict:
     """One step and one decode under the profiler -> the five largest items with their share of all time, and which softmax
     attention ran, by its name: forcing a backend is not the same as getting it."""
-    activities = [torch.profiler.ProfilerActivity.CPU] + ([torch.profiler.ProfilerActivity.CUDA] if drawer.device.type == "cuda" else [])
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")                   # else the profiler writes to the terminal when it starts and stops
+    cuda = drawer.device.type == "cuda"
+    activity = torch.profiler.ProfilerActivity.CUDA if cuda else torch.profiler.ProfilerActivity.CPU       # one of them: with both, a kernel counts twice
     x0 = drawer.noise(torch.Generator(drawer.device).manual_seed(seed))
     drawer.denoise(x0, 1), drawer.decode(x0)
-    out, cuda = {}, drawer.device.type == "cuda"
+    out = {}
     for what, work in (("step", lambda: drawer.denoise(x0, 1)), ("decode", lambda: drawer.decode(x0))):
-        with torch.profiler.profile(activities=activities) as p:
+        with torch.profiler.profile(activities=[activity]) as p:
             work()
             now(drawer.device)
         spent = [(e.key, e.self_device_time_total if cuda else e.self_cpu_time_total) for e in p.key_averages()]
         total = sum(t for _, t in spent) or 1
         out[what] = [(name[:80], round(t / total, 4)) for name, t in sorted(spent, key=lambda e: -e[1])[:5]]
         if what == "step":
-            names = [name.lower() for name, _ in spent if any(word in name.lower() for word in ("attention", "fmha", "sdpa", "flash"))]
-            ran = {kind for sign, kind in ATTENTION_KERNELS.items() if any(sign in name for name in names)}
-            out["attention"] = " + ".join(sorted(ran)) or ("none" if isinstance(drawer.work.cfg, SanaConfig) else "math")
+            out["attention"] = attention_of(name for name, _ in spent) or "math, or none"
     return out
 
 
@@ -583,44 +640,52 @@ def precision_of(fp8: bool, dtype: torch.dtype) -> str:
     return "fp8" if fp8 else str(dtype).removeprefix("torch.")
 
 
-def bench_pair(pair: tuple[Work, Work], args, device, dtype, compiler: dict) -> list[dict]:
+def bench_pair(pair: tuple[Work, Work], args, device, dtype, compiler: dict, text: tuple[float | None, str], until: float):
     """All rows of one base and its DC-Gen sibling at one resolution: every switch for DC-Gen, of the base the first, the last
-    in its own precision, and FP8; then, if asked for, diffusers."""
-    models = build_pair(pair, device, dtype, args.seed)
+    in its own precision, and FP8; then, if asked for, diffusers. Yields rows as they are finished, DC-Gen's first."""
+    models, quantised = build_pair(pair, device, dtype, args.seed), {}
     cuda = torch.device(device).type == "cuda"
     left_out = {} if cuda else {"graph": "needs a GPU"}
     chosen = [s for s in args.switches if s not in left_out]
-    exact = [s for s in chosen if s != "fp8"]
-    rows, drawers, floors = [], {}, [floor(work) for work in pair]
-    seconds, said = text_seconds(pair[0].cfg, device, dtype, small=not cuda)
-    if cuda:
-        torch.cuda.empty_cache()
-    without, quantised = lambda switch: tuple(s for s in up_to(switch) if s not in left_out), {}
-    for i, (work, (model, ae)) in enumerate(zip(pair, models)):
-        for s in chosen if i else dict.fromkeys([exact[0], exact[-1], *chosen[-1:]]) if exact else chosen:
-            drawers[i, s] = Drawer(work, model, ae, without(s), compiler=compiler, num_steps=args.num_steps, quantised=quantised)
+    exact = [s for s in chosen if s != "fp8"] or chosen
+    best = exact[-1] if exact else None                               # as fast as it gets in its own precision
+    for i in (1, 0):
+        work, (model, ae), counted = pair[i], models[i], floor(pair[i])
+        n = args.num_steps or work.num_steps
+        arithmetic = counted["step"] * n + counted["decode"]
+        ways = {s: (lambda on=up_to(s): Drawer(work, model, ae, tuple(k for k in on if k not in left_out), compiler=compiler, num_steps=n, quantised=quantised))
+                for s in (chosen if i else dict.fromkeys([*exact[:1], *exact[-1:], *chosen[-1:]]))}
         if args.against:
-            drawers[i, "diffusers"] = DiffusersDrawer(work, model, ae, num_steps=args.num_steps)
-            drawers[i, "diffusers, compiled"] = DiffusersDrawer(work, model, ae, compiler=compiler, num_steps=args.num_steps)
-    long = [key for key in drawers if cuda and floors[key[0]]["step"] / H100_BF16 > 1.0]
-    with Clocks(device) as clocks:
-        short = {key: d for key, d in drawers.items() if key not in long}
-        found = measure(short, args.repeats, args.warm, args.seed) if short else {}
-        for key in long:                                              # the full run once: of the base as fast as it gets in its own precision
-            found[key] = measure_long(drawers[key], confirm=key[1] == (exact or chosen)[-1], seed=args.seed)
-    for (i, switch), row in found.items():
-        work, n = pair[i], len(drawers[i, switch].times) - 1
-        arithmetic = floors[i]["step"] * n + floors[i]["decode"]
-        rate = arithmetic / row["sum"]["median"] / 1e12
-        rows.append(dict(work=work.name, res=work.res, switch=switch, precision=precision_of(switch == "fp8", dtype), tokens=floors[i]["tokens"], num_steps=n,
-                         tflops=arithmetic / 1e12, floor_s=floors[i]["floor_fp8" if switch == "fp8" else "floor_bf16"] if cuda else None,
-                         text_s=seconds, text=said, tflop_per_s=rate, paper_s=work.latency, paper_where=work.where, **row, clocks=clocks.read()))
-        if cuda and "fp8" != switch and rate * 1e12 > H100_BF16 and "H100" in torch.cuda.get_device_name(device):
-            raise RuntimeError(f"{work.name} at {work.res}, {switch}: {rate:.0f} TFLOP/s is more than an H100 has; the benchmark is wrong")
-    for (i, switch) in [(1, exact[-1] if exact else chosen[-1]), (0, exact[-1] if exact else chosen[-1])] if args.profile else []:
-        row = next(r for r in rows if (r["work"], r["switch"]) == (pair[i].name, switch))
-        row["profile"] = profile(drawers[i, switch])
-    return rows + [dict(work=pair[1].name, res=pair[1].res, switch=s, skipped=why) for s, why in left_out.items() if s in args.switches]
+            ways["diffusers"] = lambda: DiffusersDrawer(work, model, ae, num_steps=n)
+            ways["diffusers, compiled"] = lambda: DiffusersDrawer(work, model, ae, compiler=compiler, num_steps=n)
+        long = cuda and counted["step"] / H100_BF16 > 1.0
+        for group in [[s] for s in ways] if long else [list(ways)]:
+            made = {s: attempt(ways[s]) for s in group}
+            drawers = {s: d for s, d in made.items() if not isinstance(d, str)}
+            found = {s: dict(failed=d) for s, d in made.items() if isinstance(d, str)}
+            del made
+            with Clocks(device) as clocks:
+                if long:
+                    for s in drawers:
+                        row = attempt(measure_long, drawers[s], s == best, args.seed, until)
+                        found[s] = dict(failed=row) if isinstance(row, str) else row
+                elif drawers:
+                    started = time.perf_counter()
+                    found |= measure(drawers, args.repeats, args.warm, args.seed, started + (until - started) / 3)
+            if args.profile and "sum" in found.get(best, {}) and time.perf_counter() < until:
+                found[best]["profile"] = profile(drawers[best])
+            for s in group:
+                row = dict(work=work.name, res=work.res, switch=s, precision=precision_of(s == "fp8", dtype)) | found[s]
+                if "sum" in row:
+                    rate = arithmetic / row["sum"]["median"] / 1e12
+                    row |= dict(tokens=counted["tokens"], num_steps=n, tflops=arithmetic / 1e12, text_s=text[0], text=text[1], tflop_per_s=rate, paper_s=work.latency, paper_where=work.where, clocks=clocks.read(),
+                                floor_s=counted["floor_fp8" if s == "fp8" else "floor_bf16"] if cuda else None)
+                    if cuda and s != "fp8" and rate * 1e12 > H100_BF16 and "H100" in torch.cuda.get_device_name(device):
+                        row["note"] = "more TFLOP/s than an H100 has: THE BENCHMARK IS WRONG"
+                yield row
+            drawers.clear(), free()
+        if i:
+            yield from (dict(work=work.name, res=work.res, switch=s, skipped=why) for s, why in left_out.items() if s in args.switches)
 
 
 def ratios(rows: list[dict]) -> list[dict]:
@@ -661,34 +726,43 @@ def print_rows(rows: list[dict]):
          denoise_s=(median("denoise"), ".3f"), decode_s=(median("decode"), ".3f"), uint8_ms=(median("uint8"), ".1f", 1e3), end_to_end_s=(median("sum"), ".3f"), **{"p10-p90": (lambda r: f"{r['sum']['p10']:.3f}-{r['sum']['p90']:.3f}",)},
          GiB=("peak_gib", ".1f"), **{"TFLOP/s": ("tflop_per_s", ".4g")}, compile_s=("compile_s", ".1f"), paper_s=("paper_s", ".2f"),
          **{"paper/ours": (lambda r: r["paper_s"] and r["paper_s"] / r["sum"]["median"], ".2f")}, notes=(notes,))
-    for r in (r for r in rows if "skipped" in r):
-        print(f"{r['work']} {r['res']}, {r['switch']}: {r['skipped']}")
+    for r in (r for r in rows if "sum" not in r):
+        print(f"{r['work']} {r['res']}, {r['switch']}: " + (r.get("skipped") or f"FAILED, {r['failed']}"))
+    for r in (r for r in rows if "profile" in r):
+        for what in ("step", "decode"):
+            print(f"  {r['work']} {r['switch']}, {what}: " + ", ".join(f"{share:.0%} {name}" for name, share in r["profile"][what]))
+        print(f"  {r['work']} {r['switch']}, softmax attention: {r['profile']['attention']}")
 
 
-def throughput(pair: tuple[Work, Work], args, device, dtype, compiler: dict) -> list[dict]:
-    """Images a minute by batch, denoising alone and with the decoder, up to the last batch that fits. The steps of many-step
-    models all do the same work: 20 are timed and scaled."""
-    models, rows = build_pair(pair, device, dtype, args.seed), []
-    cuda = torch.device(device).type == "cuda"
-    switches = tuple(s for s in args.switches if cuda or s != "graph")
-    kinds = dict.fromkeys([tuple(s for s in switches if s != "fp8"), switches])
-    g = torch.Generator(device).manual_seed(args.seed)
-    for (work, (model, ae)), on in ((x, k) for x in zip(pair, models) for k in kinds if k):
-        n = args.num_steps or work.num_steps
+def throughput(pair: tuple[Work, Work], args, device, dtype, compiler: dict, until: float):
+    """Images a minute by batch, denoising alone and with the decoder, up to the last batch that fits; DC-Gen first, rows as
+    they are finished. The steps of many-step models all do the same work: 20 are timed and scaled."""
+    models, quantised = build_pair(pair, device, dtype, args.seed), {}
+    usable = [s for s in SWITCHES if s != "graph" or torch.device(device).type == "cuda"]
+    chosen = [s for s in args.switches if s in usable]
+    kinds = dict.fromkeys([*[s for s in chosen if s != "fp8"][-1:], *chosen[-1:]])
+    n = args.num_steps or pair[0].num_steps
+
+    def time_batch(work: Work, model, ae, switch: str, batch: int) -> list[dict]:
+        g = torch.Generator(device).manual_seed(args.seed)
+        d = Drawer(work, model, ae, tuple(s for s in up_to(switch) if s in usable), batch, compiler, min(n, 20), quantised)
+        draw(d, g)                                                    # compiles, tunes, captures
+        return [draw(d, g) for _ in range(max(1, args.repeats // 3))]
+
+    for work, (model, ae), switch in ((pair[i], models[i], switch) for i in (1, 0) for switch in kinds):
         for batch in args.batches:
-            try:
-                d = Drawer(work, model, ae, on, batch, compiler, min(n, 20))
-                draw(d, g)
-                took = [draw(d, g) for _ in range(max(1, args.repeats // 3))]
-            except torch.OutOfMemoryError:
-                print(f"{work.name} {work.res}: a batch of {batch} does not fit")
+            if time.perf_counter() + 2 * batch * floor(work)["floor_bf16"] * min(n, 20) / n * (1 + max(1, args.repeats // 3)) > until:
+                print(f"{work.name} {work.res}: no time left for a batch of {batch} (--minutes)")
+                break
+            took = attempt(time_batch, work, model, ae, switch, batch)
+            free()
+            if isinstance(took, str):
+                print(f"{work.name} {work.res}, {switch}: a batch of {batch} does not run: {took}")
                 break
             denoise, rest = statistics.median(t["denoise"] for t in took) * n / min(n, 20), statistics.median(t["decode"] + t["uint8"] for t in took)
-            rows.append(dict(work=work.name, res=work.res, precision=precision_of("fp8" in on, dtype), batch=batch, denoise_per_min=60 * batch / denoise,
-                             with_decode_per_min=60 * batch / (denoise + rest), forwards_per_s=n * work.rows * batch / denoise,
-                             paper_per_min=work.throughput, paper_where=work.where))
-            del d
-    return rows
+            yield dict(work=work.name, res=work.res, switch=switch, precision=precision_of(switch == "fp8", dtype), batch=batch, denoise_per_min=60 * batch / denoise,
+                       with_decode_per_min=60 * batch / (denoise + rest), forwards_per_s=n * work.rows * batch / denoise,
+                       paper_per_min=work.throughput, paper_where=work.where)
 
 
 def print_throughput(rows: list[dict], pair: tuple[Work, Work], num_steps: int):
@@ -701,11 +775,17 @@ def print_throughput(rows: list[dict], pair: tuple[Work, Work], num_steps: int):
          paper=("paper_per_min", ",.2f"), where=("paper_where",))
 
 
-def train_rows(schedule: tuple | None, pair: tuple[Work, Work], args, device, dtype) -> list[dict]:
+def days(plan: tuple[int, int], images_per_s: float) -> float:
+    """Of one GPU, for a schedule of (steps, batch)."""
+    steps, batch = plan
+    return steps * batch / images_per_s / 86400
+
+
+def train_rows(schedule: tuple | None, pair: tuple[Work, Work], args, device, dtype):
     """One optimiser step of each stage: images/s, memory, and the H100-days that the paper's schedule (Table 7) would take at
-    this rate. Stage 3 has LoRA of rank 256. The loss is Eq. 2; the guided one of Eq. 7 has a second forward pass."""
+    this rate; rows as they are finished. Stage 3 has LoRA of rank 256. The loss is Eq. 2; the guided one of Eq. 7 has a second forward pass."""
     (base, _), (model, _) = build_pair(pair, device, dtype, args.seed)
-    cuda, work, rows = torch.device(device).type == "cuda", pair[1], []
+    cuda, work = torch.device(device).type == "cuda", pair[1]
     batch = args.train_batch or (2 if not cuda else 1 if isinstance(work.cfg, FluxConfig) else 16)
     latent = lambda w: torch.randn(batch, w.cfg.in_channels, *w.grid, device=device)
     cond = work.condition(batch, device, dtype)
@@ -719,11 +799,10 @@ def train_rows(schedule: tuple | None, pair: tuple[Work, Work], args, device, dt
     stages = {"1 embedder": (lambda: pick(model, (model.EMBEDDER,)), lambda: embedding_loss(model, base, latent(work), latent(pair[0]))),
               "2 embedder and head": (lambda: pick(model, ends(model)), flow),
               "3 LoRA": (lambda: (add_lora(model, 256 if cuda else 8), trainable(model, "lora"))[1], flow)}
-    for (stage, (what, loss)), plan in zip(stages.items(), schedule or (None,) * 3):
+
+    def time_stage(what, loss) -> tuple[int, list[float]]:
         params = [p.requires_grad_(True) for _, p in what()]
         opt, took = torch.optim.AdamW(params, lr=1e-5), []
-        if cuda:
-            torch.cuda.reset_peak_memory_stats(device)
         for _ in range(3 + args.repeats // 2):
             begun = now(device)
             with torch.autocast(torch.device(device).type, dtype, enabled=dtype != torch.float32):
@@ -733,40 +812,56 @@ def train_rows(schedule: tuple | None, pair: tuple[Work, Work], args, device, dt
             opt.zero_grad(set_to_none=True)
             took.append(now(device) - begun)
         if not math.isfinite(float(value.detach())):
-            raise RuntimeError(f"stage {stage}: the loss is not finite, so this timing would not be one of the real work")
-        rate = batch / statistics.median(took[2:])
-        rows.append(dict(work=work.name, res=work.res, stage=stage, batch=batch, trainable=sum(p.numel() for p in params), images_per_s=rate,
-                         peak_gib=peak_gib(device), schedule=plan, h100_days=plan[0] * plan[1] / rate / 86400 if plan and cuda else None))
-        model.requires_grad_(False)
-    return rows
+            raise RuntimeError("the loss is not finite, so this timing would not be one of the real work")
+        return sum(p.numel() for p in params), took[2:]
+
+    for (stage, what), plan in zip(stages.items(), schedule or (None,) * 3):
+        if cuda:
+            torch.cuda.reset_peak_memory_stats(device)
+        found = attempt(time_stage, *what)
+        row = dict(work=work.name, res=work.res, stage=stage, batch=batch, schedule=plan)
+        if isinstance(found, str):
+            yield row | dict(failed=found)
+        else:
+            rate = batch / statistics.median(found[1])
+            yield row | dict(trainable=found[0], images_per_s=rate, peak_gib=peak_gib(device), h100_days=days(plan, rate) if plan and cuda else None)
+        model.requires_grad_(False), free()
 
 
 def print_train(rows: list[dict], name: str):
     print("\npost-training, one optimiser step of each stage; the schedule is the paper's Table 7, steps x batch")
     show(rows, model=("work",), res=("res",), stage=("stage",), batch=("batch",), trainable_M=("trainable", ",.2f", 1e-6), **{"images/s": ("images_per_s", ".2f")},
-         GiB=("peak_gib", ".1f"), schedule=(lambda r: r["schedule"] and "{:,} x {:,}".format(*r["schedule"]),), **{"H100-days": ("h100_days", ".1f")})
-    if all(r["h100_days"] for r in rows):
+         GiB=("peak_gib", ".1f"), schedule=(lambda r: r["schedule"] and "{:,} x {:,}".format(*r["schedule"]),), **{"H100-days": ("h100_days", ".1f")},
+         notes=(lambda r: r.get("failed") and f"FAILED, {r['failed']}",))
+    if all(r.get("h100_days") for r in rows):
         print(f"together {sum(r['h100_days'] for r in rows):.1f} H100-days" + ("; the paper names 40 for FLUX" if name.startswith("flux") else ""))
 
 
 # ---- what the floors rest on ---------------------------------------------------------------------------------------------------------
 
 def seconds_of(f, device, repeats: int = 20) -> float:
-    """Median seconds of one call, after three that warm up."""
+    """Seconds of one call: the median of five runs of `repeats` calls that the host does not wait for, after one that warms up."""
     took = []
-    for k in range(repeats + 3):
+    for _ in range(6):
         begun = now(device)
-        f()
-        took.append(now(device) - begun)
-    return statistics.median(took[3:])
+        for _ in range(repeats):
+            f()
+        took.append((now(device) - begun) / repeats)
+    return statistics.median(took[1:])
 
 
 @torch.no_grad()
-def rate_tables(device, dtype) -> list[dict]:
+def rate_tables(device, dtype):
     """TFLOP/s of matrix products (bf16, FP8 with one scale a row or a tensor, with and without fast accumulation), of softmax
-    attention, and milliseconds of the f64c128 decoder's stages, contiguous against channels last."""
-    cuda, rows = torch.device(device).type == "cuda", []
+    attention, and milliseconds of the f64c128 decoder's stages, contiguous against channels last. Rows as they are finished."""
+    cuda = torch.device(device).type == "cuda"
     rand = lambda *shape: torch.randn(shape, device=device, dtype=dtype)
+
+    def row(table: str, what: str, way: str, f, flops: float | None = None, repeats: int = 20 if cuda else 2) -> dict:
+        took = attempt(seconds_of, f, device, repeats)
+        figure = dict(failed=took) if isinstance(took, str) else dict(ms=1e3 * took, tflop_per_s=flops and flops / took / 1e12)
+        return dict(table=table, what=what, way=way) | figure
+
     sizes = [(9216, 3072), (3072, 3072), (12288, 3072), (3072, 12288), (21504, 3072), (3072, 15360)] if cuda else [(576, 192)]
     for n, k in sizes:
         w = rand(n, k) * k**-0.5
@@ -779,15 +874,14 @@ def rate_tables(device, dtype) -> list[dict]:
                 for fast in (True, False):
                     kw = dict(scale_a=a, scale_b=b, out_dtype=torch.bfloat16, use_fast_accum=fast)
                     ways[f"fp8 {scales}, fast accumulation {fast}"] = lambda kw=kw: torch._scaled_mm(qx, qw.t(), **kw)
-            rate = lambda f: 2 * m * n * k / seconds_of(f, device) / 1e12
-            rows += [dict(table="products", what=f"{m} x {k} x {n}", way=way, tflop_per_s=rate(f)) for way, f in ways.items()]
-    backends = {"cuDNN": SDPBackend.CUDNN_ATTENTION} if cuda else {}
+            for way, f in ways.items():
+                yield row("products", f"{m} x {k} x {n}", way, f, 2 * m * n * k)
+    backends = ({"cuDNN": SDPBackend.CUDNN_ATTENTION} if cuda else {}) | {"flash": SDPBackend.FLASH_ATTENTION}
     for n in (768, 1536, 4608, 16896, 66048) if cuda else (96,):
         q = rand(1, 24 if cuda else 6, n, 128 if cuda else 32)
-        for way, backend in (backends | {"flash": SDPBackend.FLASH_ATTENTION}).items():
+        for way, backend in backends.items():
             with sdpa_kernel(backend):
-                rate = 4 * n * q.numel() / seconds_of(lambda: F.scaled_dot_product_attention(q, q, q), device, 5) / 1e12
-            rows.append(dict(table="attention", what=f"{n} tokens, {q.shape[1]} heads of {q.shape[3]}", way=way, tflop_per_s=rate))
+                yield row("attention", f"{n} tokens, {q.shape[1]} heads of {q.shape[3]}", way, lambda: F.scaled_dot_product_attention(q, q, q), 4 * n * q.numel(), 3)
     cfg = ae_config("dc-ae-f64c128-1.5" if cuda else "tiny-dc-ae-f32c32")
     with torch.device("meta"):
         ae = ae_class(cfg)(cfg)
@@ -796,9 +890,8 @@ def rate_tables(device, dtype) -> list[dict]:
         decoder = ae.decoder.to(memory_format=layout)
         x = decoder.conv_in(rand(1, cfg.channels, 16, 16).to(memory_format=layout))
         for i, stage in enumerate(s for s in reversed(decoder.up_blocks) if len(s)):
-            rows.append(dict(table="decoder stages", what=f"stage {i} at {x.shape[-1]} px", way=way, ms=1e3 * seconds_of(lambda: stage(x), device, 5)))
+            yield row("decoder stages", f"stage {i} at {x.shape[-1]} px", way, lambda: stage(x), repeats=3)
             x = stage(x)
-    return rows
 
 
 # ---- main --------------------------------------------------------------------------------------------------------------------------
@@ -809,8 +902,8 @@ def chart(file: Path, rows: list[dict], floors: list[dict], device: str, gpu: bo
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     timed = [r for r in rows if "sum" in r and r["switch"] in SWITCHES]
-    places = list(dict.fromkeys((r["work"], r["res"]) for r in timed))
-    fig, ax = plt.subplots(figsize=(2 + 1.6 * len(places), 4))
+    places = sorted({(r["work"], r["res"]) for r in timed}, key=lambda place: (place[1], place[0].startswith("dc-gen-")))
+    fig, ax = plt.subplots(figsize=(2.5 + 1.4 * len(places), 4))
     def ours(work, res, fp8):
         found = [r["sum"]["median"] for r in timed if (r["work"], r["res"]) == (work, res) and (r["precision"] == "fp8") == fp8]
         return min(found, default=None)
@@ -820,12 +913,13 @@ def chart(file: Path, rows: list[dict], floors: list[dict], device: str, gpu: bo
         bars = {"the paper": [next((f["paper_s"] for f in floors if (f["work"], f["res"]) == p), None) for p in places]} | bars
     colors = dict(zip(bars, ("#999999", "#4878a8", "#76b900")[3 - len(bars):]))
     for k, (name, values) in enumerate(bars.items()):
-        for i, v in enumerate(values):
-            if v:
-                ax.bar(i + 0.27 * (k - 1), v, 0.26, color=colors[name], label=name if i == min(j for j, w in enumerate(values) if w) else None)
-                ax.text(i + 0.27 * (k - 1), v, f"{v:.2f}", ha="center", va="bottom", fontsize=7)
+        shown = [(i + 0.27 * (k - (len(bars) - 1) / 2), v) for i, v in enumerate(values) if v]
+        if shown:
+            ax.bar_label(ax.bar(*zip(*shown), 0.26, color=colors[name], label=name), fmt="%.2f", fontsize=7)
+    values = [v for bar in bars.values() for v in bar if v]
+    ax.set_yscale("log"), ax.set_ylim(0.5 * min(values), 2.5 * max(values)), ax.tick_params(axis="y", which="both", left=False, labelleft=False)
     ax.set_xticks(range(len(places)), [f"{work}\n{res}" for work, res in places], fontsize=7)
-    ax.set_yscale("log"), ax.set_ylabel("seconds an image"), ax.legend(fontsize=8)
+    ax.set_ylabel("seconds an image, logarithmic"), ax.legend(fontsize=8, ncols=len(bars), loc="upper center")
     ax.set_title(device if gpu else f"small twins on a {device}: not GPU figures", fontsize=9)
     fig.tight_layout()
     with atomic(file) as tmp:
@@ -833,35 +927,57 @@ def chart(file: Path, rows: list[dict], floors: list[dict], device: str, gpu: bo
     plt.close(fig)
 
 
+def positive(kind):
+    """An argument's type: a number above zero."""
+    def parse(text: str):
+        if (value := kind(text)) <= 0:
+            raise ValueError
+        return value
+    parse.__name__ = f"positive {kind.__name__}"                      # argparse says: invalid positive int value: '0'
+    return parse
+
+
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--model", default="flux-krea", choices=MODELS, help="the base; its DC-Gen sibling comes with it (default flux-krea)")
     p.add_argument("--res", default=None, help="pixels a side, or all of the paper's tables (default: the largest of them)")
     p.add_argument("--switches", nargs="+", default=list(SWITCHES), choices=SWITCHES, help="rows to time; each has all before it on (default all)")
-    p.add_argument("--num-steps", type=int, help="steps an image (default: the paper's; 4 for the twins on a CPU)")
-    p.add_argument("--batches", type=int, nargs="+", help="also time throughput at these batches (default: 1 8 32 64 for SANA and DiT, none for FLUX)")
+    p.add_argument("--num-steps", type=positive(int), help="steps an image (default: the paper's; 4 for the twins on a CPU)")
+    p.add_argument("--batches", type=positive(int), nargs="*", help="also time throughput at these batches (default: 1 8 32 64 for SANA and DiT, none for FLUX)")
+    p.add_argument("--latency", action=argparse.BooleanOptionalAction, default=True, help="the rows of one image at a time (default yes)")
     p.add_argument("--train", action="store_true", help="time post-training steps instead")
-    p.add_argument("--train-batch", type=int, help="images a training step (default: 1 for FLUX, 16 otherwise)")
+    p.add_argument("--train-batch", type=positive(int), help="images a training step (default: 1 for FLUX, 16 otherwise)")
     p.add_argument("--against", choices=("diffusers",), help="the same work through this library as well, eager and compiled")
     p.add_argument("--tables", action="store_true", help="rates of matrix products, attention and decoder stages instead")
     p.add_argument("--profile", action=argparse.BooleanOptionalAction, default=True,
                    help="the largest items of a step and of decoding, and which attention ran (default yes)")
-    p.add_argument("--repeats", type=int, help="timed rounds (default 10, 30 at 1K and below; 2 on a CPU)")
+    p.add_argument("--repeats", type=positive(int), help="timed rounds at most (default 10, 30 at 1K and below; 2 on a CPU)")
     p.add_argument("--warm", type=float, help="seconds of work before timing (default 10; 0 on a CPU)")
+    p.add_argument("--minutes", type=positive(float), default=9.0,
+                   help="for one resolution: rounds are cut, to three at least, and what is optional left out, to end in about this time (default 9)")
     p.add_argument("--compile-mode", help="torch.compile's mode, such as max-autotune-no-cudagraphs (on a CPU blocks are only traced)")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
     p.add_argument("--seed", type=int, default=0, help="of weights and noise (default 0)")
-    p.add_argument("--out", metavar="FILE", help="keep the results, the last line of the output, in FILE.json and the chart in FILE.png")
+    p.add_argument("--out", metavar="FILE", help="keep the results in FILE.json, after every row, and the chart in FILE.png")
     args = p.parse_args(argv)
 
-    family, device = MODELS[args.model], torch.device(args.device)
+    family = MODELS[args.model]
+    if args.device.split(":")[0] not in ("cpu", "cuda") or args.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device {args.device}: " + ("torch finds no GPU here" if args.device.startswith("cuda") else "cpu or cuda"))
+    device = torch.device(args.device)
     cuda = device.type == "cuda"
     if args.against and isinstance(BASES[args.model], DiTConfig):
         raise ValueError("--against diffusers: FLUX and SANA are compared; its DiT has an embedder in every block and is another work")
+    if args.against and importlib.util.find_spec("diffusers") is None:
+        raise ValueError("--against diffusers needs: pip install diffusers")
+    if args.train and args.tables or (args.train or args.tables) and args.against:
+        raise ValueError("--train, --tables and --against are different things to time; one of them at a time")
     if args.res not in (None, "all") and not args.res.isdecimal():
         raise ValueError(f"--res {args.res}: give pixels a side ({', '.join(map(str, family.deep))}), or all")
     sizes = family.paper if args.res == "all" else (int(args.res) if args.res else family.paper[-1],)
     args.switches = [s for s in SWITCHES if s in args.switches]
+    if args.switches == ["graph"] and not cuda:
+        raise ValueError("--switches graph: that needs a GPU")
     args.repeats = args.repeats or ((30 if max(sizes) <= 1024 else 10) if cuda else 2)
     args.warm = (10.0 if cuda else 0.0) if args.warm is None else args.warm
     args.num_steps = args.num_steps or (None if cuda else 4)
@@ -874,48 +990,64 @@ def main(argv=None):
     pairs = [works(args.model, res, twin=not cuda) for res in sizes]
     result = dict(command=" ".join(["bench.py", *(sys.argv[1:] if argv is None else argv)]), **facts(device), dtype=precision_of(False, dtype),
                   compile=args.compile_mode or "default" if cuda else "traced only",
-                  rows=[], ratios=[], throughput=[], train=[], tables=[], checks=[])
+                  rows=[], ratios=[], throughput=[], train=[], tables=[], checks=[], floors=[])
+
+    file = lambda kind: Path(f"{args.out}.{kind}")                    # not with_suffix: of sana-1.6b it would leave sana-1
+
+    def save():
+        if args.out:
+            with atomic(file("json")) as tmp:
+                tmp.write_text(json.dumps(result, indent=1))
+
+    def keep(kind: str, rows) -> list[dict]:
+        """Rows into the result as they are finished, and into its file: what ends too early loses nothing."""
+        before = len(result[kind])
+        for row in rows:
+            result[kind].append(row)
+            save()
+        return result[kind][before:]
+
     print(f"{result['device']}, torch {result['torch']}, {result['dtype']}, {result['date']}")
-    if not cuda:
+    if not cuda and (args.tables or args.train or args.latency or args.batches):
         print(f"no GPU: the small twins ({family.twin} and its DC-Gen sibling) run in place of {args.model}. These are NOT GPU figures, and say\n"
               "nothing about speed: blocks are traced without a break but not compiled, and the CPU multiplies FP8 out. What is shown is that\n"
               "every row runs and that what it makes is sane.")
     if args.tables:
-        result["tables"] = rate_tables(device, dtype)
-        show(result["tables"], table=("table",), what=("what",), way=("way",), **{"TFLOP/s": ("tflop_per_s", ".2f")}, ms=("ms", ".2f"))
+        rows = keep("tables", rate_tables(device, dtype))
+        show(rows, table=("table",), what=("what",), way=("way",), ms=("ms", ".3f"), **{"TFLOP/s": ("tflop_per_s", ".2f")}, notes=("failed",))
     elif args.train:
         for res, pair in zip(sizes, pairs):
-            result["train"] += train_rows(family.schedule.get(res, family.schedule.get(0)), pair, args, device, dtype)
+            keep("train", train_rows(family.schedule.get(res, family.schedule.get(0)), pair, args, device, dtype))
         print_train(result["train"], args.model)
     else:
+        text = attempt(text_seconds, BASES[args.model] if cuda else BASES[family.twin], device, dtype, not cuda) if args.latency else None
+        text = (None, f"not timed: {text}") if isinstance(text, str) else text
+        free()                                                        # 10 GB of T5
         for pair in pairs:
-            print()
-            rows = bench_pair(pair, args, device, dtype, compiler)
-            print_rows(rows)
-            result["rows"] += rows
-            for r in (r for r in rows if "profile" in r):
-                for what in ("step", "decode"):
-                    print(f"  {r['work']} {r['switch']}, {what}: " + ", ".join(f"{share:.0%} {name}" for name, share in r["profile"][what]))
-                print(f"  {r['work']} {r['switch']}: attention by {r['profile']['attention']}")
+            until = time.perf_counter() + 60 * args.minutes
+            if args.latency:
+                print(flush=True)
+                print_rows(keep("rows", bench_pair(pair, args, device, dtype, compiler, text, until)))
             if args.batches:
-                rates = throughput(pair, args, device, dtype, compiler)
-                print_throughput(rates, pair, args.num_steps or family.num_steps)
-                result["throughput"] += rates
+                print_throughput(keep("throughput", throughput(pair, args, device, dtype, compiler, until)), pair, args.num_steps or family.num_steps)
         result["ratios"], result["checks"] = ratios(result["rows"]), self_checks(result["rows"])
-        print("\ntimes faster than the base")
-        show(result["ratios"], model=("work",), res=("res",), switch=("switch",), denoise=("denoise", ".2f"), than_our_base=("against_our_base", ".2f"),
-             **{"than the paper's base": ("against_paper_base", ".2f")}, the_paper=("paper", ".2f"))
-        print(*[WHY_TWO_RATIOS] * any(r["paper"] for r in result["ratios"]), *result["checks"], sep="\n")
+        if result["ratios"]:
+            print("\ntimes faster than the base")
+            show(result["ratios"], model=("work",), res=("res",), switch=("switch",), denoise=("denoise", ".2f"), than_our_base=("against_our_base", ".2f"),
+                 **{"than the paper's base": ("against_paper_base", ".2f")}, the_paper=("paper", ".2f"))
+        for line in [*[WHY_TWO_RATIOS] * any(r["paper"] for r in result["ratios"]), *result["checks"]]:
+            print(line)
     result["floors"] = [floor(work) for res in sizes for work in works(args.model, res)]
     print_floors(result["floors"])
+    save()
+    drawn = args.out and any("sum" in r for r in result["rows"])
+    if drawn:
+        chart(file("png"), result["rows"], result["floors"], result["device"], cuda)
     if args.out:
-        file = Path(args.out)
-        if result["rows"]:
-            chart(file.with_suffix(".png"), result["rows"], result["floors"], result["device"], cuda)
-        with atomic(file.with_suffix(".json")) as tmp:
-            tmp.write_text(json.dumps(result, indent=1))
-        print(f"wrote {file.with_suffix('.json')}" + (f" and {file.with_suffix('.png')}" if result["rows"] else ""))
+        print(f"wrote {file('json')}" + f" and {file('png')}" * bool(drawn))
     print(json.dumps(result))
+    if failed := [r for kind in ("rows", "train", "tables") for r in result[kind] if "failed" in r]:
+        sys.exit(f"{len(failed)} rows failed")
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ class FP8Linear(nn.Module):
         self.bias = layer.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        codes, scale = e4m3_rows(x.flatten(0, -2))
+        codes, scale = e4m3_rows(x.flatten(0, -2).contiguous())      # row by row in memory: another order is refused on a GPU
         # the fast accumulation keeps 22 bits of a sum, plenty beside 4 of the factors
         y = torch._scaled_mm(codes, self.weight.t(), scale, self.scale, out_dtype=torch.bfloat16, use_fast_accum=True)
         y = y.view(*x.shape[:-1], -1).to(x.dtype)

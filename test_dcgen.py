@@ -17,6 +17,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -1285,7 +1286,7 @@ def test_what_is_loaded_as_it_is_stays_the_files_own_memory(tmp_path):
     with open("/proc/self/maps" if Path("/proc/self/maps").exists() else os.devnull) as maps:
         loaded = build(TINY_FLUX, tmp_path / "w.safetensors", dtype=None)
         spans = [tuple(int(x, 16) for x in line.split()[0].split("-")) for line in maps if "w.safetensors" in line]
-    if spans:
+    if Path("/proc/self/maps").exists():
         assert all(any(a <= v.data_ptr() < b for a, b in spans) for v in loaded.state_dict().values())
     assert hash_of(loaded.state_dict()) == hash_of(net.state_dict())
     loaded.img_in.weight.zero_()                                     # the map is private
@@ -2304,7 +2305,7 @@ def test_a_part_of_a_model_is_loaded_strictly(tiny):
 def test_a_run_knows_its_base(tiny, tmp_path):
     _, info = load_base("test")
     run = write_run("align-test-1", deepen(tiny, DEEP), trained_part, **info)
-    load_run(run)
+    load_run(run), load_run(run, dtype=torch.bfloat16)                # in whatever precision it is wanted
     moved = tmp_path / "elsewhere.safetensors"
     Path("base.safetensors").rename(moved)
     with pytest.raises(ValueError, match="should come with this repository|no such"):
@@ -3737,7 +3738,7 @@ def test_kill_9_and_resume_give_the_losses_of_an_unbroken_run(aligned, tmp_path)
 # ---- the fast path: compiled layers, hoisted steps, strips, FP8 -----------------------------------------------------------
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-FAST = {**TINIES, "ddpm": OLD_DIT}
+EVERY = {**TINIES, "ddpm": OLD_DIT}
 
 
 @pytest.fixture
@@ -3750,7 +3751,7 @@ def fresh_compiler():
 
 def fast_case(name, seed=0, dtype=torch.float32):
     """A scrambled model with its null prompt, a condition of two rows, and noise."""
-    cfg = FAST[name]
+    cfg = EVERY[name]
     net, g = scramble(FAMILIES[type(cfg)](cfg), seed).to(dtype), torch.Generator().manual_seed(seed + 1)
     cond = condition_of(cfg)
     if isinstance(cond, Text):
@@ -3807,7 +3808,7 @@ def test_strips_of_a_stage_are_of_one_height(style):
 
 
 @pytest.mark.parametrize("cfg_scale", [1.0, 2.5])
-@pytest.mark.parametrize("name", FAST)
+@pytest.mark.parametrize("name", EVERY)
 def test_hoisted_steps_are_the_plain_loop(name, cfg_scale):
     net, cond, x = fast_case(name)
     times = time_grid(4, 3.0)
@@ -3881,6 +3882,19 @@ def test_an_fp8_linear_is_its_dequantised_self():
     assert off(fast(x * torch.tensor([1.0, 1e3]).view(2, 1, 1))[1] - layer.bias, 1e3 * (got[1] - layer.bias)) < 2e-2     # every token has its own scale
 
 
+@pytest.mark.parametrize("of", [lambda x: x, lambda x: x[:, :, :64].transpose(1, 2), lambda x: x[:, 8:], lambda x: x[:1, :1, :64].expand(2, 64, 64)], ids=["whole", "transposed", "part", "expanded"])
+def test_fp8_hands_over_what_the_hardware_takes(of, monkeypatch):
+    """A CPU multiplies anything; a GPU takes codes row by row against columns, and scales of two axes, (M,1) and (1,N)."""
+    layer, seen, product = FP8Linear(nn.Linear(64, 48)), [], torch._scaled_mm
+    monkeypatch.setattr(torch, "_scaled_mm", lambda *args, **kw: (seen.append((args, kw)), product(*args, **kw))[1])
+    x = of(torch.randn(1, 64, 64))
+    layer(x)
+    ((a, b, sa, sb), kw), M = *seen, x.shape[0] * x.shape[1]
+    assert (a.shape, a.stride()) == ((M, 64), (64, 1)) and (b.shape, b.stride()) == ((64, 48), (1, 64)) and a.dtype == b.dtype == torch.float8_e4m3fn
+    assert (sa.shape, sb.shape) == ((M, 1), (1, 48)) and sa.is_contiguous() and sb.is_contiguous() and sa.dtype == sb.dtype == torch.float32
+    assert kw == dict(out_dtype=torch.bfloat16, use_fast_accum=True)
+
+
 def test_fp8_on_a_layer_with_outliers_errs_as_published():
     """512 x 1024 inputs with ten channels twenty times larger, a weight with a part of rank 8: 3.4 %."""
     g = torch.Generator().manual_seed(0)
@@ -3894,7 +3908,7 @@ def test_fp8_on_a_layer_with_outliers_errs_as_published():
 
 @pytest.mark.parametrize("name", TINIES)
 def test_fp8_errs_by_five_percent_a_step_at_most(name):
-    """At fixed inputs; by six in SANA, whose linear attention divides by a sum of what was rounded."""
+    """At fixed inputs and random weights, which are the harder case (other seeds: 2.4 to 5.4)."""
     torch.manual_seed(0)
     cfg = {"dit": replace(TINY_DIT, hidden_size=192, num_heads=6, depth=6), "flux": BASES["tiny-flux"], "sana": BASES["tiny-sana"]}[name]
     net = scramble(FAMILIES[type(cfg)](replace(cfg, weights=None)))
@@ -3906,7 +3920,16 @@ def test_fp8_errs_by_five_percent_a_step_at_most(name):
     assert not any(re.search(r"mod\.|modulation|adaLN|final_layer|embedder", n) for n in names)
     assert len(names) == {"dit": 4 * 6, "flux": 8 * 3 + 2 * 6, "sana": 5 * 8}[name]
     errors = [off(fast(x, t, c), net(x, t, c)) for x, t, c in [(torch.randn(2, cfg.in_channels, 8, 8), torch.tensor(t), condition_of(cfg)) for t in ((0.1, 0.4), (0.6, 0.9))]]
-    assert 0.002 < min(errors) and max(errors) < (0.06 if name == "sana" else 0.05), errors
+    assert 0.002 < min(errors) and max(errors) < 0.05, errors
+
+
+def test_fp8_errs_by_three_percent_a_step_at_most_on_trained_weights():
+    net = build(BASES["tiny"], HERE / BASES["tiny"].weights)
+    fast, y, g = shared(net), torch.arange(16) % 8, torch.Generator().manual_seed(0)
+    fp8_linears(fast)
+    for t in (0.1, 0.3, 0.5, 0.7, 0.9):
+        x, clock = torch.randn(16, 4, 16, 16, generator=g), torch.full((16,), t)
+        assert 0.005 < off(fast(x, clock, y), net(x, clock, y)) < 0.03, t
 
 
 def test_fp8_refuses_what_it_cannot_do():
@@ -3918,6 +3941,13 @@ def test_fp8_refuses_what_it_cannot_do():
         fp8_linears(DiT(replace(TINY_DIT, hidden_size=40)))
     with pytest.raises(ValueError, match="no linear map"):
         fp8_linears(nn.Sequential(nn.Linear(16, 16)))
+
+
+def test_models_that_share_a_trunk_share_its_fp8_codes():
+    made, base = {}, scramble(Flux(BASES["tiny-flux"]))
+    one, two, other = shared(base), shared(deepen(base, replace(to_deep_latent(base.cfg, ae_config("tiny-dc-ae-f32c32"))))), scramble(Flux(BASES["tiny-flux"]), 1)
+    names = [fp8_linears(net, made=made) for net in (one, two, other)][0]
+    assert all(one.get_submodule(n) is two.get_submodule(n) is not other.get_submodule(n) for n in names) and len(made) == 2 * len(names)
 
 
 # ---- bench.py ------------------------------------------------------------------------------------------------------------
@@ -3949,6 +3979,25 @@ def test_sana_and_dit_are_as_much_arithmetic_as_others_counted(name, res):
     for got, (tokens, forward, decode) in zip([floor(work) for work in works(name, res)], FORWARDS[name, res]):
         assert got["tokens"] == tokens and got["passes"] == 2
         assert abs(got["step"] / 2e12 / forward - 1) < 0.01 and abs(got["decode"] / 1e12 / decode - 1) < 0.01, got
+
+
+def test_the_papers_figures_have_the_ratios_that_the_paper_names():
+    named = {("flux-krea", 1024): (4.22, 4.12), ("flux-krea", 2048): (16.85, 26.37), ("flux-krea", 4096): (52.92, 56.46), ("sana-1.6b", 1024): (None, 3.94),
+             ("sana-4.8b", 1024): (None, 3.88), ("dit-xl", 256): (None, 4.92), ("dit-xl", 512): (None, 4.74)}
+    for key, (latency, rate) in named.items():
+        base, dc = bench.PAPER[key].get("latency", (1, 1))
+        assert latency is None or abs(base / dc - latency) < 0.01
+        assert abs(bench.PAPER[key]["throughput"][1] / bench.PAPER[key]["throughput"][0] - rate) < 0.01, key
+    assert bench.PAPER["flux-krea", 4096]["latency"] == (213.81, 4.04) and {key for key, row in bench.PAPER.items() if row["throughput"][0] is None} == set(bench.PAPER) - set(named)
+
+
+def test_a_network_that_predicts_noise_stays_finite_on_random_weights():
+    """Its velocity is divided by t: from t = 0.006 on, the full DiT-XL's latent used to grow to 250."""
+    cfg = replace(OLD_DIT, ae="tiny-kl-f8c4", num_classes=1000)
+    (net, ae), work = bench.build_pair((bench.Work("old", cfg, 64, 250, 1.5), bench.Work("dc-gen-old", to_deep_latent(cfg, ae_config("tiny-dc-ae-f32c32")), 64, 250, 1.5)),
+                                       torch.device("cpu"), torch.float32)[0], bench.Work("old", cfg, 64, 250, 1.5)
+    took = bench.draw(Drawer(work, net, ae, ("attention", "hoist"), num_steps=20), torch.Generator().manual_seed(0))
+    assert took["sum"] > 0
 
 
 def test_random_weights_are_no_zeros_and_keep_every_block_finite():
@@ -4021,49 +4070,147 @@ def test_spreads_ratios_and_self_checks_by_hand():
     assert "DIFFERS" in self_checks(rows)[0]
 
 
-def test_bench_runs_the_twins_on_a_cpu_and_says_so(tmp_path, capsys, fresh_compiler):
-    bench.main(["--res", "1024", "--device", "cpu", "--num-steps", "2", "--repeats", "1", "--out", str(tmp_path / "b")])
-    said = capsys.readouterr().out
+class Played:
+    """Stands in for a Drawer: draws in no time, and may fail at its n-th step."""
+
+    def __init__(self, fails_at=None, seconds=0.0):
+        self.work, self.model, self.ae, self.device = SimpleNamespace(name="it"), nn.Linear(1, 1), nn.Linear(1, 1), torch.device("cpu")
+        self.calls, self.fails_at, self.seconds, self.times = [], fails_at, seconds, time_grid(20)
+
+    def noise(self, generator):
+        return torch.randn(64, generator=generator)
+
+    def denoise(self, x0, steps=None):
+        self.calls.append(steps)
+        time.sleep(self.seconds * (20 if steps is None else steps))
+        if len(self.calls) == self.fails_at:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nGPU 0 has ...")
+        return x0
+
+    def decode(self, z):
+        return z
+
+    def to_host(self, x):
+        return x
+
+
+@pytest.mark.parametrize("fails_at", [1, 2, 4])
+def test_a_row_that_fails_leaves_the_others_alive(fails_at):
+    """At its first call, while warming up, or in a round."""
+    drawers = {"a": Played(), "b": Played(fails_at), "c": Played()}
+    found = bench.measure(drawers, 3, 1e-6)
+    assert found["b"] == dict(failed="OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB") and set(drawers) == {"a", "c"}
+    assert all(len(drawers[k].calls) == 5 and found[k]["repeats"] == 3 and found[k]["sum"]["median"] > 0 for k in "ac")
+
+
+def test_rounds_end_in_time_but_not_before_the_third():
+    d = Played()
+    assert bench.measure({"a": d}, 50, 0.0, until=time.perf_counter() - 1)["a"]["repeats"] == 3 and len(d.calls) == 4
+    assert bench.measure({"a": Played()}, 5, 0.0, until=time.perf_counter() + 100)["a"]["repeats"] == 5
+    assert 3 < bench.measure({"a": Played(seconds=0.001)}, 500, 0.0, until=time.perf_counter() + 0.3)["a"]["repeats"] < 50
+
+
+def test_long_steps_are_estimated_from_three_and_confirmed_by_a_full_run_if_there_is_time():
+    d = Played(seconds=0.005)
+    row = bench.measure_long(d, True)
+    assert d.calls == [1, 1, 1, 1, 1, None] and row["estimated"] and row["repeats"] == 3 and 0.1 < row["denoise"]["median"] < row["sum"]["median"] and row["full_run_s"] > 0.1
+    assert abs(row["sum"]["median"] / (row["denoise"]["median"] + row["decode"]["median"] + row["uint8"]["median"]) - 1) < 1e-6
+    for confirm, until in ((False, math.inf), (True, time.perf_counter() + 0.05)):
+        assert "full_run_s" not in bench.measure_long(Played(seconds=0.005), confirm, until=until)
+
+
+def test_attention_is_told_by_the_names_of_its_kernels():
+    """cuDNN's kernel used to be counted as flash as well."""
+    assert bench.attention_of(["cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_7_64x128x128", "nvjet_tst_128x256_64x4_1x2_h_bz_coopA_TNT"]) == "cuDNN"
+    assert bench.attention_of(["void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits<128, 128, 64, 4>>"]) == "flash"
+    assert bench.attention_of(["fmha_cutlassF_bf16_aligned_64x128_rf_sm80(PyTorchMemEffAttention::AttentionKernel)"]) == "memory-efficient"
+    assert bench.attention_of(["void cudnn::ops::nchwToNhwcKernel", "triton_poi_fused_gelu_3"]) == ""
+
+
+def test_bench_runs_the_twins_on_a_cpu_and_says_so(tmp_path, capfd, fresh_compiler):
+    bench.main(["--res", "1024", "--device", "cpu", "--num-steps", "2", "--repeats", "1", "--switches", "eager", "uint8", "graph", "fp8", "--out", str(tmp_path / "b-1.6")])
+    said, err = capfd.readouterr()
     result = json.loads(said.splitlines()[-1])
-    assert "NOT GPU figures" in said and result["gpu_figures"] is False and result == json.loads((tmp_path / "b.json").read_text()) and (tmp_path / "b.png").stat().st_size > 5000
+    assert "NOT GPU figures" in said and "USDT" not in err and result["gpu_figures"] is False
+    assert result == json.loads((tmp_path / "b-1.6.json").read_text()) and (tmp_path / "b-1.6.png").stat().st_size > 5000
     assert {"command", "date", "torch", "device", "dtype", "compile", "rows", "ratios", "throughput", "train", "tables", "checks", "floors"} <= set(result)
     timed, skipped = [r for r in result["rows"] if "sum" in r], [r for r in result["rows"] if "skipped" in r]
-    assert [r["switch"] for r in timed if r["work"] == "dc-gen-tiny-flux"] == [s for s in SWITCHES if s != "graph"] and [(r["switch"], r["skipped"]) for r in skipped] == [("graph", "needs a GPU")]
-    assert {r["switch"] for r in timed if r["work"] == "tiny-flux"} == {"eager", "uint8", "fp8"}
+    assert [(r["work"], r["switch"]) for r in timed] == [(work, s) for work in ("dc-gen-tiny-flux", "tiny-flux") for s in ("eager", "uint8", "fp8")]
+    assert [(r["switch"], r["skipped"]) for r in skipped] == [("graph", "needs a GPU")]
     for r in timed:
-        assert r["sum"]["median"] > 0 and abs(r["sum"]["median"] / sum(r[k]["median"] for k in ("denoise", "decode", "uint8")) - 1) < 1e-6 and r["tflop_per_s"] > 0
-        assert {"p10", "p90"} <= set(r["denoise"]) and r["compile_s"] >= 0 and r["num_steps"] == 2 and r["text_s"] is None or r["text_s"] > 0
+        assert r["sum"]["median"] > 0 and abs(r["sum"]["median"] / sum(r[k]["median"] for k in ("denoise", "decode", "uint8")) - 1) < 1e-6
+        assert abs(r["tflop_per_s"] * r["sum"]["median"] / r["tflops"] - 1) < 1e-6 and r["tflops"] > 0
+        assert {"p10", "p90"} <= set(r["denoise"]) and r["compile_s"] >= 0 and r["num_steps"] == 2 and (r["text_s"] is None or r["text_s"] > 0)
         assert r["paper_s"] is None and r["floor_s"] is None                                # the paper's figures stand beside full models only
     assert [(f["work"], f["paper_s"]) for f in result["floors"]] == [("flux-krea", 4.65), ("dc-gen-flux-krea", 1.10)]
-    assert len([r for r in timed if "profile" in r]) == 2 and all(len(r["profile"]["step"]) == 5 and "flash" in r["profile"]["attention"] for r in timed if "profile" in r)
+    profiled = [r for r in timed if "profile" in r]
+    assert [r["switch"] for r in profiled] == ["uint8", "uint8"] and all(len(r["profile"]["step"]) == len(r["profile"]["decode"]) == 5 and r["profile"]["attention"] == "flash" for r in profiled)
     assert {r["switch"] for r in result["ratios"]} == {"eager", "uint8", "fp8"} and all(r["paper"] is None for r in result["ratios"])
+
+
+def test_what_was_timed_is_kept_when_the_rest_fails_or_is_killed(tmp_path, capsys, monkeypatch):
+    real, flags = Drawer.denoise, ["--res", "512", "--device", "cpu", "--num-steps", "1", "--repeats", "1", "--switches", "eager", "attention", "--no-profile", "--out", str(tmp_path / "b")]
+
+    def denoise(self, *args):
+        if self.work.name == "tiny-flux" and "attention" in self.switches:
+            raise error
+        return real(self, *args)
+    monkeypatch.setattr(Drawer, "denoise", denoise)
+    error = torch.OutOfMemoryError("too much")
+    with pytest.raises(SystemExit, match="1 rows failed"):
+        bench.main(flags)
+    said = capsys.readouterr().out
+    assert "tiny-flux 64, attention: FAILED, OutOfMemoryError: too much" in said
+    assert [(r["work"], r["switch"], "sum" in r) for r in json.loads((tmp_path / "b.json").read_text())["rows"]] == [
+        ("dc-gen-tiny-flux", "eager", True), ("dc-gen-tiny-flux", "attention", True), ("tiny-flux", "eager", True), ("tiny-flux", "attention", False)]
+    error = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        bench.main(flags)
+    assert [r["work"] for r in json.loads((tmp_path / "b.json").read_text())["rows"]] == ["dc-gen-tiny-flux"] * 2
 
 
 def test_bench_times_throughput_training_and_rates_of_the_twins(capsys, fresh_compiler):
     last = lambda: json.loads(capsys.readouterr().out.splitlines()[-1])
-    bench.main(["--model", "dit-xl", "--res", "256", "--device", "cpu", "--num-steps", "2", "--repeats", "1", "--switches", "hoist", "--batches", "1", "3", "--no-profile"])
-    rates = last()["throughput"]
-    assert [(r["work"], r["batch"]) for r in rates] == [("tiny", 1), ("tiny", 3), ("dc-gen-tiny", 1), ("dc-gen-tiny", 3)]
-    assert all(r["denoise_per_min"] > r["with_decode_per_min"] > 0 for r in rates)
+    bench.main(["--model", "dit-xl", "--res", "256", "--device", "cpu", "--num-steps", "40", "--repeats", "1", "--switches", "hoist", "--batches", "1", "3", "--no-latency"])
+    result = last()
+    assert result["rows"] == [] and [(r["work"], r["batch"]) for r in result["throughput"]] == [("dc-gen-tiny", 1), ("dc-gen-tiny", 3), ("tiny", 1), ("tiny", 3)]
+    for r in result["throughput"]:
+        assert r["denoise_per_min"] > r["with_decode_per_min"] > 0 and abs(r["forwards_per_s"] / (r["denoise_per_min"] / 60 * 40 * 2) - 1) < 1e-6
     bench.main(["--model", "flux-krea", "--res", "1024", "--device", "cpu", "--train", "--repeats", "1"])
     rows = last()["train"]
     assert [r["stage"][0] for r in rows] == ["1", "2", "3"] and all(r["images_per_s"] > 0 and r["h100_days"] is None for r in rows)
     assert [r["schedule"] for r in rows] == [[20000, 64], [5000, 256], [10000, 256]] and rows[0]["trainable"] < rows[1]["trainable"] < rows[2]["trainable"]
-    bench.main(["--model", "dit-xl", "--res", "512", "--device", "cpu", "--train", "--repeats", "1"])
-    assert [r["schedule"] for r in last()["train"]] == [[50000, 64], [20000, 1024], [100000, 1024]]
+    assert bench.days((20_000, 64), 10.0) == 128_000 / 86_400
+    assert bench.MODELS["dit-xl"].schedule[512] == ((50000, 64), (20000, 1024), (100000, 1024))
     bench.main(["--tables", "--model", "dit-xl", "--res", "256", "--device", "cpu"])
-    assert {r["table"] for r in last()["tables"]} == {"products", "attention", "decoder stages"}
+    rows = last()["tables"]
+    assert {r["table"] for r in rows} == {"products", "attention", "decoder stages"} and all(r["ms"] > 0 for r in rows)
 
 
-def test_bench_says_what_it_cannot_time():
+def test_throughput_uses_every_switch_up_to_the_last_one_named_and_scales_twenty_steps(monkeypatch, capsys):
+    """`--switches fp8` used to time FP8 without anything else."""
+    seen = []
+    monkeypatch.setattr(bench, "Drawer", lambda work, model, ae, switches, batch, compiler, num_steps, made: seen.append((switches, num_steps)) or Played(seconds=0.002))
+    bench.main(["--res", "512", "--device", "cpu", "--repeats", "1", "--no-latency", "--num-steps", "40", "--switches", "hoist", "fp8", "--batches", "1"])
+    assert seen == 2 * [(("eager", "attention", "compile", "hoist"), 20), (("eager", "attention", "compile", "hoist", "decoder", "uint8", "fp8"), 20)]
+    rates = json.loads(capsys.readouterr().out.splitlines()[-1])["throughput"]
+    assert len(rates) == 4 and all(r["denoise_per_min"] < 60 / (40 * 0.002) for r in rates)
+
+
+def test_bench_says_what_it_cannot_time(capsys):
     for flags, said in ((["--res", "1000"], "512, 1024, 2048, 4096"), (["--res", "big"], "or all"), (["--model", "dit-xl", "--res", "4096"], "timed at 256, 512"),
-                        (["--model", "dit-xl", "--against", "diffusers"], "FLUX and SANA are compared")):
+                        (["--model", "dit-xl", "--against", "diffusers"], "FLUX and SANA are compared"), (["--train", "--tables"], "one of them"),
+                        (["--device", "tpu"], "cpu or cuda"), (["--device", "cpu", "--switches", "graph"], "needs a GPU")):
         with pytest.raises(ValueError, match=said):
             bench.main(flags)
+    for flag in ("--repeats", "--num-steps", "--batches", "--train-batch", "--minutes"):
+        with pytest.raises(SystemExit):
+            bench.main([flag, "0"])
+        assert f"argument {flag}: invalid positive" in capsys.readouterr().err
 
 
 @needs_gpu
-@pytest.mark.parametrize("name", FAST)
+@pytest.mark.parametrize("name", EVERY)
 def test_a_captured_step_is_the_plain_loop(name):
     net, cond, x = fast_case(name)
     net, cond, x = net.cuda(), cond.to("cuda"), x.cuda()
