@@ -705,8 +705,8 @@ def training_loss(ae: Autoencoder, x: Tensor, beta: float, noise: float, pull=No
     l1, mse = (y.float() - x).abs().mean(), (y.float() - x).square().mean()
     spread = 0.0 if logvar is None else logvar.float().exp() - 1 - logvar.float()      # a constant variance only adds a constant
     kl = 0.5 * (mean.float().square() + spread).mean()
-    more = pull(x, mean) if pull else 0.0
-    return l1 + mse + beta * kl + more, {"l1": l1.item(), "psnr": 10 * torch.log10(4 / mse).item(), "kl": kl.item(), "pull": float(more)}
+    more = pull(x, mean) if pull else mean.new_zeros(())
+    return l1 + mse + beta * kl + more, {"l1": l1.item(), "psnr": 10 * torch.log10(4 / mse).item(), "kl": kl.item(), "pull": more.item()}
 
 
 def latent_alignment_loss(base: Autoencoder, reading: nn.Module, x: Tensor, z: Tensor) -> Tensor:
