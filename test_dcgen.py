@@ -3335,6 +3335,15 @@ def test_a_graph_break_in_a_compiled_layer_is_an_error(fresh_compiler):
         layer(torch.ones(3))
 
 
+def test_a_compiled_layer_has_a_program_for_every_size(fresh_compiler):
+    """Programs for sizes that vary are slower; torch makes one at the second size if it may."""
+    layer = nn.Linear(4, 4)
+    model.compile_layers([layer], backend="eager")
+    for rows in (3, 5, 7):
+        layer(torch.ones(rows, 4))
+    assert fresh_compiler["stats"]["unique_graphs"] == 3
+
+
 @pytest.mark.parametrize("cfg", [TINY_KL, *STYLES.values()], ids=lambda c: c.name)
 def test_compiled_decoders_draw_the_same_and_do_not_break(cfg, fresh_compiler):
     ae = scramble(ae_class(cfg)(cfg)).to(memory_format=torch.channels_last)
