@@ -3337,7 +3337,7 @@ def test_a_graph_break_in_a_compiled_layer_is_an_error(fresh_compiler):
 
 def test_a_compiled_layer_has_a_program_for_every_size(fresh_compiler):
     """Programs for sizes that vary are slower; torch makes one at the second size if it may."""
-    layer = nn.Linear(4, 4)
+    layer = model.Mlp(4, 8, 4)
     model.compile_layers([layer], backend="eager")
     for rows in (3, 5, 7):
         layer(torch.ones(rows, 4))
