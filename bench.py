@@ -474,9 +474,11 @@ def measure(drawers: dict[str, Drawer], repeats: int, warm: float, seed: int = 0
         if first:
             out[name] = dict(first_s=first["wall"], peak_gib=peak.gib)
     end = time.perf_counter() + warm
-    while alive and time.perf_counter() < end:
+    while alive and warm:
         for name in list(alive):
             once(name)
+        if time.perf_counter() >= end:
+            break
     for k in range(repeats):
         begun = time.perf_counter()
         for name in list(alive):

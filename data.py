@@ -366,7 +366,8 @@ class ImageFolder:
         self.root, self.broken, self.max_broken, self.texts = Path(root), [], max_broken, {}
         if not self.root.is_dir():
             raise ValueError(f"--images {root}: no such folder")
-        files = sorted(p for p in self.root.rglob("*") if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
+        found = (Path(folder) / name for folder, _, names in os.walk(self.root, followlinks=True) for name in names)
+        files = sorted(p for p in found if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
         if not files:
             raise ValueError(f"--images {root}: no pictures in it ({', '.join(SUFFIXES)})")
         self.total, told = len(files), (self.root / "metadata.jsonl").is_file()

@@ -1441,6 +1441,14 @@ def test_a_flat_folder_has_captions_and_a_missing_one_is_named(tmp_path):
     assert len(ImageFolder(tmp_path, 8, captions=False)) == 40
 
 
+def test_linked_class_folders_are_followed(tmp_path):
+    flat_folder(tmp_path / "elsewhere", 3, text=False)
+    (tmp_path / "all").mkdir()
+    (tmp_path / "all/cat").symlink_to(tmp_path / "elsewhere")
+    source = ImageFolder(tmp_path / "all", 16)
+    assert len(source) == 3 and source.classes == ("cat",)
+
+
 def test_broken_pictures_are_listed_and_left_out_up_to_a_limit(tmp_path, capsys):
     flat_folder(tmp_path, 40)
     (tmp_path / "004.png").write_bytes(b"")
@@ -3927,7 +3935,7 @@ def test_fp8_errs_by_five_percent_a_step_at_most(name):
     untouched = {n for n, m in net.named_modules() if isinstance(m, nn.Linear)} - set(names)
     assert all(re.search(r"mod\.|modulation|adaLN|final_layer|_in\.|_in$|embedder|t_block", n) for n in untouched), untouched
     assert not any(re.search(r"mod\.|modulation|adaLN|final_layer|embedder", n) for n in names)
-    assert len(names) == {"dit": 4 * 6, "flux": 8 * 3 + 2 * 6, "sana": 5 * 8}[name]
+    assert len(names) == {"dit": 4, "flux": 8, "sana": 5}[name] * cfg.depth + 2 * getattr(cfg, "depth_single", 0)
     errors = [off(fast(x, t, c), net(x, t, c)) for x, t, c in [(torch.randn(2, cfg.in_channels, 8, 8), torch.tensor(t), condition_of(cfg)) for t in ((0.1, 0.4), (0.6, 0.9))]]
     assert 0.002 < min(errors) and max(errors) < 0.05, errors
 
