@@ -188,7 +188,7 @@ class Scene(NamedTuple):
 
 
 def caption(scene: Scene) -> str:
-    """"a large red ring above a small blue square on green", "three small pink stars on yellow"."""
+    """"a large red ring above a small blue square on green", "three small pink crosses on yellow"."""
     things = [f"{NUMBERS[t.number - 1]} {t.size} {t.colour} {t.form}{'es' * (t.form == 'cross') or 's' if t.number > 1 else ''}" for t in scene.things]
     return f" {scene.relation} ".join(things) + f" on {scene.background}"
 

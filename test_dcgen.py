@@ -47,10 +47,10 @@ import sample
 from align import drop_labels, embedding_loss, flow_matching_loss, solve_embedder, solve_head
 from autoencoder import (AUTOENCODERS, DCAE, KLVAE, DCAEConfig, KLConfig, ae_class, ae_config, ae_table, diffusers_ae_config, export_autoencoder, in_strips, in_tiles,
                          load_autoencoder, psnr, ssim, stated_config)
-from data import (SANA_INSTRUCTION, SHAPES, Buckets, ImageFolder, LatentCache, ShapesSource, TextCache, bucket_sizes, cache_prompts, encode_prompts, encode_words, image_size,
-                  load_image, null_prompt, open_source, order, read_prompts, shape_facts, shapes)
+from data import (COLOURS, FORMS, RELATIONS, SANA_INSTRUCTION, SHAPES, Buckets, ImageFolder, LatentCache, ScenesSource, ShapesSource, TextCache, Thing, bucket_sizes, cache_prompts,
+                  caption, encode_prompts, encode_words, image_size, load_image, null_prompt, open_source, order, read_caption, read_prompts, scene_facts, scene_of, shape_facts, shapes)
 from bench import SWITCHES, DiffusersDrawer, Drawer, filled, floor, ratios, sane, self_checks, shared, spread, works
-from evaluate import accuracy, frechet_distance, gap_table, inception_score, judged_source, layer_gap, load_classifier, share_right
+from evaluate import (Seen, accuracy, frechet_distance, gap_table, inception_score, judge_scene, judged_source, layer_gap, load_classifier, scene_scores, share_right)
 from lora import LoRALinear, add_lora, load_peft, lora_from_peft, lora_state, lora_to_peft, merge_lora, save_peft
 from model import (BASES, DIT_TABLES, FAMILIES, TABLES, DiT, DiTConfig, Flux, FluxConfig, Sana, SanaConfig, Text, build, cat_conditions, choose_conditions, config_dict,
                    config_facts, ddpm_alphas_cumprod, ddpm_times, deepen, find_weights, fit_config, export_diffusers, linear_attention, load_weights, map_keys, read_config, read_tensors, recognise,
@@ -1759,6 +1759,77 @@ def test_words_are_encoded_at_once_behind_the_same_interface(tmp_path):
     assert texts.null.mask is None and len(texts.null) == 1 and not any(tmp_path.iterdir())
 
 
+# ---- pictures with captions, and who looks at them -----------------------------------------------------------------------
+
+def test_every_caption_says_its_scene_and_reads_back():
+    facts = scene_facts(torch.arange(600))
+    said = [scene_of(facts, i) for i in range(600)]
+    assert all(read_caption(caption(s)) == s for s in said)
+    assert {len(s.things) for s in said} == {1, 2} and {s.things[0].number for s in said} == {1, 2, 3, 4} and {s.relation for s in said} == {None, *RELATIONS}
+    assert {t.form for s in said for t in s.things} == set(FORMS) and {t.colour for s in said for t in s.things} == {s.background for s in said} == set(COLOURS)
+    for s in said:                                                   # nothing has the background's colour; two differ in form and colour
+        assert s.background not in [t.colour for t in s.things] and len({t.form for t in s.things}) == len({t.colour for t in s.things}) == len(s.things)
+    assert read_caption(" A large RED ring above a small blue square on green\n").things[1] == Thing(1, "small", "blue", "square")
+    assert read_caption("a dog") is None and read_caption("a large red ring") is None and read_caption("a large red ring near a small blue square on green") is None
+
+
+def test_a_captioned_picture_depends_on_its_number_alone_and_shows_its_facts():
+    source, rows = ScenesSource(64), torch.tensor([7, 3, 30000])
+    images, labels = source.batch(rows)
+    assert torch.equal(images[1:2], source.batch(rows[1:2])[0]) and labels.tolist() == rows.tolist()
+    assert off(F.avg_pool2d(ScenesSource(128).batch(rows)[0], 2), images) < 0.06          # at any resolution
+    assert source.caption(3) == caption(scene_of(scene_facts(torch.tensor([3])), 0)) != ScenesSource(64, split="val").caption(3)
+    f = scene_facts(torch.arange(2000))
+    there = torch.arange(4) < f["number"][:, None]
+    assert all((there <= (f[k] - f["radius"] > 0) & (f[k] + f["radius"] < 1)).all() for k in "xy")                  # whole, inside
+    gap = ((f["x"][:, 0] - f["x"][:, 1]) ** 2 + (f["y"][:, 0] - f["y"][:, 1]) ** 2).sqrt() - f["radius"][:, 0] - f["radius"][:, 1]
+    assert gap[f["number"] > 1].min() > 0
+
+
+def test_the_judge_of_captions_finds_all_in_real_pictures_and_nothing_in_noise():
+    source, rows = ScenesSource(128, split="val"), torch.arange(200)
+    images, said = source.batch(rows)[0], [source.caption(i) for i in range(200)]
+    assert set(scene_scores(images, said).values()) == {1.0}
+    swapped = scene_scores(images, said[1:] + said[:1])              # another picture's caption
+    assert swapped["all"] == 0 and swapped["binding"] < 0.1 and swapped["colour"] < 0.6
+    noise = scene_scores(torch.rand(20, 3, 128, 128) * 2 - 1, said[:20])
+    assert noise["all"] == 0 and noise["position"] < 0.3
+    with pytest.raises(ValueError, match="'a dog' is not a caption"):
+        scene_scores(images[:1], ["a dog"])
+
+
+def test_every_question_of_the_judge_is_about_one_thing():
+    """A picture as asked, and one wrong in one way."""
+    asked = read_caption("a large red ring above a small blue square on green")
+    ring, square = Seen("ring", "red", "large", 0.5, 0.25), Seen("square", "blue", "small", 0.55, 0.75)
+    wrong = lambda seen, background="green": {k for k, right in judge_scene(seen, background, asked).items() if not right}
+    assert wrong([ring, square]) == wrong([square, ring]) == set()
+    assert wrong([ring, square], "pink") == {"all"}
+    assert wrong([ring]) == {"object", "count", "colour", "position", "binding", "all"}
+    assert wrong([ring, square, ring]) == {"count", "binding", "all"}
+    assert wrong([ring, square._replace(colour="pink")]) == {"colour", "binding", "all"}
+    assert wrong([ring._replace(colour="blue"), square._replace(colour="red")]) == {"binding", "all"}        # each colour is there, on the other
+    assert wrong([ring, square._replace(size="large")]) == {"binding", "all"}
+    assert wrong([ring, square._replace(y=0.1)]) == {"position", "all"} and wrong([ring, square._replace(x=0.1, y=0.3)]) == {"position", "all"}
+    assert wrong([ring._replace(form="cross"), square]) == {"object", "position", "binding", "all"}
+    three = read_caption("three small pink crosses on yellow")
+    cross = Seen("cross", "pink", "small", 0.5, 0.5)
+    assert judge_scene([cross] * 3, "yellow", three) == dict(object=True, count=True, colour=True, binding=True, all=True)
+    assert not judge_scene([cross] * 2, "yellow", three)["count"] and not judge_scene([cross] * 4, "yellow", three)["binding"]
+
+
+def test_words_are_the_same_everywhere_and_tell_prompts_apart(capsys):
+    text = encode_words(["a large red ring", "a large ring red", ""], 6)
+    assert text.tokens.shape == (3, 6, 256) and text.pooled.shape == (3, 256) and text.guidance is None
+    assert text.mask.sum(dim=1).tolist() == [5, 5, 1] and not text.tokens[~text.mask].any()          # an end after the last word
+    assert text.tokens[0, 0, :6].tolist() == [1, 1, -1, -1, 1, -1]   # of the hash of "a": on every machine
+    assert torch.equal(text.tokens[0, :2], text.tokens[1, :2]) and off(text.tokens[0, 2], text.tokens[1, 2]) > 0.5
+    assert torch.equal(encode_words(["A LARGE, red ring!"], 6).tokens, text.tokens[:1])
+    ring = encode_words(["a small red ring", "a large red ring"], 6).tokens[:, 3]
+    assert off(*ring) > 0.3                                          # a token knows the two words before it
+    assert torch.equal(encode_words(["a large red ring"], 4).tokens[0], text.tokens[0, :4]) and "its end is lost" in capsys.readouterr().out
+
+
 # ---- lora.py -------------------------------------------------------------------------------------------------------------
 
 def with_lora(rank=4, alpha=None, targets=None, **kw):
@@ -3238,7 +3309,7 @@ def test_the_closed_form_head_leaves_no_gradient_in_the_flow_loss():
     params = [p.requires_grad_(True) for p in model.final_layer.linear.parameters()]
     loss = align.flow_matching_loss(model, z_dc, t, y, x0)[0].mean()
     assert max(g.abs().max() for g in torch.autograd.grad(loss, params)) < 1e-4
-    assert abs(float(loss) - sums.mse) < 1e-4
+    assert abs(float(loss.detach()) - sums.mse) < 1e-4
 
 
 def test_stage_1_brings_every_layer_closer_to_the_base():
@@ -3267,6 +3338,128 @@ def test_only_what_is_trained_moves_and_all_of_it_does(tmp_path):
         moved = not torch.equal(v, before[k])
         assert moved == k.startswith((model.EMBEDDER, model.HEAD)), k
     assert all(torch.equal(v, w) for (_, v), (_, w) in zip(its_base.state_dict().items(), base.state_dict().items()))
+
+
+class Distilled:
+    """An exact guidance-distilled model: told g, it says g v(c) - (g - 1) v(null) of two given fields (Eq. 4)."""
+    cfg = SimpleNamespace(in_channels=3)
+
+    def __init__(self):
+        self.w, self.told, self.rows = torch.tensor(2.0, requires_grad=True), [], []
+
+    def null_condition(self, y):
+        return replace(y, tokens=torch.zeros_like(y.tokens))
+
+    def of(self, xt, t, y):                                           # v(c), and v(null) where the tokens are zero
+        c = y.tokens.mean(dim=(1, 2)).view(-1, 1, 1, 1)
+        return self.w * xt * (1 + c) + c * t.view(-1, 1, 1, 1) - 1
+
+    def __call__(self, xt, t, y):
+        g = y.guidance.view(-1, 1, 1, 1)
+        self.told.append(y.guidance.clone()), self.rows.append(len(xt))
+        return g * self.of(xt, t, y) - (g - 1) * self.of(xt, t, self.null_condition(y))
+
+
+def distilled_inputs(n=6):
+    g = torch.Generator().manual_seed(0)
+    rand = lambda *shape: torch.randn(shape, generator=g)
+    return rand(n, 3, 4, 4), torch.rand(n, generator=g), Text(rand(n, 5, 8), guidance=torch.linspace(1, 14, n)), rand(n, 3, 4, 4)
+
+
+def test_the_corrected_velocity_of_an_exact_distilled_model_is_the_undistilled_one():
+    """Eq. 6 for any w: with and without gradients, which are one batch and two."""
+    model, (z, t, y, x0) = Distilled(), distilled_inputs()
+    with torch.no_grad():
+        close(align.raw_velocity(model, z, t, y), model.of(z, t, y), 1e-5)
+    close(align.raw_velocity(model, z, t, y).detach(), model.of(z, t, y).detach(), 1e-5)
+    assert model.rows == [12, 6, 6] and torch.equal(model.told[0][6:], torch.ones(6)) and torch.equal(model.told[2], torch.ones(6))
+    loss, pred, v = align.guided_loss(model, z, t, y, x0)
+    plain = align.flow_matching_loss(model.of, z, t, y, x0)
+    close(loss.detach(), plain[0].detach(), 1e-5), close(v, z - x0, 1e-6)
+    wrong = align.flow_matching_loss(model, z, t, y, x0)[0]           # the plain loss asks the guided velocity to be the raw one
+    assert off(wrong[1:].detach(), loss[1:].detach()) > 1 and off(wrong[:1].detach(), loss[:1].detach()) < 1e-5
+
+
+def test_the_null_branch_of_the_guided_loss_passes_no_gradient():
+    model, (z, t, y, x0) = Distilled(), distilled_inputs(3)
+    align.guided_loss(model, z, t, y, x0)[0].mean().backward()
+    xt, v = path(x0, z, t)
+    g, w = y.guidance.view(-1, 1, 1, 1), torch.tensor(2.0, requires_grad=True)
+    other = Distilled()
+    other.w = w
+    told = other(xt, t, y)
+    with torch.no_grad():
+        null = other(xt, t, align.unconditional(other, y))
+    (((told + (g - 1) * null) / g - v).square().mean(dim=(1, 2, 3))).mean().backward()
+    close(model.w.grad, w.grad, 1e-5)
+    everything = torch.tensor(2.0, requires_grad=True)
+    other.w = everything
+    ((other(xt, t, y) + (g - 1) * other(xt, t, align.unconditional(other, y))) / g - v).square().mean().backward()
+    assert off(everything.grad, w.grad) > 0.05                       # it would be another one
+
+
+def test_distillation_asks_for_what_guidance_in_two_passes_says():
+    """Eq. 3 and 4. The student starts as the teacher without guidance, whatever it is told."""
+    teacher = scramble(Flux(replace(TINY_FLUX, guidance_embed=False)))
+    teacher.null = prompts(teacher.cfg, 1)
+    student = model.with_guidance_embed(teacher)
+    z, t, x0 = torch.randn(3, TINY_FLUX.in_channels, 4, 4), torch.tensor([0.2, 0.5, 0.8]), torch.randn(3, TINY_FLUX.in_channels, 4, 4)
+    y = replace(prompts(teacher.cfg, 3), guidance=torch.tensor([1.0, 3.0, 7.0]))
+    xt = path(x0, z, t)[0]
+    with torch.no_grad():
+        close(student(xt, t, y), teacher(xt, t, y), 1e-6)
+        loss, pred, v = align.distillation_loss(teacher, student, z, t, y, x0)
+        both = [guided(teacher, xt[i : i + 1], t[i : i + 1], y[i : i + 1], float(y.guidance[i])) for i in range(3)]
+    close(v, torch.cat(both), 1e-5)
+    assert loss[0] < 1e-9 < loss[1] and loss[1] < loss[2]
+    exact = lambda xt, t, c: torch.cat(both)
+    exact.null_condition = student.null_condition
+    assert align.distillation_loss(teacher, exact, z, t, y, x0)[0].max() < 1e-9
+    with pytest.raises(ValueError, match="does not read it yet"):
+        model.with_guidance_embed(student)
+    with pytest.raises(ValueError, match="not into a Sana"):
+        model.with_guidance_embed(tiny_of("sana"))
+
+
+def test_the_closed_form_head_of_a_distilled_model_leaves_no_gradient_in_the_guided_loss():
+    net = tiny_of("flux")
+    net.null = prompts(net.cfg, 1)
+    g = torch.Generator().manual_seed(1)
+    batch = lambda: (torch.randn(32, net.cfg.in_channels, 4, 4, generator=g), torch.rand(32, generator=g),
+                     replace(prompts(net.cfg, 32), guidance=1 + 6 * torch.rand(32, generator=g)), torch.randn(32, net.cfg.in_channels, 4, 4, generator=g))
+    batches = [batch(), batch()]
+    sums = solve_head(net, batches, 0.0, guided=True)
+    net.head_linear.requires_grad_(True)
+    loss = sum(align.guided_loss(net, *b)[0].mean() for b in batches) / 2
+    loss.backward()
+    # the null branch passes no gradient in training, but it is the same linear map: the optimum of the whole is stationary in it
+    with torch.no_grad():
+        before = float(loss)
+        for p in net.head_linear.parameters():
+            p.add_(0.01 * torch.randn(p.shape, generator=g))
+        assert float(sum(align.guided_loss(net, *b)[0].mean() for b in batches) / 2) > before
+    assert sums.mse == pytest.approx(before, rel=1e-3)
+
+
+def test_the_objective_is_the_models_own_unless_another_one_fits():
+    flux, sana, dit = BASES["tiny-flux"], BASES["tiny-sana"], BASES["dit-xl"]
+    assert [align.pick_objective(c, None) for c in (flux, sana, dit, replace(flux, guidance_embed=False))] == ["guided", "flow", "flow", "flow"]
+    assert align.pick_objective(flux, "flow") == "flow" and align.pick_objective(dit, "ddpm") == "ddpm"
+    for cfg, asked, said in ((sana, "guided", "not distilled"), (flux, "ddpm", "on DDPM's clock")):
+        with pytest.raises(ValueError, match=said):
+            align.pick_objective(cfg, asked)
+    y = Text(torch.zeros(3, 1, 1))
+    assert align.tell_guidance(y, None, torch.rand(3)) is y
+    assert align.tell_guidance(y, (1.0, 14.0), torch.tensor([0.0, 0.5, 1.0])).guidance.tolist() == [1.0, 7.5, 14.0]
+
+
+def test_the_embedded_text_base_draws_what_captions_say_and_more_so_with_guidance():
+    net, _ = load_base("tiny-flux")
+    ae, source = autoencoder.load_autoencoder("tiny-kl-f8c4"), ScenesSource(128, split="val")
+    said = [source.caption(i) for i in range(48)]
+    scores = [scene_scores(generate(net, ae, sample.with_guidance(encode_words(said, 16), g), list(range(48)), 12, 1.0), said) for g in (1.0, 3.5)]
+    assert scores[1]["object"] > 0.9 and scores[1]["colour"] > 0.9 and scores[1]["position"] > 0.9 and scores[1]["all"] > 0.6
+    assert scores[1]["all"] > scores[0]["all"]
 
 
 def test_a_new_head_passes_gradients_to_the_embedder_from_the_first_step():
