@@ -57,9 +57,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from align import embedding_loss, ends, flow_matching_loss, pick
+from align import LOSSES, embedding_loss, ends, pick, pick_objective, settle
 from autoencoder import DCAE_DIFFUSERS, KL_DIFFUSERS, KLConfig, ae_class, ae_config, diffusers_ae_config
-from finetune import trainable
+from finetune import trainable, training_memory
 from lora import add_lora
 from model import (BASES, FAMILIES, TABLES, DiTConfig, FluxConfig, SanaConfig, Text, atomic, compile_layers, deepen, diffusers_config, fast_bf16, run,
                    to_deep_latent, unmap_keys)
@@ -785,25 +785,27 @@ def days(plan: tuple[int, int], images_per_s: float) -> float:
 
 def train_rows(schedule: tuple | None, pair: tuple[Work, Work], args, device, dtype):
     """One optimiser step of each stage: images/s, memory, and the H100-days that the paper's schedule (Table 7) would take at
-    this rate; rows as they are finished. Stage 3 has LoRA of rank 256. The loss is Eq. 2; the guided one of Eq. 7 has a second forward pass."""
+    this rate; rows as they are finished. Stage 3 has LoRA of rank 256. The loss is the model's own: of a distilled one the
+    guided loss (Eq. 7), which has a second forward pass."""
     (base, _), (model, _) = build_pair(pair, device, dtype, args.seed)
     cuda, work = torch.device(device).type == "cuda", pair[1]
     batch = args.train_batch or (2 if not cuda else 1 if isinstance(work.cfg, FluxConfig) else 16)
     latent = lambda w: torch.randn(batch, w.cfg.in_channels, *w.grid, device=device)
-    cond = work.condition(batch, device, dtype)
-    for layer in (model.embed_linear, model.head_linear):              # what learns is float32
-        layer.float()
+    cond, loss_of = work.condition(batch, device), LOSSES[pick_objective(work.cfg, None)]
+    settle(model, [], device, dtype)                                   # as finetune.py does: big models run blocks again in the backward pass
 
     def flow():
         z = latent(work)
-        return flow_matching_loss(model, z, sample_t(batch).to(device), cond, torch.randn_like(z))[0].mean()
+        return loss_of(model, z, sample_t(batch).to(device), cond, torch.randn_like(z))[0].mean()
 
     stages = {"1 embedder": (lambda: pick(model, (model.EMBEDDER,)), lambda: embedding_loss(model, base, latent(work), latent(pair[0]))),
               "2 embedder and head": (lambda: pick(model, ends(model)), flow),
               "3 LoRA": (lambda: (add_lora(model, 256 if cuda else 8), trainable(model, "lora"))[1], flow)}
 
     def time_stage(what, loss) -> tuple[int, list[float]]:
-        params = [p.requires_grad_(True) for _, p in what()]
+        names = [k for k, _ in what()]
+        now_named = settle(model, names, device, dtype, recompute=False)                # what learns is float32
+        params = [now_named[k] for k in names]
         opt, took = torch.optim.AdamW(params, lr=1e-5), []
         for _ in range(3 + args.repeats // 2):
             begun = now(device)
@@ -828,6 +830,19 @@ def train_rows(schedule: tuple | None, pair: tuple[Work, Work], args, device, dt
             rate = batch / statistics.median(found[1])
             yield row | dict(trainable=found[0], images_per_s=rate, peak_gib=peak_gib(device), h100_days=days(plan, rate) if plan and cuda else None)
         model.requires_grad_(False), free()
+
+
+def memory_rows(name: str, sizes, batch: int | None):
+    """What stage 3 takes of a GPU's memory at full size, counted on tensors without contents (finetune.training_memory)."""
+    for work in (works(name, res)[1] for res in sizes):
+        pictures = batch or (1 if isinstance(work.cfg, FluxConfig) else 16)
+        yield dict(work=work.name, res=work.res, batch=pictures, **training_memory(work.cfg, pictures, work.grid))
+
+
+def print_memory(rows: list[dict]):
+    print("\nstage 3 at full size, counted, GiB: LoRA 256, blocks in bf16 and run again in the backward pass if the model is large")
+    gib = lambda key: (key, ".1f", 2.0**-30)
+    show(rows, model=("work",), res=("res",), batch=("batch",), **{key: gib(key) for key in ("frozen", "trained", "gradients", "optimizer", "average", "activations", "total")})
 
 
 def print_train(rows: list[dict], name: str):
@@ -992,7 +1007,7 @@ def main(argv=None):
     pairs = [works(args.model, res, twin=not cuda) for res in sizes]
     result = dict(command=" ".join(["bench.py", *(sys.argv[1:] if argv is None else argv)]), **facts(device), dtype=precision_of(False, dtype),
                   compile=args.compile_mode or "default" if cuda else "traced only",
-                  rows=[], ratios=[], throughput=[], train=[], tables=[], checks=[], floors=[])
+                  rows=[], ratios=[], throughput=[], train=[], memory=[], tables=[], checks=[], floors=[])
 
     file = lambda kind: Path(f"{args.out}.{kind}")                    # not with_suffix: of sana-1.6b it would leave sana-1
 
@@ -1021,6 +1036,7 @@ def main(argv=None):
         for res, pair in zip(sizes, pairs):
             keep("train", train_rows(family.schedule.get(res, family.schedule.get(0)), pair, args, device, dtype))
         print_train(result["train"], args.model)
+        print_memory(keep("memory", memory_rows(args.model, sizes, args.train_batch)))
     else:
         text = attempt(text_seconds, BASES[args.model] if cuda else BASES[family.twin], device, dtype, not cuda) if args.latency else None
         text = (None, f"not timed: {text}") if isinstance(text, str) else text

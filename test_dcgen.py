@@ -4391,7 +4391,10 @@ def test_bench_times_throughput_training_and_rates_of_the_twins(capsys, fresh_co
     for r in result["throughput"]:
         assert r["denoise_per_min"] > r["with_decode_per_min"] > 0 and abs(r["forwards_per_s"] / (r["denoise_per_min"] / 60 * 2 * 2) - 1) < 1e-6
     bench.main(["--model", "flux-krea", "--res", "1024", "--device", "cpu", "--train", "--repeats", "1"])
-    rows = last()["train"]
+    result = last()
+    memory, rows = result["memory"][0], result["train"]
+    parts = [memory[k] for k in ("frozen", "trained", "gradients", "optimizer", "average", "activations")]
+    assert memory["total"] == sum(parts) < 80e9 and memory["frozen"] > 2 * 11.5e9 and memory["optimizer"] == 2 * memory["trained"]    # one GPU holds FLUX
     assert [r["stage"][0] for r in rows] == ["1", "2", "3"] and all(r["images_per_s"] > 0 and r["h100_days"] is None for r in rows)
     assert [r["schedule"] for r in rows] == [[20000, 64], [5000, 256], [10000, 256]] and rows[0]["trainable"] < rows[1]["trainable"] < rows[2]["trainable"]
     assert bench.days((20_000, 64), 10.0) == 128_000 / 86_400
