@@ -3719,7 +3719,10 @@ def job(out, name, how, steps, accumulate=1):
         return dict(val_loss=align.validation_loss(net, z[:16], y[torch.arange(16)], loss=val, limits=objective["limits"]))
     log = align.train(Path(out), net, [(k, now[k]) for k in names], loss, 48, steps, batch=8, lr=1e-3, info={}, log_every=1, save_every=4, ema=0.9, accumulate=accumulate,
                       watch=watch, watch_every=3)
-    weights = [align.whole(now[k]).numpy() for k in names]
+    weights = {k: align.whole(now[k]).numpy() for k in names}
+    for k in weights:                                                # softmax does not see a key's bias: its gradient is rounding alone, made large by Adam
+        if name == "dit" and k.endswith("attn.qkv.bias"):
+            weights[k] = weights[k].reshape(3, -1)[[0, 2]]
     return log, weights, seen, wrote
 
 
@@ -3746,8 +3749,8 @@ def test_two_processes_give_the_run_of_one_and_either_goes_on_with_the_other(tmp
     then = job(tmp_path / "then", name, None, 8)[0]
     for log in (two, second, then):
         np.testing.assert_allclose(np.concatenate([*numbers([r for r in log if r["step"] >= 5])]), np.concatenate([*numbers([r for r in one if r["step"] >= 5])]), rtol=2e-4, atol=1e-6)
-    for v, w in zip(weights, ended):
-        np.testing.assert_allclose(v, w, atol=2e-5)
+    for k in weights:
+        np.testing.assert_allclose(weights[k], ended[k], atol=2e-5, err_msg=k)
     # steps 4 to 7: each process its part of the batch, with noise of its own
     assert len(seen) == len(others) == 4 and not {g for _, g in seen} & {g for _, g in others}
     assert [a + b for (a, _), (b, _) in zip(seen, others)] == [order(step, 8, 48, 0).tolist() for step in range(4, 8)]
