@@ -655,7 +655,7 @@ def load_part(model, tensors: dict[str, Tensor], source="the file"):
     for what, keys in (("tensors that this model does not have in that shape", wrong), ("tensors missing that no base has", missing)):
         if keys:
             raise ValueError(f"{source}: {len(keys)} {what}: {', '.join(keys[:3])}")
-    model.load_state_dict(dict(tensors), strict=False, assign=True)
+    model.load_state_dict(own | dict(tensors), assign=True)
 
 
 def newest_run(root="runs", kinds=("align", "finetune")) -> Path | None:

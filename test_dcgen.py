@@ -3691,24 +3691,26 @@ def together(job, *args, count=2):
 
 
 def small_flux(seed=0):
-    """As small_pair, of a guidance-distilled FLUX: model, latents, prompts."""
+    """As small_pair, of a guidance-distilled FLUX with LoRA: model, latents, prompts."""
     torch.manual_seed(seed)
     base = scramble(Flux(TINY_FLUX))
     net = deepen(base, to_deep_latent(TINY_FLUX, AUTOENCODERS["tiny-dc-ae-f32c32"]))
     scramble(net.final_layer.linear)
     net.null = prompts(TINY_FLUX, 1)
+    add_lora(net, 4)
     return net, torch.randn(48, 32, 2, 3, generator=torch.Generator().manual_seed(seed)), replace(prompts(TINY_FLUX, 48), guidance=None)
 
 
 def job(out, name, how, steps, accumulate=1):
-    """A short training of all parameters -> its log, its final weights, what this process was given and what it wrote."""
+    """A short training -> its log, its final weights, what this process was given and what it wrote. Of DiT all parameters;
+    of FLUX as finetune.py trains 12B: LoRA in float32 on blocks in bf16, which run again in the backward pass."""
     device, seen, wrote = align.join("cpu"), [], []
     sys.addaudithook(lambda event, args: wrote.append(Path(args[0]).name) if event == "open" and isinstance(args[0], (str, os.PathLike)) and str(out) in str(args[0])
                      and isinstance(args[1], str) and set(args[1]) & set("wax+") else None)
     net, z, y = small_flux() if name == "flux" else [small_pair()[i] for i in (1, 2, 4)]
     objective = dict(objective="guided" if name == "flux" else "flow", t_sampling="logit-normal", shift=1.0, label_dropout=0.1, limits=(1.0, 5.0) if name == "flux" else None)
-    names = [k for k, _ in align.pick(net, ("",))]
-    now = align.settle(net, names, device, recompute=name == "flux", shard=how == "fsdp")
+    names, dtype = [k for k, _ in finetune.trainable(net, "lora" if name == "flux" else "full")], torch.bfloat16 if name == "flux" else torch.float32
+    now = align.settle(net, names, device, dtype, recompute=name == "flux", shard=how == "fsdp")
 
     def loss(rows, g):
         seen.append((rows.tolist(), g.initial_seed()))
@@ -3716,9 +3718,9 @@ def job(out, name, how, steps, accumulate=1):
 
     def watch(step, *_):
         val = align.guided_loss if name == "flux" else align.flow_matching_loss
-        return dict(val_loss=align.validation_loss(net, z[:16], y[torch.arange(16)], loss=val, limits=objective["limits"]))
+        return dict(val_loss=align.validation_loss(net, z[:16], y[torch.arange(16)], dtype=dtype, loss=val, limits=objective["limits"]))
     log = align.train(Path(out), net, [(k, now[k]) for k in names], loss, 48, steps, batch=8, lr=1e-3, info={}, log_every=1, save_every=4, ema=0.9, accumulate=accumulate,
-                      watch=watch, watch_every=3)
+                      watch=watch, watch_every=3, dtype=dtype)
     weights = {k: align.whole(now[k]).numpy() for k in names}
     for k in weights:                                                # softmax does not see a key's bias: its gradient is rounding alone, made large by Adam
         if name == "dit" and k.endswith("attn.qkv.bias"):
