@@ -638,22 +638,24 @@ def train(out: Path, model: nn.Module, named: list[tuple[str, nn.Parameter]], lo
 
 # Table 7 of the paper, and what recipe.md adds: the shift of training times, the range of guidance. "tiny" and its text
 # models are the same recipe in minutes: larger learning rates that end at zero, fewer steps, a smaller rank. DiT's head is
-# its whole final layer, modulation included, as in the authors' code. w in Eq. 3-7 is guidance - 1.
+# its whole final layer, modulation included, as in the authors' code. w in Eq. 3-7 is guidance - 1. pos_step: a base that
+# knows one size only (DiT, the embedded ones) finds its new tokens spread over the places that it knows; FLUX was trained at
+# many sizes, so a smaller grid is nothing new to it and counts by ones, as the authors have it and as diffusers' pipeline feeds it.
 def _recipe(ae: str, stage1: int, stage2: tuple, stage3: tuple, pictures: int | None = None, rank: int = 256, **more) -> dict:
     """stage1: steps; stage2: (steps, lr, batch); stage3: (steps, lr, batch)."""
     stage = lambda steps, lr, batch, **kw: dict(steps=steps, lr=lr, batch=batch, **kw)
     return dict(ae=ae, pictures=pictures, rank=rank, stage1=stage(stage1, 1e-4, 64), stage2=stage(*stage2), stage3=stage(*stage3, warmup=2000),
-                shift=1.0, guidance=(1.0, 14.0)) | more
+                shift=1.0, pos_step=1.0, guidance=(1.0, 14.0)) | more
 
 
 _tiny = dict(stage1=dict(steps=400, lr=1e-2, batch=64), stage2=dict(steps=1000, lr=5e-3, batch=64, schedule="cosine"),
-             stage3=dict(steps=2000, lr=1e-3, batch=64, warmup=50, schedule="cosine"), pictures=4096, rank=32, shift=1.0, guidance=(1.0, 8.0))
+             stage3=dict(steps=2000, lr=1e-3, batch=64, warmup=50, schedule="cosine"), pictures=4096, rank=32, shift=1.0, pos_step=2.0, guidance=(1.0, 8.0))
 RECIPES = {
     "tiny":       dict(ae="tiny-dc-ae-f32c32", **_tiny),
     "tiny-flux":  dict(ae="tiny-dc-ae-f32c32", **_tiny | dict(pictures=8192)),
     "tiny-sana":  dict(ae="tiny-dc-ae-f32c32", **_tiny | dict(pictures=8192)),
-    "dit-xl":     _recipe("dc-ae-f32c32-in-1.0", 50_000, (20_000, 2e-4, 1024), (500_000, 2e-4, 1024)),
-    "dit-xl-512": _recipe("dc-ae-f32c32-in-1.0", 50_000, (20_000, 2e-4, 1024), (100_000, 2e-4, 1024)),
+    "dit-xl":     _recipe("dc-ae-f32c32-in-1.0", 50_000, (20_000, 2e-4, 1024), (500_000, 2e-4, 1024), pos_step=2.0),
+    "dit-xl-512": _recipe("dc-ae-f32c32-in-1.0", 50_000, (20_000, 2e-4, 1024), (100_000, 2e-4, 1024), pos_step=2.0),
     "sana-1.6b":  _recipe("dc-ae-f64c128-in-1.0", 20_000, (5_000, 2e-4, 1024), (150_000, 2e-4, 1024), shift=3.0),
     "sana-4.8b":  _recipe("dc-ae-f64c128-in-1.0", 20_000, (5_000, 1e-4, 256), (50_000, 1e-4, 256), shift=3.0),
     "flux-krea":  _recipe("dc-ae-f32c32-in-1.0", 20_000, (5_000, 1e-4, 256), (10_000, 1e-4, 256), shift="flux2", then="dc-ae-f64c128-1.5"),
@@ -797,8 +799,8 @@ def add_data_args(p: argparse.ArgumentParser):
                    help="flow matching; guided flow matching, for distilled models; DDPM's epsilon with a learned variance, for DiT (default: guided for a distilled base, else flow)")
     p.add_argument("--guidance-range", type=float, nargs=2, metavar=("MIN", "MAX"), help="of the guidance that a distilled model is told (default: the recipe's, 1 to 14)")
     p.add_argument("--cache", default="runs/cache", metavar="DIR", help="where latents and encoded prompts are kept (default runs/cache)")
-    p.add_argument("--pos-step", type=float, default=2.0,
-                   help="distance of neighbouring tokens in the new position table, in tokens of the base; 1 = as the authors, 2 = spread over the base's places (default 2)")
+    p.add_argument("--pos-step", type=float, help="distance of neighbouring tokens in the new position table, in tokens of the base; 1 = as the authors, "
+                   "2 = spread over the base's places (default: the recipe's; DiT 2, FLUX 1; SANA has no positions)")
     p.add_argument("--final-adaln", action=argparse.BooleanOptionalAction, default=True,
                    help="stages 2 and 3 train DiT's final modulation as a part of the head, as the authors do (default yes)")
     p.add_argument("--label-dropout", type=float, default=0.1, help="share of conditions replaced by the null one (default 0.1)")
@@ -809,9 +811,9 @@ def add_data_args(p: argparse.ArgumentParser):
     p.add_argument("--resume", action="store_true", help="go on with --out, or with the newest unfinished run of this kind")
 
 
-def new_step(pos_step: float, cfg) -> float:
-    """Distance of neighbouring tokens in a deeper model's position table: pos_step tokens of the base, which are its own step apart."""
-    return pos_step * getattr(cfg, "pos_step", 1.0)
+def new_step(asked: float | None, recipe: dict, cfg) -> float:
+    """Distance of neighbouring tokens in a deeper model's position table: so many tokens of the base, which are its own step apart."""
+    return (asked or recipe["pos_step"]) * getattr(cfg, "pos_step", 1.0)
 
 
 def draw(model, ae, cond, seed: int, cfg_scale: float | None, shift: float | str, dtype, base: str) -> Tensor:
@@ -946,7 +948,7 @@ def main(argv=None):
     if old == new:
         raise ValueError(f"--ae {new}: the base is on it already; stages 1 and 2 are for another one, stage 3 is finetune.py --init {args.base}")
     goal = pick_objective(base.cfg, args.objective)
-    cfg = replace(to_deep_latent(base.cfg, ae_config(new), "epsilon" if goal == "ddpm" else "velocity", new_step(args.pos_step, base.cfg)), res=args.res or base.cfg.res)
+    cfg = replace(to_deep_latent(base.cfg, ae_config(new), "epsilon" if goal == "ddpm" else "velocity", new_step(args.pos_step, recipe, base.cfg)), res=args.res or base.cfg.res)
     out, (rank, _) = new_run("align", args), processes()
     with first_goes_first():
         data = prepare(args, recipe, {old: args.base_ae_weights or info.get("ae_weights"), new: args.ae_weights}, cfg, device)

@@ -119,7 +119,7 @@ def start_model(args, recipe):
     if args.init == "base":
         base, info = load_base(args.base, args.weights, dtype=None)
         torch.manual_seed(args.seed)
-        cfg = to_deep_latent(base.cfg, target_ae(args.ae, recipe, base.cfg), pos_step=new_step(args.pos_step, base.cfg))
+        cfg = to_deep_latent(base.cfg, target_ae(args.ae, recipe, base.cfg), pos_step=new_step(args.pos_step, recipe, base.cfg))
         cfg = replace(cfg, res=args.res or base.cfg.res)
         return deepen(base, cfg), {**info, "kind": "noalign"}, []
     aligned = Path(args.init) if args.init != "align" else newest_run(kinds=(f"align-{Path(args.base).name}",))

@@ -1526,12 +1526,12 @@ def export_diffusers(model: Backbone, folder, dtype: torch.dtype | None = None, 
     SanaTransformer2DModel or DiTTransformer2DModel. dtype None keeps the model's. They compute the same network, with what
     is not in a file left to them: a FLUX is fed packed tokens and their places, diffusers' DiT has other timestep
     frequencies than its weights were trained with (the exponent over 127, not 128), and SANA is clamped in fp16 only.
-    ValueError if a LoRA is not merged yet, if the folder is taken, or for a DiT with spread positions."""
+    ValueError if a LoRA is not merged yet, if the folder is taken, or for spread positions."""
     cfg, state = model.cfg, model.state_dict()
     if any(k.endswith(".base.weight") for k in state):
         raise ValueError("this model carries a LoRA; merge it before the export (lora.merge_lora), or save it beside (lora.save_peft)")
-    if isinstance(cfg, DiTConfig) and cfg.pos_step != 1:
-        raise ValueError(f"diffusers' DiT counts its positions by ones, this one by {cfg.pos_step:g}: it cannot be exported")
+    if (step := getattr(cfg, "pos_step", 1)) != 1:
+        raise ValueError(f"diffusers counts a model's positions by ones, this one's go by {step:g}: it cannot be exported (align.py --pos-step 1 makes one that can)")
     theirs = unmap_keys(state, TABLES[type(model)]["diffusers"])
     if isinstance(cfg, DiTConfig):                                   # every block repeats block 0's embedders
         first = {k: v for k, v in theirs.items() if k.startswith("transformer_blocks.0.norm1.emb.")}

@@ -3621,13 +3621,29 @@ def test_lora_comes_in_gradually_and_is_whole_at_the_end():
 
 
 def test_the_next_autoencoder_is_the_recipes_or_the_one_asked_for():
-    flux, at = align.RECIPES["flux-krea"], lambda name: replace(BASES["flux-krea"], ae=name, pos_step=2.0)
+    flux, at = align.RECIPES["flux-krea"], lambda name: replace(BASES["flux-krea"], ae=name)
     assert align.target_ae(None, flux, BASES["flux-krea"]).name == "dc-ae-f32c32-in-1.0"
     assert align.target_ae(None, flux, at("dc-ae-f32c32-in-1.0")).name == BASES["dc-gen-flux-4k"].ae
     assert align.target_ae("dc-ae-f64c128-in-1.0", flux, at("dc-ae-f32c32-in-1.0")).name == "dc-ae-f64c128-in-1.0"
     with pytest.raises(ValueError, match="on dc-ae-f64c128-1.5 already, where its recipe ends; name the autoencoder to move to with --ae, one of dc-ae-f128c512-in-1.0, "):
         align.target_ae(None, flux, at("dc-ae-f64c128-1.5"))
-    assert align.new_step(2.0, at("dc-ae-f32c32-in-1.0")) == 4.0 and align.new_step(2.0, BASES["sana-1.6b"]) == 2.0
+
+
+def test_positions_are_spread_for_bases_that_know_one_size_and_count_by_ones_for_flux():
+    """As recipe.md has it for FLUX, whose runs diffusers' pipeline can then draw from; a run's own step multiplies."""
+    step = lambda base, asked=None, own=1.0: align.new_step(asked, align.recipe_of(base), replace(BASES[base], pos_step=own))
+    assert [step(k) for k in ("tiny", "tiny-flux", "dit-xl", "dit-xl-512", "flux-krea", "flux-dev")] == [2, 2, 2, 2, 1, 1]
+    assert step("flux-krea", 2.0) == 2 and step("tiny", 1.0) == 1 and step("tiny", None, 2.0) == 4 and step("flux-krea", None, 2.0) == 2
+    assert align.new_step(None, align.recipe_of("sana-1.6b"), BASES["sana-1.6b"]) == 1
+
+
+@pytest.mark.parametrize("name", ["dit", "flux"])
+def test_a_model_of_spread_positions_is_not_exported_to_diffusers_which_counts_by_ones(name, tmp_path):
+    net = tiny_of(name)
+    net.cfg = replace(net.cfg, pos_step=2.0)
+    with pytest.raises(ValueError, match="positions by ones, this one's go by 2.*--pos-step 1"):
+        export_diffusers(net, tmp_path)
+    assert not any(tmp_path.iterdir())
 
 
 def test_the_average_stands_in_for_the_weights_while_it_is_looked_at():
