@@ -361,8 +361,9 @@ class Steps:
         cond = cond.to(dtype=self.dtype) if isinstance(cond, Text) else cond
         rows = len(cond)
         _, clock = model.own_clock(self.x.new_zeros(len(steps), 1, 1, 1), steps)
-        # every row of the condition at every step: (S rows) readings of the clock
-        mods = model.modulations(clock.repeat_interleave(rows), cond[torch.arange(rows, device=cond.device).repeat(len(steps))])
+        # every row of the condition at every step: (S rows) readings of the clock. Text tokens, the bulk of a prompt, are not asked for
+        short = replace(cond, tokens=cond.tokens[:, :0], mask=None) if isinstance(cond, Text) else cond
+        mods = model.modulations(clock.repeat_interleave(rows), short[torch.arange(rows, device=cond.device).repeat(len(steps))])
         self.sizes = [m.shape[-1] for m in mods]
         table, context = torch.cat(mods, dim=-1).unflatten(0, (len(steps), rows)), model.context(cond, self.x.shape[-2:])
         if self.table is None:
