@@ -732,8 +732,11 @@ def prepare(args, recipe: dict, weights: dict[str, str | None], cfg, device) -> 
     captions, own, cache_dir = (args.captions or "txt") if cfg.encoders else None, settings(cfg, preset_of(args.base)), args.cache
     source, val = (open_source(args.images, cfg.res, split, captions) for split in ("train", "val"))
     if not cfg.encoders and (len(source.classes) > cfg.num_classes or not source.classes):
-        raise ValueError(f"{args.images or 'the procedural pictures'}: {len(source.classes) or 'captions instead of'} classes, and the model has "
+        raise ValueError(f"{args.images or 'the procedural pictures'}: {len(source.classes) or 'no'} classes, and the model has "
                          f"{cfg.num_classes}; give class folders" + (f", at most {cfg.num_classes}" if source.classes else ""))
+    if args.images and not cfg.encoders and len(source.classes) < cfg.num_classes and not source.numbered:
+        print(f"note: {args.images} has {len(source.classes)} class folders, the model {cfg.num_classes} classes: they are taken for its first ones, in "
+              "alphabetical order; if they are others, name every folder by the number of its class")
     if args.flip and cfg.encoders and not args.images:
         raise ValueError("--flip: the captions of the procedural pictures tell left from right")
     count = 16 if args.dry_run else args.pictures or (None if args.images else recipe["pictures"])

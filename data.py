@@ -353,16 +353,19 @@ def copies(files: list[Path]) -> list[tuple[Path, Path]]:
 
 class ImageFolder:
     """Pictures of a folder, cropped to a centred square, with classes or captions or neither:
-    captions=None     those of metadata.jsonl, where there is one; else subfolders give classes; a flat folder, captions
-            "txt"     metadata.jsonl, else the .txt file beside each picture; a missing one is a ValueError that names it
+    captions=None     the classes of subfolders, if it has any
+            "txt"     captions, those of metadata.jsonl, else of the .txt file beside each picture; a missing one is a
+                      ValueError that names it
             "... {}"  a text with the name of the picture's subfolder put in (classes.json there may say {subfolder: name})
-            False     neither is asked for
+
+    Subfolders that are all named by numbers are those classes, so that a part of ImageNet keeps the numbers that a model
+    knows; others are classes in alphabetical order.
 
     Broken files, entries and copies are listed and left out, unless they are more than max_broken (ValueError): a wrong
     folder should not become a small data set. Most show when they are opened, here; of a picture that does only when it is
     decoded, the place is taken by the next one, with its label, and so its caption."""
 
-    def __init__(self, root, size: int, split: str = "all", max_broken: float = 0.05, captions: str | bool | None = None):
+    def __init__(self, root, size: int, split: str = "all", max_broken: float = 0.05, captions: str | None = None):
         self.root, self.broken, self.max_broken, self.texts = Path(root), [], max_broken, {}
         if not self.root.is_dir():
             raise ValueError(f"--images {root}: no such folder")
@@ -371,12 +374,14 @@ class ImageFolder:
         if not files:
             raise ValueError(f"--images {root}: no pictures in it ({', '.join(SUFFIXES)})")
         self.total, told = len(files), (self.root / "metadata.jsonl").is_file()
-        described = told and captions in (None, "txt")
+        described = told and captions == "txt"
         if not told and (self.root / "dataset.json").is_file():
             raise ValueError(f"--images {root}: this data set is not finished, {len(files)} pictures and no metadata.jsonl; the command that draws it goes on")
         folder = lambda p: p.parent.relative_to(self.root).as_posix()
-        self.classes = () if described else tuple(sorted({folder(p) for p in files} - {"."}))
-        if self.classes and (loose := [p for p in files if p.parent == self.root]):
+        names = sorted({folder(p) for p in files} - {"."})
+        self.numbered = bool(names) and all(name.isdecimal() for name in names)
+        self.classes = () if described else tuple(map(str, range(1 + max(map(int, names))))) if self.numbered else tuple(names)
+        if captions != "txt" and self.classes and (loose := [p for p in files if p.parent == self.root]):
             raise ValueError(f"{loose[0]} lies beside class folders and has no class; move it into one of them")
         self.template = captions if captions and captions != "txt" else None
         if self.template and ("{}" not in self.template or not self.classes):
@@ -389,11 +394,11 @@ class ImageFolder:
             for p, why in wrong:
                 self._leave_out(p, why)
             files = [p for p in files if p not in self.broken]
-        elif captions == "txt" or (captions is None and not self.classes):
+        elif captions == "txt":
             for p in files:
                 if not p.with_suffix(".txt").is_file():
                     raise ValueError(f"{p} has no caption: put one in {p.with_suffix('.txt').name}, or sort the pictures into class folders"
-                                     + (" and make captions of their names: --captions 'a photo of a {}'" if captions else ""))
+                                     " and make captions of their names: --captions 'a photo of a {}'")
             self.classes = ()
         if split != "all":                                           # every 20th picture is for validation
             files = [p for i, p in enumerate(files) if (i % 20 == 19) == (split == "val")]
@@ -407,10 +412,11 @@ class ImageFolder:
 
     def _take(self, files: list[Path], size: int | tuple[int, int]):
         """Make these the pictures."""
-        self.files, self.size, folder = files, size, lambda p: p.parent.relative_to(self.root).as_posix()
-        self.labels = torch.tensor([self.classes.index(folder(p)) for p in files]) if self.classes else torch.arange(len(files))
+        self.files, self.size, folder, number = files, size, lambda p: p.parent.relative_to(self.root).as_posix(), {name: k for k, name in enumerate(self.classes)}
+        label = lambda p: int(folder(p)) if self.numbered else number[folder(p)]
+        self.labels = torch.tensor([label(p) for p in files]) if self.classes else torch.arange(len(files))
         listing = "\n".join(f"{p.relative_to(self.root)} {p.stat().st_size} {p.stat().st_mtime_ns}" for p in files)
-        self.identity = f"folder {self.root.name} size={size} crop=centre labels={'classes' if self.classes else 'numbers'} " + hashlib.sha256(listing.encode()).hexdigest()[:16]
+        self.identity = f"folder {self.root.name} size={size} crop=centre labels={('given' if self.numbered else 'classes') if self.classes else 'numbers'} " + hashlib.sha256(listing.encode()).hexdigest()[:16]
 
     def by_shape(self, sizes: list[tuple[int, int]]) -> list["ImageFolder"]:
         """Aspect-ratio buckets: the pictures sorted to the sizes (H,W) that are nearest to their shape, a folder for each
@@ -481,10 +487,10 @@ def bucket_sizes(res: int, unit: int, widest: float = 2.0) -> list[tuple[int, in
 
 def open_source(images: str | None, res: int, split: str = "train", captions: str | None = None):
     """A folder of pictures (every 20th is kept for "val"), or the procedural ones (None). captions: as in ImageFolder; the
-    procedural pictures have classes, or scenes and captions if this is not None."""
+    procedural pictures have classes, or scenes and captions if it is a text."""
     if images:
         return ImageFolder(images, res, split, captions=captions)
-    return ShapesSource(res, split=split) if captions is None else ScenesSource(res, split=split)
+    return ScenesSource(res, split=split) if captions else ShapesSource(res, split=split)
 
 
 # ---- prompts -----------------------------------------------------------------------------------------------------------------

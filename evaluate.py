@@ -302,7 +302,7 @@ def inception(file: str | None, device="cpu"):
 @torch.no_grad()
 def folder_scores(folder: str, extract, size: int, batch: int = 32) -> tuple[Tensor, Tensor]:
     """Inception features and logits of all pictures of a folder. A broken one is an error: N is part of the score."""
-    source = ImageFolder(folder, size, max_broken=0, captions=False)
+    source = ImageFolder(folder, size, max_broken=0)
     rows = torch.arange(len(source)).split(batch)
     out = [extract(torch.from_numpy(to_uint8(source.batch(r)[0])).permute(0, 3, 1, 2)) for r in tqdm(rows, desc=f"features of {Path(folder).name}")]
     return torch.cat([f for f, _ in out]), torch.cat([logits for _, logits in out])

@@ -10,7 +10,7 @@ DDPM's chain, for DiT as it was published.
     python sample.py --ckpt runs/finetune-tiny-1 --cfg-scale 3 --num-steps 50 --seed 7
     python sample.py --base dc-gen-flux-1k --prompt "a lighthouse at dusk" --res 1216x832
     python sample.py --base sana-4.8b --prompts FILE --dry-run        what it would take, without weights
-    python sample.py --base sana-4.8b --prompts FILE --out DIR --dataset       a training set, drawn by the base itself
+    python sample.py --base sana-4.8b --prompts FILE --out DIR --dataset       a training set, drawn by the base itself (of classes: folders)
 """
 
 import argparse
@@ -539,7 +539,7 @@ def claim_dataset(folder: Path, facts: dict):
     noted = json.loads(file.read_text()) if file.exists() else {}
     if wrong := [k for k in facts if noted.get(k, facts[k]) != facts[k]]:
         raise ValueError(f"{folder} holds a data set of another making ({wrong[0]}: {noted[wrong[0]]}, now {facts[wrong[0]]}); give another --out")
-    if not noted and folder.is_dir() and any(p.suffix.lower() in SUFFIXES for p in folder.iterdir()):
+    if not noted and folder.is_dir() and any(p.suffix.lower() in SUFFIXES for p in folder.rglob("*")):
         raise ValueError(f"{folder} holds pictures already; give another --out")
     write_json(file, noted | facts)
 
@@ -890,6 +890,8 @@ def main(argv=None):
         return
     seeds = [args.seed + i for i in range(len(shown_as))]
     names = [f"{i:05d}_seed{seed}.png" for i, seed in enumerate(seeds)]
+    if args.dataset and not own["encoders"]:                          # a folder a class, as data.ImageFolder reads it
+        names = [f"{k:04d}/{file}" for k, file in zip(cond.tolist(), names)]
     batches, null, guidance = torch.arange(len(seeds)).split(own["batch"]), None, own["guidance"] if distilled else None
     facts = {k: own[k] for k in ("sampler", "num_steps", "cfg_scale", "shift")} | dict(model=config_dict(cfg))
     if own["encoders"]:

@@ -1429,16 +1429,27 @@ def test_folders_are_classes(tmp_path):
         ImageFolder(tmp_path, 8)
 
 
+def test_folders_named_by_numbers_are_those_classes(tmp_path):
+    """A part of ImageNet: its classes are those that the base knows by these numbers, not the first ones."""
+    for name, n in (("0207", 2), ("9", 1), ("0360", 1)):
+        flat_folder(tmp_path / name, n, text=False)
+    source = ImageFolder(tmp_path, 8)
+    assert len(source.classes) == 361 and source.classes[207] == "207" and source.labels.tolist() == [207, 207, 360, 9]
+    (tmp_path / "9").rename(tmp_path / "nine")
+    named = ImageFolder(tmp_path, 8)
+    assert named.classes == ("0207", "0360", "nine") and named.labels.tolist() == [0, 0, 1, 2]
+
+
 def test_a_flat_folder_has_captions_and_a_missing_one_is_named(tmp_path):
-    source = ImageFolder(flat_folder(tmp_path, 40), 8)
+    source = ImageFolder(flat_folder(tmp_path, 40), 8, captions="txt")
     assert source.caption(3) == "a picture, grey 3" and source.classes == () and source.labels.tolist() == [*range(40)]
     train, val = open_source(str(tmp_path), 8), open_source(str(tmp_path), 8, "val")
     assert [p.name for p in val.files] == ["019.png", "039.png"] and len(train) == 38 and not set(train.files) & set(val.files)
     assert len({s.identity for s in (source, train, val, ImageFolder(tmp_path, 16))}) == 4
     (tmp_path / "007.txt").unlink()
     with pytest.raises(ValueError, match="007.png has no caption"):
-        ImageFolder(tmp_path, 8)
-    assert len(ImageFolder(tmp_path, 8, captions=False)) == 40
+        ImageFolder(tmp_path, 8, captions="txt")
+    assert len(ImageFolder(tmp_path, 8)) == 40                       # where nobody asks for captions it needs none
 
 
 def test_linked_class_folders_are_followed(tmp_path):
@@ -1641,16 +1652,15 @@ def described_folder(root, entries):
     return root
 
 
-def test_a_folder_with_metadata_has_its_captions_wherever_they_are_asked_for(tmp_path):
+def test_a_folder_with_metadata_has_its_captions_where_they_are_asked_for(tmp_path):
     described_folder(tmp_path, [dict(file_name=f"{i:03d}.png", text=f"grey {i}") for i in range(24)])
-    for captions in (None, "txt"):
-        source = ImageFolder(tmp_path, 8, captions=captions)
-        assert source.classes == () and [source.caption(i) for i in (0, 23)] == ["grey 0", "grey 23"]
-    assert open_source(str(tmp_path), 8, "val").caption(0) == "grey 19"
-    assert len(ImageFolder(tmp_path, 8, captions=False)) == 24
+    source = ImageFolder(tmp_path, 8, captions="txt")
+    assert source.classes == () and [source.caption(i) for i in (0, 23)] == ["grey 0", "grey 23"]
+    assert open_source(str(tmp_path), 8, "val", "txt").caption(0) == "grey 19"
+    assert len(ImageFolder(tmp_path, 8)) == 24
     (tmp_path / "metadata.jsonl").rename(tmp_path / "gone")
     (tmp_path / "dataset.json").write_text("{}")
-    for captions in (None, False):
+    for captions in (None, "txt"):
         with pytest.raises(ValueError, match="this data set is not finished, 24 pictures and no metadata.jsonl"):
             ImageFolder(tmp_path, 8, captions=captions)
 
@@ -1661,14 +1671,14 @@ def test_duplicates_and_broken_entries_of_a_data_set_are_named_and_left_out(tmp_
     entries[7] |= dict(text="grey 6", seed=6)                        # 007 is a second drawing of 006
     described_folder(tmp_path, [*entries, dict(file_name="003.png", text="again"), "{half", dict(file_name="gone.png", text="x")])
     shutil.copy(tmp_path / "010.png", tmp_path / "011.png")
-    source = ImageFolder(tmp_path, 8, max_broken=0.5)
+    source = ImageFolder(tmp_path, 8, max_broken=0.5, captions="txt")
     said = capsys.readouterr().out
     for why in ("005.png (its text is empty)", "007.png (the same prompt and seed as 006.png)", "metadata.jsonl:23 (a second entry for 003.png)", "metadata.jsonl:24 (not an entry",
                 "gone.png (metadata.jsonl names it", "011.png (a copy of 010.png)", "022.png (no entry", "023.png (no entry"):
         assert why in said, why
     assert [p.name for p in source.files] == [f"{i:03d}.png" for i in range(22) if i not in (5, 7, 11)] and source.caption(3) == "grey 3"
     with pytest.raises(ValueError, match="of 24 pictures are broken, more than 5%"):
-        ImageFolder(tmp_path, 8)
+        ImageFolder(tmp_path, 8, captions="txt")
 
 
 def test_a_bucket_has_pictures_of_its_own_shape_and_a_batch_is_of_one(tmp_path):
@@ -3193,7 +3203,7 @@ def test_a_data_set_is_drawn_in_shares_or_after_a_kill_to_the_same_bytes(words_b
     draw("shares", "--shard", "0/2")
     for out in ("killed", "shares"):
         assert read(out) == read("whole") and Path(out, "metadata.jsonl").read_text() == Path("whole/metadata.jsonl").read_text()
-    assert [ImageFolder("whole", 64).caption(i) for i in (0, 5)] == ["a small red ring on blue", "two small blue squares on red"]
+    assert [ImageFolder("whole", 64, captions="txt").caption(i) for i in (0, 5)] == ["a small red ring on blue", "two small blue squares on red"]
     draw("whole")                                                    # it is whole: nothing is drawn again
     assert "wrote 0 pictures" in capsys.readouterr().out
     with pytest.raises(ValueError, match="--shard 2/2: give I/N"):
@@ -3926,6 +3936,19 @@ def test_sample_draws_from_the_newest_run_and_evaluate_scores_it(aligned, monkey
     evaluate.main(["runs/align-tiny-1", "--count", "16", "--num-steps", "2", "--device", "cpu"])
     said = capsys.readouterr().out
     assert "align-tiny-1" in said and "N 16" in said and Path("runs/evaluate.json").exists()
+
+
+def test_a_class_models_data_set_is_folders_that_it_learns_from(tiny, capsys):
+    sample.main(["--base", "test", "--classes", "7", "2", "--count", "42", "--num-steps", "1", "--cfg-scale", "1", "--dataset", "--out", "drawn", "--device", "cpu", "--dtype", "fp32"])
+    source = ImageFolder("drawn", 64)
+    assert {p.parent.name for p in source.files} == {"0002", "0007"} and sorted(source.labels.unique().tolist()) == [2, 7]
+    entry = json.loads(Path("drawn/metadata.jsonl").read_text().splitlines()[1])
+    assert entry["file_name"] == "0002/00001_seed1.png" and entry["text"] == SHAPES[2]
+    align.main(["--base", "test", "--images", "drawn", "--ae", "tiny-dc-ae-f32c32", "--out", "run", "--stage2-steps", "1", "--batch", "8", "--head-samples", "16", "--count", "0", "--device", "cpu", "--dtype", "fp32"])
+    assert Path("run/model.safetensors").is_file() and "note:" not in capsys.readouterr().out
+    Path("drawn/0002").rename("drawn/triangle")
+    align.main(["--base", "test", "--images", "drawn", "--ae", "tiny-dc-ae-f32c32", "--dry-run", "--device", "cpu", "--dtype", "fp32"])
+    assert "note: drawn has 2 class folders, the model 8 classes: they are taken for its first ones, in alphabetical order; if they are others, name every folder by the number" in capsys.readouterr().out
 
 
 def test_finetune_without_an_alignment_names_the_command(tmp_path, monkeypatch):
