@@ -807,6 +807,7 @@ def add_data_args(p: argparse.ArgumentParser):
     p.add_argument("--final-adaln", action=argparse.BooleanOptionalAction, default=True,
                    help="stages 2 and 3 train DiT's final modulation as a part of the head, as the authors do (default yes)")
     p.add_argument("--label-dropout", type=float, default=0.1, help="share of conditions replaced by the null one (default 0.1)")
+    p.add_argument("--betas", type=float, nargs=2, default=(0.9, 0.999), metavar="B", help="AdamW's (default 0.9 0.999; the authors' guides use 0.9 0.95)")
     p.add_argument("--t-sampling", default="logit-normal", choices=("logit-normal", "uniform"), help="distribution of training times (default logit-normal)")
     p.add_argument("--cfg-scale", type=float, help="guidance of the preview pictures (default: the model's own; DiT 3)")
     p.add_argument("--dry-run", action="store_true", help="all of it with 16 pictures and one step: print what it takes, leave that as a note in runs/, and stop")
@@ -932,6 +933,8 @@ def main(argv=None):
     p.add_argument("--lr1", type=float, help="stage 1 learning rate (default: the recipe's)")
     p.add_argument("--lr2", type=float, help="stage 2 learning rate (default: the recipe's)")
     p.add_argument("--batch", type=int, help="pictures a step, both stages (default: the recipe's)")
+    p.add_argument("--batch1", type=int, help="pictures a step of stage 1 (default: --batch, or the recipe's)")
+    p.add_argument("--warmup", type=int, default=0, help="steps of stage 2's linear warm-up (default 0; the authors' guides use 1000)")
     p.add_argument("--schedule", choices=("constant", "cosine"), help="of stage 2's learning rate (default: the recipe's)")
     p.add_argument("--clip", type=float, default=-1, help="stage 2 gradient norm limit; -1 = never (default; the authors' guides use 0.1)")
     p.add_argument("--shift", help="resolution shift of the times, a number or a rule (sample.py --help), saved with the run; 1 = off (default: the recipe's)")
@@ -1015,8 +1018,8 @@ def main(argv=None):
         s1 = recipe["stage1"]
         steps1 = s1["steps"] if args.stage1_steps is None else args.stage1_steps
         logs["stage 1"] = train(out, model, pick(model, (model.EMBEDDER,)), lambda rows, g: (embedding_loss(model, base, *pair(rows), args.match), {}),
-                                rows, steps1, batch=args.batch or s1["batch"], lr=args.lr1 or s1["lr"], info=info, name="stage1", seed=args.seed,
-                                save_every=args.save_every)
+                                rows, steps1, batch=args.batch1 or args.batch or s1["batch"], lr=args.lr1 or s1["lr"], info=info, name="stage1", seed=args.seed,
+                                betas=args.betas, save_every=args.save_every)
         print(f"stage 1 by AdamW: loss {logs['stage 1'][-1]['loss']:.5f}, {time.perf_counter() - clock:.1f} s")
     if args.stage1_steps != 0:
         look("stage 1: embedder", model)
@@ -1034,9 +1037,10 @@ def main(argv=None):
         print(f"head in closed form: loss {sums.mse:.4f} over {args.head_samples} samples, {time.perf_counter() - clock:.1f} s")
         look("head in closed form", model)
     steps, clock = s2["steps"] if args.stage2_steps is None else args.stage2_steps, time.perf_counter()
-    logs["stage 2"] = train(out, model, both, flow_loss, rows, steps, batch=batch2, lr=args.lr2 or s2["lr"], info=info, name="stage2",
-                            schedule=args.schedule or s2.get("schedule", "constant"), seed=args.seed + 1, dtype=dtype, clip=None if args.clip < 0 else args.clip, save_every=args.save_every,
-                            watch=lambda step, _: validate(), watch_every=max(1, steps // 8), seconds=seconds)
+    logs["stage 2"] = train(out, model, both, flow_loss, rows, steps, batch=batch2, lr=args.lr2 or s2["lr"], info=info, name="stage2", betas=args.betas,
+                            warmup=args.warmup, schedule=args.schedule or s2.get("schedule", "constant"), seed=args.seed + 1, dtype=dtype,
+                            clip=None if args.clip < 0 else args.clip, save_every=args.save_every, watch=lambda step, _: validate(),
+                            watch_every=max(1, steps // 8), seconds=seconds)
     print(f"stage 2: {steps} steps, {time.perf_counter() - clock:.1f} s")
     look("stage 2: both", model)
 

@@ -257,7 +257,7 @@ def main(argv=None):
     start, batch = time.perf_counter(), args.batch or stage3["batch"]
     log = train(out, model, named, loss_fn, getattr(cache, "buckets", len(cache)), steps, batch=batch, lr=args.lr or stage3["lr"], info=info,
                 warmup=stage3["warmup"] if args.warmup is None else args.warmup, schedule=args.schedule or stage3.get("schedule", "constant"), weight_decay=args.weight_decay,
-                clip=None if args.clip < 0 else args.clip, ema=args.ema or None, accumulate=args.accumulate, seed=args.seed, dtype=dtype,
+                betas=args.betas, clip=None if args.clip < 0 else args.clip, ema=args.ema or None, accumulate=args.accumulate, seed=args.seed, dtype=dtype,
                 save_every=args.save_every, watch=watch, watch_every=args.sample_every, rate=layer_rates(model, args.layer_rates),
                 before=lora_ramp(model, args.lora_ramp) if args.lora_ramp else None, seconds=seconds)
     write_run(out, info, named, log, torch.bfloat16 if args.save_dtype == "bf16" else torch.float32, carried=carried)

@@ -3883,6 +3883,17 @@ def test_finetune_trains_saves_and_draws(aligned, monkeypatch, flags, kind):
         finetune.main([*flags, "--out", str(out)])
 
 
+def test_the_numbers_of_the_optimiser_are_flags(aligned, monkeypatch):
+    monkeypatch.chdir(aligned)
+    group = lambda file: torch.load(file, weights_only=True)["optimizer"]["param_groups"][0]
+    same = ["--pictures", "64", "--betas", "0.8", "0.95", "--device", "cpu", "--dtype", "fp32"]
+    finetune.main([*same, "--train-steps", "1", "--batch", "8", "--warmup", "4", "--out", "runs/f"])
+    assert tuple(group("runs/f/train.train")["betas"]) == (0.8, 0.95) and group("runs/f/train.train")["lr"] == pytest.approx(1e-3 / 4)
+    align.main([*same, "--solver", "adamw", "--stage1-steps", "1", "--stage2-steps", "1", "--batch", "8", "--batch1", "16", "--lr2", "4e-3", "--warmup", "8", "--count", "0", "--out", "runs/a"])
+    assert tuple(group("runs/a/stage1.train")["betas"]) == tuple(group("runs/a/stage2.train")["betas"]) == (0.8, 0.95)
+    assert group("runs/a/stage1.train")["lr"] == 1e-2 and group("runs/a/stage2.train")["lr"] == pytest.approx(4e-3 / 8)
+
+
 def test_a_run_carries_on_what_the_run_before_it_had_trained(aligned, monkeypatch):
     """Alignment has moved the final modulation, which no base has; then LoRA on top, merged, and a second LoRA."""
     monkeypatch.chdir(aligned)
