@@ -523,8 +523,10 @@ def load_state(file: Path, named, average, opt) -> dict:
 
 
 def saved_average(out: Path, name: str, named) -> list[Tensor] | None:
-    """The moving average in a run's state, whole, on this process alone; None if it kept none."""
+    """The moving average in a run's state, whole, on this process alone; None if it kept none, or made no step."""
     file = find_state(out, name)
+    if file is None:
+        return None
     if not file.is_dir():
         return torch.load(file, map_location="cpu", weights_only=True)["ema"]
     if not json.loads((file / "facts.json").read_text())["average"]:
@@ -1058,9 +1060,10 @@ def main(argv=None):
     title = lambda r: r["stage"].replace(": ", "\n").replace(" in ", "\nin ") + (f"\n{r[score]:.0%} right" if (score := "all" if "all" in r else "accuracy") in r else "")
     save_grid(out / "samples.png", [(title(r), x) for r, x in stages], data.ask(8)[1], {"seed": str(args.seed), "cfg_scale": str(args.cfg_scale)})
     plot_gap(out / "gap.png", gaps)
-    plot_curves(out / "curves.png", {k: v for k, v in logs.items() if v})
+    if curves := {k: v for k, v in logs.items() if v}:                # without AdamW there are none
+        plot_curves(out / "curves.png", curves)
     print(f"{(time.perf_counter() - begun) / 60:.1f} min, peak memory {peak_gib(device):.1f} GiB; "
-          f"wrote {out}/ (model.safetensors, metrics.jsonl, samples.png, gap.png, curves.png)")
+          f"wrote {out}/ (model.safetensors, metrics.jsonl, samples.png, gap.png{', curves.png' if curves else ''})")
 
 
 if __name__ == "__main__":

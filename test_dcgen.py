@@ -3883,6 +3883,14 @@ def test_finetune_trains_saves_and_draws(aligned, monkeypatch, flags, kind):
         finetune.main([*flags, "--out", str(out)])
 
 
+def test_alignment_in_closed_form_alone_is_a_run_too(aligned, monkeypatch, capsys):
+    monkeypatch.chdir(aligned)
+    align.main(["--pictures", "64", "--head-samples", "64", "--stage2-steps", "0", "--count", "0", "--out", "runs/closed", "--device", "cpu", "--dtype", "fp32"])
+    said = capsys.readouterr().out
+    assert "samples.png, gap.png)" in said and not Path("runs/closed/curves.png").exists()
+    assert [row["stage"] for row in sample.load_run("runs/closed")[1]["stages"]][-2:] == ["head in closed form", "stage 2: both"]
+
+
 def test_the_numbers_of_the_optimiser_are_flags(aligned, monkeypatch):
     monkeypatch.chdir(aligned)
     group = lambda file: torch.load(file, weights_only=True)["optimizer"]["param_groups"][0]
