@@ -3504,6 +3504,35 @@ def test_a_killed_run_resumes_to_the_same_numbers(tmp_path, ema):
         assert all(torch.equal(x, y) for x, y in zip(a, b))
 
 
+def test_a_run_killed_while_it_saves_goes_on_from_the_state_before_to_the_same_numbers(tmp_path, monkeypatch):
+    straight, _, log = run_train(tmp_path / "a")
+    class Killed(BaseException): pass
+    save_one, saved = torch.save, []
+    def dies(state, file):
+        saved.append(state["step"])
+        if len(saved) < 2:
+            return save_one(state, file)
+        Path(file).write_bytes(b"half a state")
+        raise Killed
+    with monkeypatch.context() as m:
+        m.setattr(torch, "save", dies)
+        with pytest.raises(Killed):
+            run_train(tmp_path / "b")
+    assert saved == [5, 10] and torch.load(tmp_path / "b/train.train", weights_only=True)["step"] == 5
+    resumed, _, log2 = run_train(tmp_path / "b")
+    assert [r["loss"] for r in log] == [r["loss"] for r in log2] and len(log2) == 12
+    assert all(torch.equal(v, w) for v, w in zip(straight.state_dict().values(), resumed.state_dict().values()))
+
+
+def test_shards_are_a_state_when_their_metadata_is_there_which_is_written_last(tmp_path):
+    for step in (4, 8):
+        (tmp_path / f"train-{step:08d}.train").mkdir()
+        (tmp_path / f"train-{step:08d}.train/facts.json").write_text("{}")
+    assert align.find_state(tmp_path, "train") is None
+    (tmp_path / "train-00000004.train/.metadata").touch()
+    assert align.find_state(tmp_path, "train").name == "train-00000004.train"       # killed while it saved step 8
+
+
 def test_the_moving_average_is_float32_warms_up_and_leaves_the_raw_weights_alone(tmp_path):
     model, _, _ = run_train(tmp_path, steps=3, ema=0.999, save_every=1)
     state = torch.load(tmp_path / "train.train", weights_only=True)
