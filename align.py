@@ -795,6 +795,7 @@ def add_data_args(p: argparse.ArgumentParser):
     p.add_argument("--buckets", action="store_true", help="pictures of a folder in their own shapes, a batch of one shape each, not cropped to squares")
     p.add_argument("--captions", metavar="TEMPLATE", help="captions made of the names of class folders, as 'a photo of a {}' (default: the folder's metadata.jsonl, "
                    "else the .txt beside each picture)")
+    p.add_argument("--text-tokens", type=int, help="prompt tokens kept (default: the base's; FLUX 512, of which the authors' guides take 256)")
     p.add_argument("--text-encoders", metavar="DIR", help="pipeline folder with the text encoders (default: that of --weights, or the model hub's cache)")
     p.add_argument("--prompts", metavar="FILE", help="prompts of the preview pictures, one a line (default: captions of validation pictures)")
     p.add_argument("--recompute", action=argparse.BooleanOptionalAction,
@@ -815,6 +816,13 @@ def add_data_args(p: argparse.ArgumentParser):
     p.add_argument("--dry-run", action="store_true", help="all of it with 16 pictures and one step: print what it takes, leave that as a note in runs/, and stop")
     p.add_argument("--save-every", type=int, default=500, help="steps between resumable states (default 500)")
     p.add_argument("--resume", action="store_true", help="go on with --out, or with the newest unfinished run of this kind")
+
+
+def sized(cfg, args):
+    """A configuration at the size of pictures and the length of prompts that were asked for; the run keeps both."""
+    if args.text_tokens and not cfg.encoders:
+        raise ValueError(f"--text-tokens {args.text_tokens}: this model reads classes, not prompts")
+    return replace(cfg, res=args.res or cfg.res, **(dict(text_tokens=args.text_tokens) if args.text_tokens else {}))
 
 
 def new_step(asked: float | None, recipe: dict, cfg) -> float:
@@ -956,7 +964,7 @@ def main(argv=None):
     if old == new:
         raise ValueError(f"--ae {new}: the base is on it already; stages 1 and 2 are for another one, stage 3 is finetune.py --init {args.base}")
     goal = pick_objective(base.cfg, args.objective)
-    cfg = replace(to_deep_latent(base.cfg, ae_config(new), "epsilon" if goal == "ddpm" else "velocity", new_step(args.pos_step, recipe, base.cfg)), res=args.res or base.cfg.res)
+    cfg = sized(to_deep_latent(base.cfg, ae_config(new), "epsilon" if goal == "ddpm" else "velocity", new_step(args.pos_step, recipe, base.cfg)), args)
     out, (rank, _) = new_run("align", args), processes()
     with first_goes_first():
         data = prepare(args, recipe, {old: args.base_ae_weights or info.get("ae_weights"), new: args.ae_weights}, cfg, device)

@@ -29,7 +29,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from align import (BIG, LOSSES, add_data_args, distillation_loss, draw, ends, first_goes_first, flow_matching_loss, frozen_dtype, guidance_limits, join, leave, new_run, new_step,
-                   note_dry_run, pick, pick_objective, plot_curves, prepare, processes, recipe_of, sample_loss, settle, shift_of, size_of, target_ae, train, validation_losses,
+                   note_dry_run, pick, pick_objective, plot_curves, prepare, processes, recipe_of, sample_loss, settle, shift_of, size_of, sized, target_ae, train, validation_losses,
                    write_run)
 from autoencoder import ae_config
 from lora import LoRALinear, add_lora, merge_lora
@@ -113,14 +113,13 @@ def start_model(args, recipe):
             cfg = to_deep_latent(cfg, ae_config(args.ae))
         own = dict(guidance_embed=False) if isinstance(cfg, FluxConfig) else {} if cfg.encoders else \
             dict(num_classes=args.num_classes or cfg.num_classes, clock="flow", predict="velocity", guided_channels=None)
-        cfg = replace(cfg, res=args.res or cfg.res, **own)
+        cfg = replace(cfg, **own)
         torch.manual_seed(args.seed)
         return build(cfg), {"base": args.base, "base_weights": None, "kind": "scratch"}, []
     if args.init == "base":
         base, info = load_base(args.base, args.weights, dtype=None)
         torch.manual_seed(args.seed)
         cfg = to_deep_latent(base.cfg, target_ae(args.ae, recipe, base.cfg), pos_step=new_step(args.pos_step, recipe, base.cfg))
-        cfg = replace(cfg, res=args.res or base.cfg.res)
         return deepen(base, cfg), {**info, "kind": "noalign"}, []
     aligned = Path(args.init) if args.init != "align" else newest_run(kinds=(f"align-{Path(args.base).name}",))
     if aligned is None:
@@ -128,8 +127,6 @@ def start_model(args, recipe):
     model, info = load_run(aligned, base_weights=args.weights, dtype=None)   # 12B in the file's bf16: `settle` makes float32 of what learns
     print(f"starting from {aligned}")
     kept = ("base", "base_weights", "base_print", "shift", "ae_weights", "images", "captions", "steps", "lora")
-    if args.res:
-        model.cfg = replace(model.cfg, res=args.res)
     own = read_tensors(run_file(aligned)).keys()
     if args.merge:
         merge_lora(model if size_of(model) > BIG else model.float())  # the sum of both as exact as what comes of it is kept
@@ -189,6 +186,7 @@ def main(argv=None):
     if args.dry_run:
         steps, args.lora_ramp = 1, 0
     model, info, own = start_model(args, recipe)
+    model.cfg = sized(model.cfg, args)
     kind, dtype, device, teacher = info["kind"], dtype_of(args), join(args.device), None
     goal = "distill" if kind == "distill" else pick_objective(model.cfg, args.objective)
     out = new_run(kind, args)

@@ -3685,6 +3685,19 @@ def test_a_model_of_spread_positions_is_not_exported_to_diffusers_which_counts_b
     assert not any(tmp_path.iterdir())
 
 
+def test_a_run_keeps_the_length_of_prompts_and_the_size_that_it_was_trained_with(words_base, monkeypatch):
+    lengths, make = [], align.cache_prompts
+    monkeypatch.setattr(align, "cache_prompts", lambda family, folder, prompts, length, **kw: lengths.append(length) or make(family, folder, prompts, length, **kw))
+    same = ["--base", "test-words", "--batch", "4", "--pictures", "32", "--device", "cpu", "--dtype", "fp32"]
+    align.main([*same, "--ae", "tiny-dc-ae-f32c32", "--text-tokens", "12", "--res", "96", "--stage2-steps", "1", "--head-samples", "16", "--count", "0", "--out", "runs/a"])
+    finetune.main([*same, "--init", "runs/a", "--rank", "2", "--train-steps", "1", "--out", "runs/b"])
+    finetune.main([*same, "--init", "runs/a", "--rank", "2", "--train-steps", "1", "--text-tokens", "10", "--res", "64", "--out", "runs/c"])
+    cfg = lambda run: (c := sample.load_run(run)[0].cfg) and (c.text_tokens, c.res)
+    assert [cfg(f"runs/{k}") for k in "abc"] == [(12, 96), (12, 96), (10, 64)] and lengths == [12, 12, 10]
+    with pytest.raises(ValueError, match="--text-tokens 8: this model reads classes"):
+        finetune.main(["--init", "base", "--text-tokens", "8"])
+
+
 def test_the_average_stands_in_for_the_weights_while_it_is_looked_at():
     p = nn.Parameter(torch.ones(2))
     with pytest.raises(KeyError):
@@ -3957,10 +3970,10 @@ def test_a_finished_run_is_the_next_base(words_base, tmp_path):
     from PIL import Image
     assert Image.open("runs/tuned/samples_000003.png").height > 66 + Image.open("runs/tuned/samples_000000.png").height - 1      # raw and average
     flags = [f if f != "test-words" else "runs/tuned" for f in WORDS]
-    align.main([*flags, "--ae", "tiny-kl-f8c4", "--stage2-steps", "1", "--head-samples", "16", "--count", "0", "--out", "runs/next"])
+    align.main([*flags, "--ae", "tiny-kl-f8c4", "--stage2-steps", "1", "--head-samples", "16", "--count", "0", "--pos-step", "2", "--out", "runs/next"])
     net, info = load_run("runs/next")
     merged = merge_lora(load_run("runs/tuned")[0])
-    assert info["base"] == "runs/tuned" and net.cfg.ae == "tiny-kl-f8c4" and net.cfg.pos_step == 4.0 and sample.preset_of("runs/tuned") == "test-words"
+    assert info["base"] == "runs/tuned" and net.cfg.ae == "tiny-kl-f8c4" and net.cfg.pos_step == 2.0 and sample.preset_of("runs/tuned") == "test-words"
     assert_close(net.double_blocks[0].img_attn.qkv.weight, merged.double_blocks[0].img_attn.qkv.weight)
     with pytest.raises(ValueError, match="--ae tiny-dc-ae-f32c32: the base is on it already; .*finetune.py --init runs/tuned"):
         align.main([*flags, "--out", "runs/x"])
