@@ -1788,7 +1788,7 @@ def test_a_captioned_picture_depends_on_its_number_alone_and_shows_its_facts():
     images, labels = source.batch(rows)
     assert torch.equal(images[1:2], source.batch(rows[1:2])[0]) and labels.tolist() == rows.tolist()
     assert off(F.avg_pool2d(ScenesSource(128).batch(rows)[0], 2), images) < 0.06          # at any resolution
-    assert source.caption(3) == caption(scene_of(scene_facts(torch.tensor([3])), 0)) != ScenesSource(64, split="val").caption(3)
+    assert [source.caption(int(i)) for i in rows] == [caption(scene_of(scene_facts(rows), k)) for k in range(3)] and source.caption(3) != ScenesSource(64, split="val").caption(3)
     f = scene_facts(torch.arange(2000))
     there = torch.arange(4) < f["number"][:, None]
     assert all((there <= (f[k] - f["radius"] > 0) & (f[k] + f["radius"] < 1)).all() for k in "xy")                  # whole, inside
@@ -1835,6 +1835,7 @@ def test_words_are_the_same_everywhere_and_tell_prompts_apart(capsys):
     assert text.tokens[0, 0, :6].tolist() == [1, 1, -1, -1, 1, -1]   # of the hash of "a": on every machine
     assert torch.equal(text.tokens[0, :2], text.tokens[1, :2]) and off(text.tokens[0, 2], text.tokens[1, 2]) > 0.5
     assert torch.equal(encode_words(["A LARGE, red ring!"], 6).tokens, text.tokens[:1])
+    assert 0.7 < text.pooled[0].square().mean().sqrt() < 1.6        # about as large as a token
     ring = encode_words(["a small red ring", "a large red ring"], 6).tokens[:, 3]
     assert off(*ring) > 0.3                                          # a token knows the two words before it
     assert torch.equal(encode_words(["a large red ring"], 4).tokens[0], text.tokens[0, :4]) and "its end is lost" in capsys.readouterr().out
