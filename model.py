@@ -178,7 +178,8 @@ BASES = {
     # the same classes, small, on the procedural pictures with captions
     "tiny-flux": FluxConfig(4, 2, "tiny-kl-f8c4", 128, 192, depth=2, depth_single=4, num_heads=6, axes_dim=(8, 12, 12), context_in_dim=256, vec_in_dim=256,
                             text_tokens=16, encoders="words", weights="weights/tiny-flux.safetensors"),
-    "tiny-sana": SanaConfig(4, 2, "tiny-kl-f8c4", 128, 192, depth=6, num_heads=6, caption_channels=256, text_tokens=16, encoders="words", caption_scale=1.0),
+    "tiny-sana": SanaConfig(4, 2, "tiny-kl-f8c4", 128, 192, depth=6, num_heads=6, caption_channels=256, text_tokens=16, encoders="words", caption_scale=1.0,
+                            weights="weights/tiny-sana.safetensors"),
 }
 
 

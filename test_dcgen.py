@@ -3464,13 +3464,18 @@ def test_the_objective_is_the_models_own_unless_another_one_fits():
     assert align.tell_guidance(y, (1.0, 14.0), torch.tensor([0.0, 0.5, 1.0])).guidance.tolist() == [1.0, 7.5, 14.0]
 
 
-def test_the_embedded_text_base_draws_what_captions_say_and_more_so_with_guidance():
-    net, _ = load_base("tiny-flux")
+def test_the_embedded_text_bases_draw_what_captions_say():
     ae, source = autoencoder.load_autoencoder("tiny-kl-f8c4"), ScenesSource(128, split="val")
-    said = [source.caption(i) for i in range(48)]
-    scores = [scene_scores(generate(net, ae, sample.with_guidance(encode_words(said, 16), g), list(range(48)), 12, 1.0), said) for g in (1.0, 3.5)]
+    said, seeds = [source.caption(i) for i in range(48)], list(range(48))
+    flux, sana = (load_base(name)[0] for name in ("tiny-flux", "tiny-sana"))
+    scores = [scene_scores(generate(flux, ae, sample.with_guidance(encode_words(said, 16), g), seeds, 12, 1.0), said) for g in (1.0, 3.5)]
     assert scores[1]["object"] > 0.9 and scores[1]["colour"] > 0.9 and scores[1]["position"] > 0.9 and scores[1]["all"] > 0.6
-    assert scores[1]["all"] > scores[0]["all"]
+    assert scores[1]["all"] > scores[0]["all"]                       # guidance in one pass
+    sana.null = cache_prompts("words", None, [], 16).null
+    score = scene_scores(generate(sana, ae, encode_words(said, 16), seeds, 12, 2.0), said)
+    assert score["object"] > 0.9 and score["colour"] > 0.9 and score["binding"] > 0.7 and score["all"] > 0.5
+    swapped = scene_scores(generate(sana, ae, encode_words(said[1:] + said[:1], 16), seeds, 12, 2.0), said)
+    assert swapped["all"] < 0.1                                      # it is the caption that does it
 
 
 def test_a_new_head_passes_gradients_to_the_embedder_from_the_first_step():
