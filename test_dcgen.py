@@ -1393,6 +1393,7 @@ def test_a_picture_is_cropped_to_its_middle_and_turned_as_its_exif_says(tmp_path
     exif = Image.Exif()
     exif[0x0112] = 6                                                 # a camera held upright: turn right by 90 degrees
     save(wide, tmp_path / "turned.jpg", exif=exif, quality=100, subsampling=0)
+    assert image_size(tmp_path / "turned.jpg") == wide.shape[1::-1] and wide.shape[0] != wide.shape[1]              # as it is seen: (H,W)
     y = load_image(tmp_path / "turned.jpg", 32)
     assert y[0, :14].min() > 0.8 and y[0, 18:].max() < -0.8
 
