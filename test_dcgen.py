@@ -1637,6 +1637,8 @@ def test_a_cache_gives_means_without_a_generator_and_draws_with_one(tmp_path):
     d = torch.stack([d["posterior-f8"] for d in draws])
     assert d[0].ne(d[1]).all() and (d.mean(0) - mean["posterior-f8"]).abs().max() < 5 * 0.1 / 500**0.5
     torch.testing.assert_close(d.std(0).mean(), torch.tensor(0.1), rtol=0.05, atol=0)
+    both = Buckets([cache, cache])                                   # and so do caches of several sizes as one
+    assert torch.equal(both.batch(rows + 8)[0]["posterior-f8"], mean["posterior-f8"]) and both.batch(rows, g)[0]["posterior-f8"].ne(mean["posterior-f8"]).all()
 
 
 def test_latents_of_a_wrong_scale_are_refused_every_time(tmp_path):
