@@ -1744,7 +1744,8 @@ def test_encoded_prompts_that_were_killed_go_on_and_equal_ones_are_read_once(tmp
     rows = torch.tensor([3, 603, 5])
     text = make("b", Encoder(0))[rows]                               # whole: nothing is read
     assert text.tokens.dtype == torch.bfloat16 and torch.equal(text.tokens[0], text.tokens[1]) and not torch.equal(text.tokens[0], text.tokens[2])
-    assert text.mask.all() and text.pooled is None and resumed.null.mask is None and len(resumed.null) == 1
+    assert torch.equal(text.tokens[2:], Encoder()()("prompt 5", False)["tokens"]) and torch.equal(resumed.null.tokens, Encoder()()("", True)["tokens"])
+    assert text.mask.dtype == torch.bool and text.mask.all() and text.pooled is None and resumed.null.mask is None and len(resumed.null) == 1
     for other in (make("b", Encoder(), prompts[:-101]), make("b", Encoder(), what="another encoder")):
         assert other.dir != resumed.dir
 
