@@ -3468,6 +3468,15 @@ def test_the_objective_is_the_models_own_unless_another_one_fits():
     assert align.tell_guidance(y, (1.0, 14.0), torch.tensor([0.0, 0.5, 1.0])).guidance.tolist() == [1.0, 7.5, 14.0]
 
 
+def test_training_tells_guidance_uniformly_between_its_limits(monkeypatch):
+    told = []
+    monkeypatch.setitem(align.LOSSES, "guided", lambda model, z, t, y, x0: told.append(y.guidance) or (t, z, z))
+    align.sample_loss(SimpleNamespace(null_condition=lambda y: y), torch.ones(4000, 1, 1, 1), Text(torch.zeros(4000, 1, 1)), torch.Generator().manual_seed(0),
+                      objective="guided", t_sampling="uniform", shift=1.0, label_dropout=0.0, limits=(1.0, 14.0))
+    hist = torch.histc(told[0], 13, 1.0, 14.0)
+    assert hist.sum() == 4000 and hist.min() > 240 and hist.max() < 380
+
+
 def test_the_embedded_text_bases_draw_what_captions_say():
     ae, source = autoencoder.load_autoencoder("tiny-kl-f8c4"), ScenesSource(128, split="val")
     said, seeds = [source.caption(i) for i in range(48)], list(range(48))
@@ -3541,6 +3550,10 @@ def test_shards_are_a_state_when_their_metadata_is_there_which_is_written_last(t
     assert align.find_state(tmp_path, "train") is None
     (tmp_path / "train-00000004.train/.metadata").touch()
     assert align.find_state(tmp_path, "train").name == "train-00000004.train"       # killed while it saved step 8
+    (tmp_path / "train.train").touch()                               # one process went on from there: what is newest counts
+    for seconds, name in ((-9, "train-00000004.train"), (9, "train.train")):
+        os.utime(tmp_path / "train.train", (time.time() + seconds,) * 2)
+        assert align.find_state(tmp_path, "train").name == name
 
 
 def test_the_moving_average_is_float32_warms_up_and_leaves_the_raw_weights_alone(tmp_path):
@@ -3558,12 +3571,14 @@ def test_the_moving_average_is_float32_warms_up_and_leaves_the_raw_weights_alone
 
 def test_accumulated_gradients_equal_the_big_batch(tmp_path):
     """The same eight samples, with the same noise, in one pass or in parts whose sizes differ."""
+    sizes = []
     def fixed(flow, model):
         _, _, z_dc, _, y = small_pair()
         noise = torch.randn(z_dc.shape, generator=torch.Generator().manual_seed(3))
-        return lambda rows, g: (align.flow_matching_loss(model, z_dc[rows], torch.full((len(rows),), 0.4), y[rows], noise[rows])[0].mean(), {})
+        return lambda rows, g: sizes.append(len(rows)) or (align.flow_matching_loss(model, z_dc[rows], torch.full((len(rows),), 0.4), y[rows], noise[rows])[0].mean(), {})
     whole, _, _ = run_train(tmp_path / "a", steps=3, loss=fixed)
     parts, _, _ = run_train(tmp_path / "b", steps=3, loss=fixed, accumulate=3)
+    assert sizes == [8] * 3 + [3, 3, 2] * 3
     for v, w in zip(whole.state_dict().values(), parts.state_dict().values()):
         assert_close(v, w, atol=2e-6, rtol=1e-5)
 
@@ -3722,6 +3737,9 @@ def test_the_validation_loss_is_told_at_eight_times():
     said = align.validation_losses(net, z, y)
     assert list(said) == ["val_loss"] + [f"val_t{(k + 0.5) / 8:.2f}" for k in range(8)]
     assert said["val_loss"] == pytest.approx(sum(list(said.values())[1:]) / 8, rel=1e-5) == align.validation_loss(net, z, y)
+    told = []                                                        # a distilled model, at guidances between its limits, every time with each
+    align.validation_losses(None, torch.zeros(64, 1, 1, 1), Text(torch.zeros(64, 1, 1)), limits=(1.0, 5.0), loss=lambda m, z, t, y, x0: (told.append((t, y.guidance)) or t,))
+    assert len({(a, b) for a, b in zip(*(v.tolist() for v in told[0]))}) == 64 and sorted(set(told[0][1].tolist())) == [1.25 + 0.5 * k for k in range(8)]
 
 
 def test_long_titles_stand_on_several_lines(tmp_path):
@@ -3779,7 +3797,7 @@ def small_flux(seed=0):
     return net, torch.randn(48, 32, 2, 3, generator=torch.Generator().manual_seed(seed)), replace(prompts(TINY_FLUX, 48), guidance=None)
 
 
-def job(out, name, how, steps, accumulate=1):
+def job(out, name, how, steps, accumulate=1, log_every=1, dies=None):
     """A short training -> its log, its final weights, what this process was given and what it wrote. Of DiT all parameters;
     of FLUX as finetune.py trains 12B: LoRA in float32 on blocks in bf16, which run again in the backward pass."""
     device, seen, wrote = align.join("cpu"), [], []
@@ -3787,17 +3805,21 @@ def job(out, name, how, steps, accumulate=1):
                      and isinstance(args[1], str) and set(args[1]) & set("wax+") else None)
     net, z, y = small_flux() if name == "flux" else [small_pair()[i] for i in (1, 2, 4)]
     objective = dict(objective="guided" if name == "flux" else "flow", t_sampling="logit-normal", shift=1.0, label_dropout=0.1, limits=(1.0, 5.0) if name == "flux" else None)
+    if how == "ddp" and os.environ.get("RANK") == "1":
+        scramble(net)                                                # what it begins with, apart from the first process, is of no account
     names, dtype = [k for k, _ in finetune.trainable(net, "lora" if name == "flux" else "full")], torch.bfloat16 if name == "flux" else torch.float32
     now = align.settle(net, names, device, dtype, recompute=name == "flux", shard=how == "fsdp")
 
     def loss(rows, g):
         seen.append((rows.tolist(), g.initial_seed()))
+        if len(seen) == dies:
+            raise KeyboardInterrupt
         return align.sample_loss(net, z[rows], y[rows], g, **objective)
 
     def watch(step, *_):
         val = align.guided_loss if name == "flux" else align.flow_matching_loss
         return dict(val_loss=align.validation_loss(net, z[:16], y[torch.arange(16)], dtype=dtype, loss=val, limits=objective["limits"]))
-    log = align.train(Path(out), net, [(k, now[k]) for k in names], loss, 48, steps, batch=8, lr=1e-3, info={}, log_every=1, save_every=4, ema=0.9, accumulate=accumulate,
+    log = align.train(Path(out), net, [(k, now[k]) for k in names], loss, 48, steps, batch=8, lr=1e-3, info={}, log_every=log_every, save_every=4, ema=0.9, accumulate=accumulate,
                       watch=watch, watch_every=3, dtype=dtype)
     weights = {k: align.whole(now[k]).numpy() for k in names}
     for k in weights:                                                # softmax does not see a key's bias: its gradient is rounding alone, made large by Adam
@@ -3831,10 +3853,24 @@ def test_two_processes_give_the_run_of_one_and_either_goes_on_with_the_other(tmp
         np.testing.assert_allclose(np.concatenate([*numbers([r for r in log if r["step"] >= 5])]), np.concatenate([*numbers([r for r in one if r["step"] >= 5])]), rtol=2e-4, atol=1e-6)
     for k in weights:
         np.testing.assert_allclose(weights[k], ended[k], atol=2e-5, err_msg=k)
+    assert len([*(tmp_path / "two").glob("*.train")]) == len([*(tmp_path / "then").glob("*.train")]) == 1               # older ones are gone
     # steps 4 to 7: each process its part of the batch, with noise of its own
     assert len(seen) == len(others) == 4 and not {g for _, g in seen} & {g for _, g in others}
     assert [a + b for (a, _), (b, _) in zip(seen, others)] == [order(step, 8, 48, 0).tolist() for step in range(4, 8)]
     assert wrote and all(f.startswith("__1_") for f in wrote_too) and bool(wrote_too) == (how == "fsdp"), wrote_too      # its own share at most
+
+
+def broken_job(out):
+    """Killed at its sixth step: the row of the log that was being made, of steps 4 to 6, has one step in the state."""
+    with pytest.raises(KeyboardInterrupt):
+        job(out, "dit", "ddp", 8, log_every=3, dies=6)
+    return job(out, "dit", "ddp", 8, log_every=3)[0]
+
+
+def test_a_row_of_the_log_that_was_being_made_is_of_all_processes_and_goes_on(tmp_path):
+    one = job(tmp_path / "one", "dit", None, 8, accumulate=2, log_every=3)[0]
+    for log in together(broken_job, tmp_path / "two")[:1]:
+        np.testing.assert_allclose(np.concatenate([*numbers(log)]), np.concatenate([*numbers(one)]), rtol=2e-4, atol=1e-6)
 
 
 def small_words(root):
