@@ -3211,6 +3211,9 @@ def test_a_data_set_is_drawn_in_shares_or_after_a_kill_to_the_same_bytes(words_b
     assert [ImageFolder("whole", 64, captions="txt").caption(i) for i in (0, 5)] == ["a small red ring on blue", "two small blue squares on red"]
     draw("whole")                                                    # it is whole: nothing is drawn again
     assert "wrote 0 pictures" in capsys.readouterr().out
+    write_tensors(words_base.weights, scramble(Flux(words_base), seed=5).state_dict())
+    with pytest.raises(ValueError, match="whole holds a data set of another making .weights"):
+        draw("whole")
     with pytest.raises(ValueError, match="--shard 2/2: give I/N"):
         draw("x", "--shard", "2/2")
     with pytest.raises(ValueError, match="--dataset: name its folder"):
@@ -3669,6 +3672,8 @@ def test_layer_rates_are_on_a_line_and_one_on_average(tmp_path):
         rates = [r.pop() for r in rates]
         assert rates == pytest.approx([0.5 + i / (n + 1) for i in range(n + 2)]) and sum(rates) / (n + 2) == pytest.approx(1)
     assert {finetune.layer_rates(net, 1.0)(k) for k, _ in net.named_parameters()} == {1.0}
+    deep = finetune.layer_rates(DiT(replace(TINY_DIT, depth=12)), 3.0)
+    assert deep("blocks.1.x") < deep("blocks.9.x") < deep("blocks.10.x") < deep("blocks.11.x")
     net = small_pair()[1]
     moved = lambda k, model: (model.state_dict()[k] - net.state_dict()[k]).abs().max().item()
     even, uneven = (run_train(tmp_path / str(r), steps=1, rate=finetune.layer_rates(net, r))[0] for r in (1.0, 3.0))
@@ -3721,6 +3726,15 @@ def test_a_run_keeps_the_length_of_prompts_and_the_size_that_it_was_trained_with
     assert [cfg(f"runs/{k}") for k in "abc"] == [(12, 96), (12, 96), (10, 64)] and lengths == [12, 12, 10]
     with pytest.raises(ValueError, match="--text-tokens 8: this model reads classes"):
         finetune.main(["--init", "base", "--text-tokens", "8"])
+
+
+def test_a_teacher_is_not_told_its_guidance_and_what_is_distilled_from_it_is(words_base):
+    same = ["--base", "test-words", "--batch", "4", "--pictures", "32", "--train-steps", "1", "--device", "cpu", "--dtype", "fp32"]
+    finetune.main([*same, "--init", "scratch", "--out", "runs/teacher"])
+    finetune.main([*same, "--distill-guidance", "runs/teacher", "--out", "runs/student"])
+    (teacher, facts), (student, info) = (load_run(f"runs/{k}") for k in ("teacher", "student"))
+    assert not teacher.cfg.guidance_embed and student.cfg.guidance_embed and (facts["objective"], info["objective"]) == ("flow", "distill")
+    assert Path("runs/student/guidance.png").exists() and not Path("runs/teacher/guidance.png").exists()
 
 
 def test_the_average_stands_in_for_the_weights_while_it_is_looked_at():
