@@ -820,9 +820,10 @@ def add_data_args(p: argparse.ArgumentParser):
 
 def sized(cfg, args):
     """A configuration at the size of pictures and the length of prompts that were asked for; the run keeps both."""
-    if args.text_tokens and not cfg.encoders:
-        raise ValueError(f"--text-tokens {args.text_tokens}: this model reads classes, not prompts")
-    return replace(cfg, res=args.res or cfg.res, **(dict(text_tokens=args.text_tokens) if args.text_tokens else {}))
+    length = args.text_tokens
+    if length is not None and (length < 1 or not cfg.encoders):
+        raise ValueError(f"--text-tokens {length}: " + ("at least 1" if cfg.encoders else "this model reads classes, not prompts"))
+    return replace(cfg, res=args.res or cfg.res, **(dict(text_tokens=length) if length else {}))
 
 
 def new_step(asked: float | None, recipe: dict, cfg) -> float:
@@ -1047,12 +1048,13 @@ def main(argv=None):
         print(f"head in closed form: loss {sums.mse:.4f} over {args.head_samples} samples, {time.perf_counter() - clock:.1f} s")
         look("head in closed form", model)
     steps, clock = s2["steps"] if args.stage2_steps is None else args.stage2_steps, time.perf_counter()
-    logs["stage 2"] = train(out, model, both, flow_loss, rows, steps, batch=batch2, lr=args.lr2 or s2["lr"], info=info, name="stage2", betas=args.betas,
-                            warmup=args.warmup, schedule=args.schedule or s2.get("schedule", "constant"), seed=args.seed + 1, dtype=dtype,
-                            clip=None if args.clip < 0 else args.clip, save_every=args.save_every, watch=lambda step, _: validate(),
-                            watch_every=max(1, steps // 8), seconds=seconds)
-    print(f"stage 2: {steps} steps, {time.perf_counter() - clock:.1f} s")
-    look("stage 2: both", model)
+    if steps:
+        logs["stage 2"] = train(out, model, both, flow_loss, rows, steps, batch=batch2, lr=args.lr2 or s2["lr"], info=info, name="stage2", betas=args.betas,
+                                warmup=args.warmup, schedule=args.schedule or s2.get("schedule", "constant"), seed=args.seed + 1, dtype=dtype,
+                                clip=None if args.clip < 0 else args.clip, save_every=args.save_every, watch=lambda step, _: validate(),
+                                watch_every=max(1, steps // 8), seconds=seconds)
+        print(f"stage 2: {steps} steps, {time.perf_counter() - clock:.1f} s")
+        look("stage 2: both", model)
 
     print("\n" + gap_table(gaps))
     print("[|| g - pool(h) || / || pool(h) - its mean || per layer, clean latents of 64 unseen pictures; 0 = the base's own features]\n")

@@ -379,7 +379,7 @@ class ImageFolder:
             raise ValueError(f"--images {root}: this data set is not finished, {len(files)} pictures and no metadata.jsonl; the command that draws it goes on")
         folder = lambda p: p.parent.relative_to(self.root).as_posix()
         names = sorted({folder(p) for p in files} - {"."})
-        self.numbered = bool(names) and all(name.isdecimal() for name in names)
+        self.numbered = bool(names) and all(name.isdecimal() and len(name) <= 5 for name in names)     # 20240131 is a date
         self.classes = () if described else tuple(map(str, range(1 + max(map(int, names))))) if self.numbered else tuple(names)
         if captions != "txt" and self.classes and (loose := [p for p in files if p.parent == self.root]):
             raise ValueError(f"{loose[0]} lies beside class folders and has no class; move it into one of them")

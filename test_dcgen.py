@@ -1439,6 +1439,8 @@ def test_folders_named_by_numbers_are_those_classes(tmp_path):
     (tmp_path / "9").rename(tmp_path / "nine")
     named = ImageFolder(tmp_path, 8)
     assert named.classes == ("0207", "0360", "nine") and named.labels.tolist() == [0, 0, 1, 2]
+    flat_folder(tmp_path / "photos/20240131", 2, text=False)
+    assert ImageFolder(tmp_path / "photos", 8).classes == ("20240131",)     # a date, not one of twenty million classes
 
 
 def test_a_flat_folder_has_captions_and_a_missing_one_is_named(tmp_path):
@@ -3726,6 +3728,8 @@ def test_a_run_keeps_the_length_of_prompts_and_the_size_that_it_was_trained_with
     assert [cfg(f"runs/{k}") for k in "abc"] == [(12, 96), (12, 96), (10, 64)] and lengths == [12, 12, 10]
     with pytest.raises(ValueError, match="--text-tokens 8: this model reads classes"):
         finetune.main(["--init", "base", "--text-tokens", "8"])
+    with pytest.raises(ValueError, match="--text-tokens 0: at least 1"):
+        finetune.main([*same, "--init", "runs/a", "--text-tokens", "0"])
 
 
 def test_a_teacher_is_not_told_its_guidance_and_what_is_distilled_from_it_is(words_base):
@@ -3990,7 +3994,7 @@ def test_alignment_in_closed_form_alone_is_a_run_too(aligned, monkeypatch, capsy
     align.main(["--pictures", "64", "--head-samples", "64", "--stage2-steps", "0", "--count", "0", "--out", "runs/closed", "--device", "cpu", "--dtype", "fp32"])
     said = capsys.readouterr().out
     assert "samples.png, gap.png)" in said and not Path("runs/closed/curves.png").exists()
-    assert [row["stage"] for row in sample.load_run("runs/closed")[1]["stages"]][-2:] == ["head in closed form", "stage 2: both"]
+    assert [row["stage"] for row in sample.load_run("runs/closed")[1]["stages"]] == ["base", "not aligned", "stage 1: embedder", "head in closed form"]
 
 
 def test_the_numbers_of_the_optimiser_are_flags(aligned, monkeypatch):
