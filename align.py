@@ -966,13 +966,13 @@ def main(argv=None):
         raise ValueError(f"--ae {new}: the base is on it already; stages 1 and 2 are for another one, stage 3 is finetune.py --init {args.base}")
     goal = pick_objective(base.cfg, args.objective)
     cfg = sized(to_deep_latent(base.cfg, ae_config(new), "epsilon" if goal == "ddpm" else "velocity", new_step(args.pos_step, recipe, base.cfg)), args)
+    shift, rule = shift_of(args.shift or recipe["shift"], cfg)        # a size that does not fit is said here, before there is a run
+    limits = guidance_limits(args, recipe, cfg)
     out, (rank, _) = new_run("align", args), processes()
     with first_goes_first():
         data = prepare(args, recipe, {old: args.base_ae_weights or info.get("ae_weights"), new: args.ae_weights}, cfg, device)
     ae, source, cache, y_val, base.null = data.ae, data.source, data.cache, data.val[1], data.null
     z_dc, z_base = data.val[0][new], data.val[0][old]
-    shift, rule = shift_of(args.shift or recipe["shift"], cfg)
-    limits = guidance_limits(args, recipe, cfg)
     torch.manual_seed(args.seed)
     model = deepen(base, cfg).to(device)
     settle(model, [k for k, _ in pick(model, ends(model, args.final_adaln))], device, frozen_dtype(args), args.recompute)

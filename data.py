@@ -573,6 +573,11 @@ def _word_places(length: int) -> Tensor:
     return 2**0.5 * torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
+@lru_cache(maxsize=2**16)
+def _say_once(text: str):
+    print(text)
+
+
 def encode_words(prompts: list[str], length: int) -> Text:
     """The text encoder of the embedded models: no file, nothing trained. A token is a word, the two words before it and its
     place, 256 numbers, so that "ring" of "a large red ring" tells the whole object; after the last one comes an end, also in
@@ -582,7 +587,7 @@ def encode_words(prompts: list[str], length: int) -> Text:
     for row, prompt in enumerate(prompts):
         words = [*re.findall(r"[^\W_]+", prompt.lower()), "."]
         if len(words) > length:
-            print(f"note: a prompt of {len(words)} words is cut to {length}; its end is lost: ... {prompt[-40:]!r}")
+            _say_once(f"note: a prompt of {len(words)} words is cut to {length}; its end is lost: ... {prompt[-40:]!r}")
             words = words[:length]
         vectors, n = [none] * (CONTEXT - 1) + [_word(w) for w in words], len(words)
         tokens[row, :n] = torch.cat([*(torch.stack(vectors[CONTEXT - 1 - k :][:n]) for k in range(CONTEXT)), _word_places(length)[:n]], dim=1)

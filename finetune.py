@@ -189,6 +189,8 @@ def main(argv=None):
     model.cfg = sized(model.cfg, args)
     kind, dtype, device, teacher = info["kind"], dtype_of(args), join(args.device), None
     goal = "distill" if kind == "distill" else pick_objective(model.cfg, args.objective)
+    shift, rule = shift_of(args.shift or info.get("shift") or (1.0 if kind == "scratch" else recipe["shift"]), model.cfg)
+    limits = guidance_limits(args, recipe, model.cfg)
     out = new_run(kind, args)
     model = model.to(device).train()
     if info.get("lora") and (args.tune == "full" or args.rank or args.alpha):
@@ -211,8 +213,6 @@ def main(argv=None):
         data = prepare(args, recipe, files, model.cfg, device)
     (ae,), source, cache, model.null = data.ae.values(), data.source, data.cache, data.null
     (z_val,), y_val = data.val[0].values(), data.val[1]
-    shift, rule = shift_of(args.shift or info.get("shift") or (1.0 if kind == "scratch" else recipe["shift"]), model.cfg)
-    limits = guidance_limits(args, recipe, model.cfg)
     if kind == "distill":
         teacher = load_run(args.distill_guidance, device, base_weights=args.weights)[0]
     info |= dict(model=config_dict(model.cfg), shift=rule, objective=goal, classes=list(source.classes), images=args.images, captions=args.captions,

@@ -1845,6 +1845,8 @@ def test_words_are_the_same_everywhere_and_tell_prompts_apart(capsys):
     ring = encode_words(["a small red ring", "a large red ring"], 6).tokens[:, 3]
     assert off(*ring) > 0.3                                          # a token knows the two words before it
     assert torch.equal(encode_words(["a large red ring"], 4).tokens[0], text.tokens[0, :4]) and "its end is lost" in capsys.readouterr().out
+    encode_words(["a large red ring"], 4)
+    assert not capsys.readouterr().out                               # said once, not at every step of a training
 
 
 # ---- lora.py -------------------------------------------------------------------------------------------------------------
@@ -3728,6 +3730,10 @@ def test_a_run_keeps_the_length_of_prompts_and_the_size_that_it_was_trained_with
     assert [cfg(f"runs/{k}") for k in "abc"] == [(12, 96), (12, 96), (10, 64)] and lengths == [12, 12, 10]
     with pytest.raises(ValueError, match="--text-tokens 8: this model reads classes"):
         finetune.main(["--init", "base", "--text-tokens", "8"])
+    for script, res in ((align, "100"), (finetune, "104")):          # before anything is encoded, and no folder is left
+        with pytest.raises(ValueError, match=f"--res {res}: tiny-dc-ae-f32c32 with patch 1 needs a multiple of 32; try 96 or 128"):
+            script.main([*same, "--ae", "tiny-dc-ae-f32c32", "--res", res, "--out", "runs/d", *(["--init", "runs/a"] if script is finetune else [])])
+    assert not Path("runs/d").exists()
     with pytest.raises(ValueError, match="--text-tokens 0: at least 1"):
         finetune.main([*same, "--init", "runs/a", "--text-tokens", "0"])
 
