@@ -3661,7 +3661,7 @@ def test_a_missing_hub_is_told_in_two_lines_with_the_way_out(monkeypatch, capsys
 def test_bad_flags_are_told_before_anything_is_loaded(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for flags, words in ((["--match", "upsample"], "adamw"), (["--ae", "vae"], "tiny-dc-ae-f32c32"), (["--base", "dit-huge"], "dit-xl"),
-                         (["--objective", "ddpm"], "flow's"), (["--res", "100"], "divide by")):
+                         (["--objective", "ddpm"], "flow's"), (["--res", "100"], "--res 100: tiny-dc-ae-f32c32 with patch 1 needs a multiple of 32; try 96 or 128")):
         with pytest.raises(ValueError, match=words):
             align.main([*flags, "--pictures", "8", "--count", "0"])
 
