@@ -18,22 +18,15 @@ Reading order: configs, KL-VAE, DC-AE, large pictures, weights, a training loop 
     python autoencoder.py --ae tiny-dc-ae-f32c32 --train --init weights/tiny-dc-ae-f32c32.safetensors --align-to tiny-kl-f8c4    A.9
 """
 
-import argparse
 import math
-import time
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
-from data import open_source
-from model import (ChannelRMSNorm, GLUMBConv, Turn, atomic, compile_layers, fast_bf16, find_weights, folder_config, linear_attention, load_weights,
-                   read_config, read_tensors, run, unmap_keys, write_folder, write_tensors)
+from model import ChannelRMSNorm, GLUMBConv, linear_attention
 
 
 # ---- configs -----------------------------------------------------------------------------------------------------------
@@ -83,10 +76,19 @@ class DCAEConfig:
 
 
 _f64 = dict(channels=128, widths=(128, 256, 512, 512, 1024, 1024, 2048), encoder_depths=(0, 4, 8, 2, 2, 2, 2), decoder_depths=(0, 5, 10, 2, 2, 2, 2), decoder_batch_norm=True)
+
+
 _f128 = dict(channels=512, widths=(128, 256, 512, 512, 1024, 1024, 2048, 2048), encoder_depths=(0, 4, 8, 2, 2, 2, 2, 2), decoder_depths=(0, 5, 10, 2, 2, 2, 2, 2), decoder_batch_norm=True)
+
+
 _sana = dict(channels=32, scale=0.41407, encoder_depths=(2, 2, 2, 3, 3, 3), decoder_depths=(3, 3, 3, 3, 3, 3), multiscale=True, strided=True, interpolate=True)
+
+
 _v15 = dict(channels=128, encoder_attention_from=99, decoder_attention_from=99, latent_shortcut=False, out_act="silu")
+
+
 _tiny = dict(channels=32, widths=(32, 32, 64, 128, 128, 256), encoder_depths=(0, 1, 2, 2, 1, 1), decoder_depths=(0, 2, 2, 2, 1, 1), encoder_attention_from=5, decoder_attention_from=5)
+
 
 AUTOENCODERS = {c.name: c for c in (
     KLConfig("tiny-kl-f8c4", 4, widths=(16, 32, 64, 96), depth=1, groups=8, weights="weights/tiny-kl-f8c4.safetensors"),
@@ -142,13 +144,6 @@ class Autoencoder(nn.Module):
     def decode(self, z: Tensor) -> Tensor:
         """Normalised latent (B,C,H,W) -> image (B,3,fH,fW), nominally in [-1,1], not clamped."""
         return self.decode_raw(z / self._scale() + self.cfg.shift)
-
-    def compile_decoder(self, **options):
-        """Compile the decoder's layers one by one (model.compile_layers). Convolutions stay cuDNN's; what gains is what lies
-        between them, norms, activations, shortcuts and folding: each is a pass over memory otherwise."""
-        kinds = (KLResBlock, KLUp, ResBlock, Up, MultiscaleAttention, GLUMBConv)
-        last = [m for m in self.decoder.children() if isinstance(m, ChannelRMSNorm)]
-        compile_layers([m for m in self.decoder.modules() if isinstance(m, kinds)] + last, **options)
 
     def _scale(self) -> float:
         if self.cfg.scale is None:
@@ -535,82 +530,6 @@ def in_tiles(fn, x: Tensor, tile: int, unit: int, ratio: float, overlap: float =
     return out / weight
 
 
-# ---- weights (rows as in model.py: theirs, ours[, turn]) -----------------------------------------------------------------
-
-def _linear(w: Tensor) -> Tensor:                                     # a 1x1 convolution's weight as a linear map's
-    return w.reshape(w.shape[0], -1) if w.dim() == 4 else w
-
-
-def _conv1x1(w: Tensor) -> Tensor:
-    return w[:, :, None, None]
-
-
-LINEAR, CONV = Turn(_linear), Turn(_conv1x1, _linear)
-
-
-KL_DIFFUSERS = [("*", "*")]
-KL_DIFFUSERS_OLD = [                                                  # attention names before 2023: SD's published file
-    *[(f"*.mid_block.attentions.0.{old}.*", f"*.mid_block.attentions.0.{new}.*", LINEAR)
-      for old, new in (("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0"))],
-    ("*", "*"),
-]
-
-
-def kl_original(levels: int) -> list[tuple]:
-    """Black Forest Labs' and latent diffusion's names; their decoder counts its levels from the picture, so backwards."""
-    rows = []
-    for i in range(levels):
-        for theirs, ours in ((f"encoder.down.{i}", f"encoder.down_blocks.{i}"), (f"decoder.up.{i}", f"decoder.up_blocks.{levels - 1 - i}")):
-            rows += [(f"{theirs}.block.{{}}.nin_shortcut.*", f"{ours}.resnets.{{}}.conv_shortcut.*"), (f"{theirs}.block.{{}}.*", f"{ours}.resnets.{{}}.*"),
-                     (f"{theirs}.downsample.conv.*", f"{ours}.downsamplers.0.conv.*"), (f"{theirs}.upsample.conv.*", f"{ours}.upsamplers.0.conv.*")]
-    for half in ("encoder", "decoder"):
-        rows += [(f"{half}.mid.block_{i + 1}.*", f"{half}.mid_block.resnets.{i}.*") for i in (0, 1)]
-        rows += [(f"{half}.mid.attn_1.norm.*", f"{half}.mid_block.attentions.0.group_norm.*")]
-        rows += [(f"{half}.mid.attn_1.{a}.*", f"{half}.mid_block.attentions.0.{b}.*", LINEAR)
-                 for a, b in (("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("proj_out", "to_out.0"))]
-        rows += [(f"{half}.norm_out.*", f"{half}.conv_norm_out.*")]
-    return [*rows, ("*", "*")]
-
-
-DCAE_DIFFUSERS = [
-    (tuple(f"*.attn.to_{x}.weight" for x in "qkv"), "*.attn.qkv.weight", CONV),
-    ("*.attn.to_qkv_multiscale.0.proj_in.weight", "*.attn.multiscale.0.weight"),
-    ("*.attn.to_qkv_multiscale.0.proj_out.weight", "*.attn.multiscale.1.weight"),
-    ("*.attn.to_out.weight", "*.attn.proj.weight", CONV),
-    ("*.attn.norm_out.*", "*.attn.norm.*"),
-    ("*", "*"),
-]
-
-
-def dcae_original() -> list[tuple]:
-    rows = []
-    for half, blocks in (("encoder", "encoder.down_blocks"), ("decoder", "decoder.up_blocks")):
-        block = (f"{half}.stages.{{}}.op_list.{{}}", f"{blocks}.{{}}.{{}}")
-        rows += [(f"{block[0]}.{theirs}.*", f"{block[1]}.{ours}.*") for theirs, ours in (
-            ("main.conv1.conv", "conv1"), ("main.conv2.conv", "conv2"), ("main.conv2.norm", "norm"),
-            ("main.conv.conv", "conv"), ("main.conv", "conv"),           # up and down: folding, interpolating; strided
-            ("context_module.main.qkv.conv", "attn.qkv"), ("context_module.main.aggreg.0.0", "attn.multiscale.0"),
-            ("context_module.main.aggreg.0.1", "attn.multiscale.1"), ("context_module.main.proj.conv", "attn.proj"),
-            ("context_module.main.proj.norm", "attn.norm"), ("local_module.main.inverted_conv.conv", "conv_out.conv_inverted"),
-            ("local_module.main.depth_conv.conv", "conv_out.conv_depth"), ("local_module.main.point_conv.conv", "conv_out.conv_point"),
-            ("local_module.main.point_conv.norm", "conv_out.norm"))]
-    return rows + [
-        ("encoder.project_in.conv.conv.*", "encoder.conv_in.conv.*"), ("encoder.project_in.conv.*", "encoder.conv_in.*"),
-        ("encoder.project_out.main.op_list.0.conv.*", "encoder.conv_out.*"), ("encoder.project_out.op_list.0.conv.*", "encoder.conv_out.*"),
-        ("decoder.project_in.main.conv.*", "decoder.conv_in.*"), ("decoder.project_in.conv.*", "decoder.conv_in.*"),
-        ("decoder.project_out.op_list.0.*", "decoder.norm_out.*"),
-        ("decoder.project_out.op_list.2.conv.conv.*", "decoder.conv_out.conv.*"), ("decoder.project_out.op_list.2.conv.*", "decoder.conv_out.*"),
-    ]
-
-
-def ae_table(cfg, keys) -> list[tuple]:
-    """The key table of the layout that these keys are in."""
-    has = lambda part: any(part in k for k in keys)
-    if isinstance(cfg, KLConfig):
-        return kl_original(len(cfg.widths)) if has(".mid.block_1.") else KL_DIFFUSERS_OLD if has(".proj_attn.") else KL_DIFFUSERS
-    return dcae_original() if has(".op_list.") else DCAE_DIFFUSERS
-
-
 def ae_class(cfg):
     return KLVAE if isinstance(cfg, KLConfig) else DCAE
 
@@ -620,241 +539,3 @@ def ae_config(name: str):
     if name not in AUTOENCODERS:
         raise ValueError(f"no autoencoder is called {name!r}; there are: {', '.join(AUTOENCODERS)}")
     return AUTOENCODERS[name]
-
-
-def stated_config(cfg, stated: dict):
-    """A preset with what a diffusers config.json says in its place: the scale above all, and the architecture. {} changes
-    nothing. ValueError if it is another latent space than the preset's."""
-    known = lambda **names: {ours: stated[theirs] for ours, theirs in names.items() if stated.get(theirs) is not None}
-    kind, as_tuple = stated.get("_class_name"), lambda v: tuple(v) if isinstance(v, list) else v
-    if kind not in (None, "AutoencoderKL", "AutoencoderDC") or kind == ("AutoencoderDC" if isinstance(cfg, KLConfig) else "AutoencoderKL"):
-        raise ValueError(f"its config.json says {kind}, and {cfg.name} is none")
-    if kind == "AutoencoderKL":
-        new = known(channels="latent_channels", scale="scaling_factor", shift="shift_factor", widths="block_out_channels", depth="layers_per_block", groups="norm_num_groups",
-                    quant_conv="use_quant_conv")
-    elif kind == "AutoencoderDC":
-        new = known(channels="latent_channels", scale="scaling_factor", widths="encoder_block_out_channels", encoder_depths="encoder_layers_per_block",
-                    decoder_depths="decoder_layers_per_block", latent_shortcut="encoder_out_shortcut", out_act="decoder_conv_act_fn")
-        for half in ("encoder", "decoder"):
-            types = stated.get(f"{half}_block_types", "ResBlock")
-            stages = [types] if isinstance(types, str) else list(types)      # one name for all stages, or one each
-            new[f"{half}_attention_from"] = [*stages, *["ResBlock"] * 99, "EfficientViTBlock"].index("EfficientViTBlock")
-        new |= dict(multiscale=any(map(len, stated.get("encoder_qkv_multiscales", ()))), strided=stated.get("downsample_block_type") == "Conv",
-                    interpolate=stated.get("upsample_block_type") == "interpolate", decoder_batch_norm="batch_norm" in stated.get("decoder_norm_types", ""))
-    else:
-        return cfg
-    found = replace(cfg, **{k: as_tuple(v) for k, v in new.items()})
-    if (found.f, found.channels) != (cfg.f, cfg.channels):
-        raise ValueError(f"this is an autoencoder of f{found.f}c{found.channels}, and {cfg.name} is f{cfg.f}c{cfg.channels}")
-    return found
-
-
-def diffusers_ae_config(cfg) -> dict:
-    """The config.json with which the diffusers library builds this autoencoder."""
-    if isinstance(cfg, KLConfig):
-        n = len(cfg.widths)
-        return dict(_class_name="AutoencoderKL", latent_channels=cfg.channels, block_out_channels=list(cfg.widths), layers_per_block=cfg.depth, norm_num_groups=cfg.groups,
-                    down_block_types=["DownEncoderBlock2D"] * n, up_block_types=["UpDecoderBlock2D"] * n, use_quant_conv=cfg.quant_conv, use_post_quant_conv=cfg.quant_conv,
-                    scaling_factor=cfg.scale, shift_factor=cfg.shift)
-    n, shared = len(cfg.widths), dict(_class_name="AutoencoderDC", latent_channels=cfg.channels, attention_head_dim=32, scaling_factor=cfg.scale or 1.0)
-    for half, first in (("encoder", cfg.encoder_attention_from), ("decoder", cfg.decoder_attention_from)):
-        sees = [i >= first for i in range(n)]
-        shared |= {f"{half}_block_out_channels": list(cfg.widths), f"{half}_layers_per_block": list(getattr(cfg, f"{half}_depths")),
-                   f"{half}_block_types": ["EfficientViTBlock" if s else "ResBlock" for s in sees],
-                   f"{half}_qkv_multiscales": [[5] if s and cfg.multiscale else [] for s in sees]}
-    plain = [cfg.decoder_batch_norm and i < cfg.decoder_attention_from for i in range(n)]
-    return shared | dict(decoder_norm_types=["batch_norm" if b else "rms_norm" for b in plain], decoder_act_fns=["relu" if b else "silu" for b in plain],
-                         downsample_block_type="Conv" if cfg.strided else "pixel_unshuffle", upsample_block_type="interpolate" if cfg.interpolate else "pixel_shuffle",
-                         encoder_out_shortcut=cfg.latent_shortcut, decoder_in_shortcut=cfg.latent_shortcut, decoder_conv_act_fn=cfg.out_act)
-
-
-def export_autoencoder(ae: Autoencoder, folder, dtype: torch.dtype | None = None):
-    """Write <folder>/vae, which the diffusers library loads by itself as AutoencoderKL or AutoencoderDC."""
-    table = KL_DIFFUSERS if isinstance(ae.cfg, KLConfig) else DCAE_DIFFUSERS
-    write_folder(Path(folder) / "vae", unmap_keys(ae.state_dict(), table), diffusers_ae_config(ae.cfg), dtype)
-
-
-def load_autoencoder(name: str, weights: str | None = None, dtype: torch.dtype | None = torch.float32, device="cpu") -> Autoencoder:
-    """An autoencoder by preset name, from its shipped file, a local file or folder in any published layout (a diffusers
-    pipeline's too), or the model hub. Frozen, in eval mode; dtype None keeps the file's. A file of ours or diffusers'
-    config.json brings the configuration, the scale included. ValueError if it is missing, damaged or of another architecture."""
-    cfg = ae_config(name)
-    path = find_weights(name, cfg.weights, weights)
-    tensors, own = read_tensors(path, "vae"), read_config(path)
-    if own:
-        cfg = replace(cfg, **{k: tuple(v) if isinstance(v, list) else v for k, v in own.items() if k in asdict(cfg)})
-    try:
-        cfg = stated_config(cfg, folder_config(path, "vae"))
-        with torch.device("meta"):
-            model = ae_class(cfg)(cfg)
-        load_weights(model, tensors, ae_table(cfg, tensors), dtype)
-    except ValueError as e:
-        raise ValueError(f"{path}: {e}") from None
-    return model.to(device, memory_format=torch.channels_last).eval()
-
-
-# ---- training a small one --------------------------------------------------------------------------------------------------
-
-def training_loss(ae: Autoencoder, x: Tensor, beta: float, noise: float, pull=None) -> tuple[Tensor, dict]:
-    """L1 + MSE between a picture and its reconstruction, + beta KL(posterior || N(0,1)) per latent number.
-    DC-AE has no variance of its own and gets a constant one, `noise`: latents that bear a little noise are latents
-    that a diffusion model's small errors do not break. pull(x, mean): another loss of the latents, to be added."""
-    mean, logvar = ae.moments(x)
-    z = mean + (noise if logvar is None else (0.5 * logvar).exp()) * torch.randn_like(mean)
-    y = ae.decode_raw(z)
-    l1, mse = (y.float() - x).abs().mean(), (y.float() - x).square().mean()
-    spread = 0.0 if logvar is None else logvar.float().exp() - 1 - logvar.float()      # a constant variance only adds a constant
-    kl = 0.5 * (mean.float().square() + spread).mean()
-    more = pull(x, mean) if pull else mean.new_zeros(())
-    return l1 + mse + beta * kl + more, {"l1": l1.item(), "psnr": 10 * torch.log10(4 / mse).item(), "kl": kl.item(), "pull": more.item()}
-
-
-def latent_alignment_loss(base: Autoencoder, reading: nn.Module, x: Tensor, z: Tensor) -> Tensor:
-    """What pulls a deep latent space towards a base's (arXiv 2509.25180, A.9, which does not say how two of different
-    size are compared): the base's latents, averaged over each deep cell, are to be a linear map of the deep latents, `reading`
-    (C' to C channels), which learns along and is thrown away. x (B,3,fH,fW), its deep latent z (B,C',H,W) -> scalar."""
-    with torch.no_grad():
-        target = base.encode(x).float()                              # B C h w, finer
-    return F.mse_loss(reading(z).float(), F.adaptive_avg_pool2d(target, z.shape[-2:]))
-
-
-def train_autoencoder(cfg, source, out, steps: int, batch: int, lr: float, beta: float, noise: float, seed: int,
-                      device="cpu", dtype: torch.dtype = torch.float32, start: str | None = None, save_every: int = 500,
-                      towards: Autoencoder | None = None, ratio: float = 1.0):
-    """Train cfg on a picture source; writes <out>.safetensors with the measured scale and shift, and a resumable
-    <out>.train every save_every steps. A run that is killed and started again gives the same numbers.
-    start: a file of ours to start from. towards: a base's autoencoder; ratio times latent_alignment_loss comes on top."""
-    torch.manual_seed(seed)
-    ae = ae_class(cfg)(cfg).to(device, memory_format=torch.channels_last).train()
-    reading = nn.Conv2d(cfg.channels, towards.cfg.channels, 1).to(device) if towards else nn.Identity()
-    params = [*ae.parameters(), *reading.parameters()]
-    opt = torch.optim.AdamW(params, lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
-    if start:
-        load = read_tensors(start)
-        ae.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in load.items()})
-    state_file, file, first = Path(f"{out}.train"), Path(f"{out}.safetensors"), 0
-    if state_file.exists():
-        state = torch.load(state_file, weights_only=True, map_location=device)
-        ae.load_state_dict(state["model"]), reading.load_state_dict(state["reading"]), opt.load_state_dict(state["optimizer"])
-        first = state["step"]
-        print(f"continuing {state_file} at step {first}")
-    bar = tqdm(range(first, steps), initial=first, total=steps, desc=cfg.name)
-    for step in bar:
-        for g in opt.param_groups:                                    # warm-up, then linear to zero
-            g["lr"] = lr * min(1.0, (step + 1) / 200, (steps - step) / (0.6 * steps))
-        torch.manual_seed(seed * 1_000_003 + step)                    # resuming needs no generator state
-        x = source.batch(torch.randint(len(source), (batch,)))[0].to(device, memory_format=torch.channels_last)
-        with torch.autocast(torch.device(device).type, dtype, enabled=dtype != torch.float32):
-            loss, said = training_loss(ae, x, beta, noise, (lambda x, z: ratio * latent_alignment_loss(towards, reading, x, z)) if towards else None)
-        opt.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(params, 1.0)
-        if not torch.isfinite(norm):
-            raise RuntimeError(f"the gradient is not finite at step {step}; nothing was written after the last checkpoint, {state_file}")
-        opt.step()
-        if (step + 1) % 50 == 0:
-            bar.set_postfix({k: f"{v:.3f}" for k, v in said.items()})
-        if (step + 1) % save_every == 0 or step + 1 == steps:
-            with atomic(state_file) as tmp:
-                torch.save({"model": ae.state_dict(), "reading": reading.state_dict(), "optimizer": opt.state_dict(), "step": step + 1}, tmp)
-    scale, shift = measure_scale(ae.requires_grad_(False).eval(), source)
-    done = replace(cfg, scale=scale, shift=shift)
-    write_tensors(file, {k: v.bfloat16() if v.is_floating_point() else v for k, v in ae.state_dict().items()}, asdict(done))
-    print(f"wrote {file} (scale {scale:.4f}, shift {shift:.4f})")
-
-
-def measure_scale(ae: Autoencoder, source, n: int = 512) -> tuple[float, float]:
-    """Scale and shift that give this source's latents zero mean and unit standard deviation, over all channels."""
-    n, device = min(n, len(source)), next(ae.parameters()).device
-    with torch.no_grad():
-        z = torch.cat([ae.moments(source.batch(torch.arange(i, min(i + 64, n)))[0].to(device))[0] for i in range(0, n, 64)])
-    shift = float(z.mean()) if isinstance(ae.cfg, KLConfig) else 0.0  # DC-AE's convention has no shift
-    return float(1 / (z - shift).square().mean().sqrt()), shift
-
-
-# ---- how good is it? -------------------------------------------------------------------------------------------------------
-
-def psnr(x: Tensor, y: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB of pictures (B,3,H,W) in [-1,1], one number each (B,)."""
-    return 10 * torch.log10(4 / (x - y).square().mean(dim=(1, 2, 3)))
-
-
-def ssim(x: Tensor, y: Tensor) -> Tensor:
-    """Structural similarity (Wang et al. 2004) of pictures (B,3,H,W) in [-1,1], one number each (B,): a Gaussian window
-    of 11 pixels, sigma 1.5, every place where it fits, mean over places and channels."""
-    x, y = (x.float() + 1) / 2, (y.float() + 1) / 2
-    g = torch.exp(-((torch.arange(11, device=x.device) - 5.0) ** 2) / (2 * 1.5**2))
-    window = (g[:, None] * g / g.sum() ** 2).expand(x.shape[1], 1, 11, 11)
-    mean = lambda v: F.conv2d(v, window, groups=v.shape[1])
-    mx, my = mean(x), mean(y)
-    vx, vy, cov = mean(x * x) - mx * mx, mean(y * y) - my * my, mean(x * y) - mx * my
-    c1, c2 = 0.01**2, 0.03**2                                         # of a range of 1
-    return ((2 * mx * my + c1) * (2 * cov + c2) / ((mx * mx + my * my + c1) * (vx + vy + c2))).mean(dim=(1, 2, 3))
-
-
-@torch.no_grad()
-def reconstruct(ae: Autoencoder, x: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, float, float]:
-    """Pictures (B,3,H,W) -> their reconstructions, float32, clamped to [-1,1], and the seconds of encode and decode."""
-    now = lambda: (torch.cuda.synchronize() if x.is_cuda else None, time.perf_counter())[1]
-    with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
-        start = now()
-        z = ae.encode(x)
-        middle = now()
-        y = ae.decode(z)
-    return y.float().clamp(-1, 1), middle - start, now() - middle
-
-
-# ---- main --------------------------------------------------------------------------------------------------------------------
-
-def main(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--ae", default="tiny-kl-f8c4", choices=AUTOENCODERS, metavar="NAME", help="one of: " + ", ".join(AUTOENCODERS))
-    p.add_argument("--weights", metavar="FILE", help="its weight file, in any published layout (default: shipped, or the model hub's cache)")
-    p.add_argument("--images", metavar="DIR", help="folder of pictures (default: procedural shapes)")
-    p.add_argument("--res", type=int, default=128, help="pixels a side (default 128)")
-    p.add_argument("--count", type=int, default=8, help="pictures to reconstruct (default 8)")
-    p.add_argument("--out", help="where to write, without a suffix (default: runs/NAME)")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
-    p.add_argument("--dtype", default="auto", choices=("auto", "bf16", "fp32"), help="arithmetic; auto = bf16 where it is faster (default auto)")
-    p.add_argument("--train", action="store_true", help="train it from scratch instead")
-    p.add_argument("--init", metavar="FILE", help="with --train: start from this file of ours, not from scratch")
-    p.add_argument("--align-to", metavar="NAME", help="with --train: pull its latents towards those of this one, as the paper's A.9 does instead of embedding alignment")
-    p.add_argument("--align-weights", metavar="FILE", help="weight file of that one (default: shipped, or the model hub's cache)")
-    p.add_argument("--align-ratio", type=float, default=1.0, help="weight of that loss (default 1; the paper tries 0.1, 1 and 10)")
-    p.add_argument("--steps", type=int, default=3000, help="training steps (default 3000)")
-    p.add_argument("--batch", type=int, default=16, help="pictures a step (default 16)")
-    p.add_argument("--lr", type=float, default=1e-3, help="peak learning rate (default 1e-3)")
-    p.add_argument("--beta", type=float, default=3e-4, help="weight of the KL term, per latent number (default 3e-4)")
-    p.add_argument("--noise", type=float, default=0.2, help="DC-AE: noise on the latent while training (default 0.2, 0 = none)")
-    p.add_argument("--seed", type=int, default=0, help="of the training run (default 0)")
-    args = p.parse_args(argv)
-    out = args.out or f"runs/{args.ae}"
-    dtype = torch.bfloat16 if args.dtype == "bf16" or (args.dtype == "auto" and fast_bf16(args.device)) else torch.float32
-    if args.train:
-        source = open_source(args.images, args.res)
-        towards = load_autoencoder(args.align_to, args.align_weights, device=args.device) if args.align_to else None
-        return train_autoencoder(ae_config(args.ae), source, out, args.steps, args.batch, args.lr, args.beta, args.noise, args.seed, args.device, dtype, args.init,
-                                 towards=towards, ratio=args.align_ratio)
-
-    source = open_source(args.images, args.res, "all" if args.images else "val")     # procedural: none that it was trained on
-    ae = load_autoencoder(args.ae, args.weights, device=args.device)
-    n, rows = min(args.count, len(source)), []
-    print(f"{args.ae}: {args.res}x{args.res} -> {args.res // ae.cfg.f}x{args.res // ae.cfg.f} places of {ae.cfg.channels} channels, {dtype} on {args.device}")
-    print("picture  PSNR dB    SSIM")
-    for i in range(n):
-        x = source.batch(torch.tensor([i]))[0].to(args.device)
-        y, encode, decode = reconstruct(ae, x, dtype)
-        rows.append((psnr(x, y).item(), ssim(x, y).item(), encode, decode, torch.cat([x, y], dim=2).cpu()))
-        print(f"{i:7d}  {rows[-1][0]:7.2f}  {rows[-1][1]:6.4f}")
-    mean, median = lambda k: sum(r[k] for r in rows) / n, lambda k: sorted(r[k] for r in rows)[n // 2]
-    print(f"   mean  {mean(0):7.2f}  {mean(1):6.4f}")
-    memory = f", peak {torch.cuda.max_memory_allocated(args.device) / 2**30:.2f} GiB" if torch.device(args.device).type == "cuda" else ""
-    print(f"a picture: encode {median(2):.3f} s, decode {median(3):.3f} s (median){memory}")
-    pixels = ((torch.cat([r[4] for r in rows], dim=3)[0].clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
-    with atomic(f"{out}.png") as tmp:
-        Image.fromarray(pixels).save(tmp, "png")
-    print(f"wrote {out}.png: {n} originals above their reconstructions")
-
-
-if __name__ == "__main__":
-    run(main)

@@ -14,7 +14,7 @@ Speed is made in four places, each a switch here with a row of its own, each on 
     attention  cuDNN's attention first (sample.fast_attention); before compile, which freezes the choice
     compile    block by block (model.compile_layers)
     hoist      modulations of all steps at once, text and position tables once an image (sample.Steps)
-    decoder    the autoencoder's layers compiled, channels last (Autoencoder.compile_decoder); strips are always on
+    decoder    the autoencoder's layers compiled, channels last (fast.compile_decoder); strips are always on
     uint8      bytes, not floats, to the host (sample.pixels_on_host)
     graph      one step captured and replayed (sample.Steps, graph=True)
     fp8        linear maps of the blocks in FP8 (quant.fp8_linears)
@@ -57,14 +57,16 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from align import LOSSES, embedding_loss, ends, pick, pick_objective, settle
-from autoencoder import DCAE_DIFFUSERS, KL_DIFFUSERS, KLConfig, ae_class, ae_config, diffusers_ae_config
-from finetune import trainable, training_memory
+from model import (BASES, DiTConfig, FAMILIES, FluxConfig, SanaConfig, Text, deepen, to_deep_latent)
 from lora import add_lora
-from model import (BASES, FAMILIES, TABLES, DiTConfig, FluxConfig, SanaConfig, Text, atomic, compile_layers, deepen, diffusers_config, fast_bf16, run,
-                   to_deep_latent, unmap_keys)
+from autoencoder import KLConfig, ae_class, ae_config
+from checkpoints import (DCAE_DIFFUSERS, KL_DIFFUSERS, TABLES, atomic, diffusers_ae_config, diffusers_config, unmap_keys)
+from fast import (compile_decoder, Cost, FusedAttention, compile_layers, fast_attention, fast_bf16, peak_gib, pixels_on_host)
 from quant import e4m3_rows, fp8_linears
-from sample import Cost, FusedAttention, Steps, example_text, fast_attention, guided, integrate, peak_gib, pixels_on_host, sample_t, time_grid
+from sample import (Steps, example_text, guided, integrate, run, sample_t, time_grid)
+from train import pick, settle
+from align import LOSSES, embedding_loss, ends, pick_objective
+from finetune import trainable, training_memory
 
 
 # ---- what is timed -----------------------------------------------------------------------------------------------------------
@@ -82,7 +84,11 @@ class Family:
 
 
 _f32, _f64 = "dc-ae-f32c32-in-1.0", "dc-ae-f64c128-1.5"
+
+
 _flux, _sana = {512: _f32, 1024: _f32, 2048: _f64, 4096: _f64}, {512: _f64, 1024: _f64, 2048: _f64, 4096: _f64}
+
+
 MODELS = {
     "flux-krea": Family(20, 1.0, _flux, (1024, 2048, 4096), "tiny-flux", 8, {0: ((20_000, 64), (5_000, 256), (10_000, 256))}),
     "sana-1.6b": Family(20, 4.5, _sana, (1024,), "tiny-sana", 8, {0: ((20_000, 64), (5_000, 1024), (150_000, 1024))}),
@@ -104,6 +110,8 @@ PAPER = {
     ("dit-xl", 256): dict(throughput=(2.44 * 60, 12.00 * 60), where="Table 1, there in images/s"),
     ("dit-xl", 512): dict(throughput=(0.85 * 60, 4.03 * 60), where="Table 1, there in images/s"),
 }
+
+
 WHY_TWO_RATIOS = ("our base runs with the same switches as our DC-Gen; the paper's base looks like eager code, since at 1K it takes longer than the paper's\n"
                   "DC-Gen at 4K, which does the same steps and more decoding. A better base makes the first ratio smaller; the second has the paper's base")
 
@@ -288,7 +296,7 @@ class Drawer:
         if "compile" in switches:
             compile_layers(self.model.blocks, **(compiler or {}))
         if "decoder" in switches:
-            self.ae.compile_decoder(**(compiler or {}))
+            compile_decoder(self.ae, **(compiler or {}))
 
     def noise(self, generator) -> Tensor:
         return torch.randn(self.batch, self.work.cfg.in_channels, *self.work.grid, generator=generator, device=self.device)

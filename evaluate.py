@@ -15,24 +15,20 @@ same number of pictures, the same features and the same reference; so every scor
 
 import argparse
 import json
-import math
-from collections import Counter
-from functools import lru_cache
+import time
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 from tqdm import tqdm
 
-from autoencoder import load_autoencoder
-from data import COLOURS, FORMS, HUES, RADII, RELATIONS, SHAPES, SIZES, ImageFolder, Scene, cache_prompts, cover, open_source, order, read_caption
-from model import HERE, find_weights, read_config, read_tensors, run, write_tensors
-from sample import (add_model_args, dtype_of, generate, load_base, load_run, newest_run, path, run_file, save_grid, settings, text_folder, to_uint8,
-                    with_guidance)
+from autoencoder import Autoencoder
+from checkpoints import (HERE, load_autoencoder, load_base, load_run, newest_run, read_config, run_file, write_tensors)
+from shapes import (ANSWERS, CLASSIFIER, Classifier, SHAPES, accuracy, judged, load_classifier, scene_scores, share_right)
+from data import (ImageFolder, cache_prompts, open_source, order, text_folder)
+from sample import (add_model_args, dtype_of, generate, path, run, save_grid, settings, to_uint8, with_guidance)
 
 
 # ---- the gap between two models' representations (Fig. 4a) ----------------------------------------------------------------------
@@ -72,41 +68,6 @@ def gap_table(stages: dict[str, list[float]]) -> str:
     return "\n".join(lines + [row("mean", [f"{sum(v) / len(v):.3f}" for v in stages.values()])])
 
 
-# ---- the judge of the embedded pictures --------------------------------------------------------------------------------------------
-
-class Classifier(nn.Module):
-    """A small convolutional network on 64-pixel pictures: features (B,128), and classes."""
-
-    def __init__(self, classes: int = 8, width: int = 32):
-        super().__init__()
-        w = [3, width, 2 * width, 4 * width, 4 * width]
-        self.blocks = nn.Sequential(*[nn.Sequential(nn.Conv2d(a, b, 3, stride=2, padding=1), nn.GroupNorm(8, b), nn.SiLU(),
-                                                    nn.Conv2d(b, b, 3, padding=1), nn.GroupNorm(8, b), nn.SiLU()) for a, b in zip(w, w[1:])])
-        self.out = nn.Linear(w[-1], classes)
-
-    def features(self, x: Tensor) -> Tensor:
-        x = F.interpolate(x, (64, 64), mode="bilinear", antialias=True) if x.shape[-1] != 64 else x
-        return self.blocks(x).mean(dim=(2, 3))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.out(self.features(x))
-
-
-CLASSIFIER = "weights/tiny-classifier.safetensors"
-
-
-def load_classifier(file=None) -> Classifier:
-    """The judge in this file (default: the shipped one), its class names in .classes. ValueError if it is none."""
-    file = find_weights("the classifier", CLASSIFIER, file)
-    tensors, names = read_tensors(file), read_config(file).get("classes")
-    if names is None or "out.bias" not in tensors:
-        raise ValueError(f"{file} is not a classifier of --train-classifier")
-    judge = Classifier(len(names))
-    judge.load_state_dict({k: v.float() for k, v in tensors.items()})
-    judge.classes = tuple(names)
-    return judge.requires_grad_(False).eval()
-
-
 def train_classifier(out: str, source, val, steps: int = 1500, batch: int = 64, seed: int = 0) -> float:
     """Train the judge; pictures are blurred and noised at random, so that it judges shapes and not the grain."""
     torch.manual_seed(seed)
@@ -133,27 +94,11 @@ def train_classifier(out: str, source, val, steps: int = 1500, batch: int = 64, 
     return score
 
 
-@torch.no_grad()
-def judged(judge: Classifier, images: Tensor, batch: int = 256) -> Tensor:
-    """Features (B,D) of pictures (B,3,H,W) in [-1,1]."""
-    return torch.cat([judge.features(x) for x in images.split(batch)])
-
-
 def judged_source(judge: Classifier, source, n: int) -> tuple[Tensor, Tensor]:
     """Features (n,D) and classes (n,) of n pictures of a source, any n: a folder is sorted by class."""
     rows = order(0, min(n, len(source)), len(source), seed=0)
     features, labels = zip(*((judged(judge, x), y) for x, y in map(source.batch, rows.split(64))))
     return torch.cat(features), torch.cat(labels)
-
-
-@torch.no_grad()
-def share_right(judge: Classifier, features: Tensor, y: Tensor) -> float:
-    return float((judge.out(features).argmax(dim=1) == y).float().mean())
-
-
-def accuracy(judge: Classifier, images: Tensor, y: Tensor) -> float:
-    """Share of the pictures that show the class they were asked to show."""
-    return share_right(judge, judged(judge, images), y)
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
@@ -170,114 +115,6 @@ def inception_score(logits: Tensor) -> float:
     """exp E[KL(p(y|x) || p(y))] of class scores (N,K). (arXiv 1606.03498; one split, all pictures)"""
     p = logits.double().softmax(dim=1)
     return float((p * (p.clamp(min=1e-12).log() - p.mean(0, keepdim=True).clamp(min=1e-12).log())).sum(1).mean().exp())
-
-
-# ---- the judge of captioned pictures: pixels in, words out --------------------------------------------------------------------------
-
-class Seen(NamedTuple):
-    form: str
-    colour: str
-    size: str
-    x: float                                                         # the middle, in picture sides
-    y: float
-
-
-def _nearest_hue(rgb: Tensor) -> str:
-    """The name of the hue of a colour (3,)."""
-    r, g, b = rgb.tolist()
-    hue = math.atan2(3**0.5 * (g - b), 2 * r - g - b) / (2 * math.pi)
-    return COLOURS[int(((hue - HUES + 0.5) % 1 - 0.5).abs().argmin())]
-
-
-def _outline(mask: Tensor) -> tuple[Tensor, float, float]:
-    """One object's pixels (H,W) -> its outline stretched to 24x24, and its middle x, y in pixels."""
-    rows, cols = mask.any(1).nonzero().flatten(), mask.any(0).nonzero().flatten()
-    (top, bottom), (left, right) = ((v[0].item(), v[-1].item() + 1) for v in (rows, cols))
-    box = mask[top:bottom, left:right].float()[None, None]
-    return F.interpolate(box, (24, 24), mode="bilinear", antialias=True)[0, 0], (left + right) / 2, (top + bottom) / 2
-
-
-@lru_cache(maxsize=1)
-def _templates() -> list[tuple[str, Tensor, float]]:
-    """Every form in a few turns: its name, its outline, and its area in squared radii."""
-    one, found = torch.ones(1), []
-    for form in FORMS:
-        for turn in (-0.1, 0.0, 0.1):
-            facts = dict(label=torch.tensor([SHAPES.index(form)]), x=0.5 * one, y=0.5 * one, radius=0.35 * one, turn=turn * one)
-            mask = cover(facts, 96)[0] > 0.5
-            found.append((form, _outline(mask)[0], float(mask.float().mean()) / 0.35**2))
-    return found
-
-
-def components(mask: Tensor) -> Tensor:
-    """Connected pixels (also by corners) of masks (B,H,W) bool share a number > 0, that of their last pixel -> (B,H,W)."""
-    label = mask * torch.arange(1, mask[0].numel() + 1, device=mask.device, dtype=torch.float32).view(mask.shape[1:])
-    while True:
-        spread = F.max_pool2d(label[:, None], 3, 1, 1)[:, 0] * mask
-        if torch.equal(spread, label):
-            return label.long()
-        label = spread
-
-
-def look_at(images: Tensor) -> list[tuple[list[Seen], str]]:
-    """The objects in pictures (B,3,H,W) in [-1,1], and their background's colour. An object is a patch of strong colour
-    (backgrounds are muted) of at least 0.6 % of the picture; its form is that of the most similar outline."""
-    rgb = F.interpolate(images.float().cpu(), (128, 128), mode="bilinear", antialias=True).add(1).div(2).clamp(0, 1)
-    strong = rgb.amax(dim=1) - rgb.amin(dim=1) > 0.31
-    coarse = components(F.max_pool2d(strong[:, None].float(), 2)[:, 0] > 0)
-    labels = coarse.repeat_interleave(2, dim=1).repeat_interleave(2, dim=2) * strong
-    rest, out = F.max_pool2d(strong[:, None].float(), 13, 1, 6)[:, 0] == 0, []   # far enough from an object for its shine
-    for picture, away, label in zip(rgb, rest, labels):
-        seen = []
-        for number, pixels in zip(*label.unique(return_counts=True)):
-            if number and pixels >= 0.006 * label.numel():
-                outline, x, y = _outline(mine := label == number)
-                form, _, area = min(_templates(), key=lambda t: (t[1] - outline).square().mean())
-                large = float(pixels) / 128**2 / area > RADII[0] * RADII[1]
-                seen.append(Seen(form, _nearest_hue(picture[:, mine].mean(dim=1)), SIZES[large], x / 128, y / 128))
-        out.append((seen, _nearest_hue(picture[:, away].mean(dim=1))))
-    return out
-
-
-ANSWERS = ("object", "count", "colour", "position", "binding", "all")
-
-
-def judge_scene(seen: list[Seen], background: str, scene: Scene) -> dict[str, bool]:
-    """A picture against its caption, as GenEval asks (arXiv 2310.11513): is every form there; as many objects as asked;
-    every colour; the two in their relation (left out if none is asked); each form with its own colour and size; all of it."""
-    forms, colours = Counter(s.form for s in seen), {s.colour for s in seen}
-    whole = Counter((s.form, s.colour, s.size) for s in seen)
-    out = dict(object=all(forms[t.form] > 0 for t in scene.things), count=len(seen) == sum(t.number for t in scene.things),
-               colour=all(t.colour in colours for t in scene.things))
-    if scene.relation:
-        a, b = ([s for s in seen if s.form == t.form] for t in scene.things)
-        out["position"] = bool(a and b) and relation_of(a[0], b[0]) == scene.relation
-    out["binding"] = all(whole[t.form, t.colour, t.size] == t.number for t in scene.things)
-    return out | {"all": all(out.values()) and background == scene.background}
-
-
-def relation_of(a: Seen, b: Seen) -> str:
-    dx, dy = a.x - b.x, a.y - b.y
-    return RELATIONS[(dy > 0) if abs(dy) > abs(dx) else 2 + (dx > 0)]
-
-
-def scene_scores(images: Tensor, captions: list[str]) -> dict[str, float]:
-    """The share of pictures that pass each of judge_scene's questions, among those that it is asked of. ValueError for a
-    caption that is not one of the procedural pictures'."""
-    asked = [read_caption(c) for c in captions]
-    if None in asked:
-        raise ValueError(f"{captions[asked.index(None)]!r} is not a caption of the procedural pictures, so nothing can score it")
-    answers = [judge_scene(seen, background, scene) for (seen, background), scene in zip(look_at(images), asked)]
-    of = lambda key: [a[key] for a in answers if key in a]
-    return {key: sum(of(key)) / len(of(key)) for key in ANSWERS if of(key)}
-
-
-def pick_judge(source):
-    """What scores pictures of the procedural kind of this source: judge(images, conditions, titles) -> {name: share}."""
-    if source.classes:
-        classifier = load_classifier()
-        return lambda images, y, titles: {"accuracy": accuracy(classifier, images, y)}
-    return lambda images, y, titles: scene_scores(images, titles)
 
 
 # ---- real pictures: Inception features --------------------------------------------------------------------------------------------------
@@ -324,6 +161,71 @@ def missing_runs(kinds: dict[str, dict | None], base: str) -> list[str]:
     equal = f" --train-steps {kinds['finetune']['steps']}" if kinds["finetune"] else ""    # as many as the aligned one has had
     how = {"align": "python align.py", "finetune": "python finetune.py", "noalign": f"python finetune.py --init base{equal}"}
     return [f"no {kind} run of {base} yet: {command} --base {base}" for kind, command in how.items() if kinds[kind] is None]
+
+
+# ---- how good is it? -------------------------------------------------------------------------------------------------------
+
+def psnr(x: Tensor, y: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio in dB of pictures (B,3,H,W) in [-1,1], one number each (B,)."""
+    return 10 * torch.log10(4 / (x - y).square().mean(dim=(1, 2, 3)))
+
+
+def ssim(x: Tensor, y: Tensor) -> Tensor:
+    """Structural similarity (Wang et al. 2004) of pictures (B,3,H,W) in [-1,1], one number each (B,): a Gaussian window
+    of 11 pixels, sigma 1.5, every place where it fits, mean over places and channels."""
+    x, y = (x.float() + 1) / 2, (y.float() + 1) / 2
+    g = torch.exp(-((torch.arange(11, device=x.device) - 5.0) ** 2) / (2 * 1.5**2))
+    window = (g[:, None] * g / g.sum() ** 2).expand(x.shape[1], 1, 11, 11)
+    mean = lambda v: F.conv2d(v, window, groups=v.shape[1])
+    mx, my = mean(x), mean(y)
+    vx, vy, cov = mean(x * x) - mx * mx, mean(y * y) - my * my, mean(x * y) - mx * my
+    c1, c2 = 0.01**2, 0.03**2                                         # of a range of 1
+    return ((2 * mx * my + c1) * (2 * cov + c2) / ((mx * mx + my * my + c1) * (vx + vy + c2))).mean(dim=(1, 2, 3))
+
+
+@torch.no_grad()
+def reconstruct(ae: Autoencoder, x: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, float, float]:
+    """Pictures (B,3,H,W) -> their reconstructions, float32, clamped to [-1,1], and the seconds of encode and decode."""
+    now = lambda: (torch.cuda.synchronize() if x.is_cuda else None, time.perf_counter())[1]
+    with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
+        start = now()
+        z = ae.encode(x)
+        middle = now()
+        y = ae.decode(z)
+    return y.float().clamp(-1, 1), middle - start, now() - middle
+
+
+def plot_curves(file: Path, logs: dict[str, list[dict]]):
+    """Loss and validation loss, gradient norm (Fig. 19), and the validation loss at each t, against the step; a column a stage."""
+    import matplotlib                                                # matplotlib: curves
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    fig, axes = plt.subplots(3, len(logs), figsize=(5 * len(logs), 9), squeeze=False)
+    for col, (stage, log) in enumerate(logs.items()):
+        times = sorted({k for r in log for k in r if k.startswith("val_t")})
+        for ax, keys in zip(axes[:, col], (("loss", "val_loss", "val_loss_ema"), ("grad_norm",), times)):
+            for key in keys:
+                if points := [(r["step"], r[key]) for r in log if key in r]:
+                    ax.plot(*zip(*points), label=key, marker="o" if key.startswith("val") else None)
+                    ax.legend(fontsize=7)
+            ax.set_yscale("log"), ax.set_xlabel("step"), ax.grid(alpha=0.3)
+        axes[0][col].set_title(stage)
+    fig.tight_layout()
+    fig.savefig(file, dpi=80)
+    plt.close(fig)
+
+
+def plot_gap(file: Path, gaps: dict[str, list[float]]):
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    fig, ax = plt.subplots(figsize=(7, 4))
+    for name, values in gaps.items():
+        ax.plot(range(len(values)), values, marker="o", label=name)
+    ax.set_xlabel("block (0 = embedder)"), ax.set_ylabel("relative gap to the base"), ax.set_ylim(bottom=0), ax.grid(alpha=0.3), ax.legend()
+    fig.tight_layout()
+    fig.savefig(file, dpi=80)
+    plt.close(fig)
 
 
 def main(argv=None):

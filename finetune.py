@@ -28,14 +28,15 @@ from pathlib import Path
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from align import (BIG, LOSSES, add_data_args, distillation_loss, draw, ends, first_goes_first, flow_matching_loss, frozen_dtype, guidance_limits, join, leave, new_run, new_step,
-                   note_dry_run, pick, pick_objective, plot_curves, prepare, processes, recipe_of, sample_loss, settle, shift_of, size_of, sized, target_ae, train, validation_losses,
-                   write_run)
-from autoencoder import ae_config
+from model import (BASES, DiTConfig, FAMILIES, FluxConfig, ddpm_times, deepen, rotary_table, sincos_2d, to_deep_latent, with_guidance_embed)
 from lora import LoRALinear, add_lora, merge_lora
-from model import (BASES, FAMILIES, DiTConfig, FluxConfig, build, config_dict, ddpm_times, deepen, read_tensors, rotary_table, run, sincos_2d, to_deep_latent,
-                   with_guidance_embed)
-from sample import Cost, add_model_args, dtype_of, example_text, load_base, load_run, newest_run, run_file, save_grid, timed, with_guidance
+from autoencoder import ae_config
+from checkpoints import (build, config_dict, load_base, load_run, newest_run, read_tensors, run_file)
+from fast import Cost, timed
+from sample import (add_model_args, dtype_of, example_text, run, save_grid, with_guidance)
+from evaluate import plot_curves
+from train import (BIG, add_data_args, draw, first_goes_first, frozen_dtype, guidance_limits, join, leave, new_run, new_step, note_dry_run, pick, prepare, processes, settle, shift_of, size_of, sized, train, write_run)
+from align import (LOSSES, distillation_loss, ends, flow_matching_loss, pick_objective, recipe_of, sample_loss, target_ae, validation_losses)
 
 
 def trainable(model, tune: str, final_adaln: bool = True) -> list[tuple[str, torch.nn.Parameter]]:

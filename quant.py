@@ -16,6 +16,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+
 E4M3_MAX = 448.0
 
 # every linear map of attention and MLP in a block; not a block's modulation

@@ -18,9 +18,9 @@ import hashlib
 import json
 import math
 import os
+import sys
 import textwrap
 import time
-import weakref
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -29,18 +29,16 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
-from autoencoder import ae_class, ae_config, export_autoencoder, load_autoencoder
-from data import SHAPES, SUFFIXES, TEXT_ENCODERS, cache_prompts, encode_prompts, find_encoders, fingerprint, null_prompt, read_prompts, text_parts, write_json
-from lora import add_lora, load_peft, lora_state, merge_lora, save_peft
-from model import (BASES, FAMILIES, Condition, FluxConfig, Text, atomic, build, cat_conditions, config_dict, config_of, ddpm_alphas_cumprod, deepen, export_diffusers,
-                   fast_bf16, find_weights, read_config, read_tensors, run)
+from model import (BASES, Condition, FAMILIES, FluxConfig, Text, cat_conditions, ddpm_alphas_cumprod)
+from lora import merge_lora
+from autoencoder import ae_class, ae_config
+from checkpoints import (ae_folder, atomic, config_dict, export, facts_of, fingerprint, load_autoencoder, load_base, load_peft, load_run, newest_run, run_facts, run_file, write_json)
+from shapes import SHAPES
+from data import (SUFFIXES, TEXT_ENCODERS, cache_prompts, encode_prompts, find_encoders, null_prompt, read_prompts, text_folder)
+from fast import (cost, fast_bf16, peak_gib, pixels_on_host, timed)
 
 
 # ---- the path and its ODE ------------------------------------------------------------------------------------------------
@@ -119,6 +117,8 @@ def extrapolate(model, both: Tensor, cfg_scale: float) -> Tensor:
 
 
 SOLVERS = ("euler", "heun", "dpm")
+
+
 START = {"dpm": 1e-3}                                                # where a solver's clock starts: log(t / (1-t)) has to be finite
 
 
@@ -270,16 +270,6 @@ def visiting(module: torch.nn.Module, device):
         store[name] = t
 
 
-@contextmanager
-def timed(seconds: dict, what: str, device):
-    """Adds the time of a block to seconds[what], the device's own work included."""
-    start = time.perf_counter()
-    yield
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize(device)
-    seconds[what] = seconds.get(what, 0.0) + time.perf_counter() - start
-
-
 @torch.no_grad()
 def generate(model, ae, cond, seeds: list[int], num_steps: int = 25, cfg_scale: float = 3.0, sampler: str = "euler", shift: float | str = 1.0,
              size: tuple[int, int] | None = None, batch: int = 64, dtype: torch.dtype = torch.float32, progress: bool = False, device=None,
@@ -314,18 +304,6 @@ def generate(model, ae, cond, seeds: list[int], num_steps: int = 25, cfg_scale: 
                 parts = z.split(max(1, 2**22 // (size[0] * size[1])))  # pixels need more room than tokens
                 images += [ae.decode(part).float().cpu() for part in parts]
     return torch.cat(images).clamp(-1, 1)
-
-
-# ---- the same loop, fast -------------------------------------------------------------------------------------------------------
-
-ATTENTION = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-
-
-def fast_attention():
-    """Softmax attention by the first of ATTENTION that takes the shapes at hand. cuDNN's is the fastest on an H100, and torch
-    passes over it silently in several cases: whoever counts on it asks a profile afterwards (bench.py). Compiled blocks keep
-    what was chosen when they were traced, so this has to be around their first call already."""
-    return sdpa_kernel(ATTENTION, set_priority=True)
 
 
 class Steps:
@@ -411,61 +389,6 @@ class Steps:
         for _ in range(len(self.t) - 1 if count is None else count):
             self.graph.replay() if self.graph else self.step()
         return self.x
-
-
-def pixels_on_host(x: Tensor) -> Tensor:
-    """`to_uint8` on the device and a single copy: (B,3,H,W) in [-1,1] -> (B,H,W,3) bytes on the CPU, complete when this returns.
-    Floats would be four times the bytes over the bus, and most of a decode's time on the CPU."""
-    bytes_ = ((x.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).contiguous()
-    if not x.is_cuda:
-        return bytes_
-    host = torch.empty(bytes_.shape, dtype=torch.uint8, pin_memory=True).copy_(bytes_, non_blocking=True)
-    torch.cuda.current_stream().synchronize()
-    return host
-
-
-# ---- what it costs, without a single weight ------------------------------------------------------------------------------------
-
-class Cost(TorchDispatchMode):
-    """Counts while code runs on the meta device: the most bytes alive at one time, of what the code itself made."""
-
-    def __init__(self):
-        super().__init__()
-        self.now = self.peak = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        storages = lambda tree: {id(s): s for t in tree_leaves(tree) if isinstance(t, Tensor) for s in [t.untyped_storage()]}
-        given = storages((args, kwargs))                             # a view of what was there makes nothing
-        for key, storage in storages(out).items():
-            if key not in given:
-                self.now += storage.nbytes()
-                weakref.finalize(storage, self.gone, storage.nbytes())
-        self.peak = max(self.peak, self.now)
-        return out
-
-    def gone(self, size: int):
-        self.now -= size
-
-
-class FusedAttention(TorchFunctionMode):
-    """Softmax attention as fused kernels do it, without the table of scores; its arithmetic is counted here."""
-    flops = 0
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is F.scaled_dot_product_attention:
-            q, k, v = args[:3]
-            self.flops += 2 * q.numel() * k.shape[-2] + 2 * q.numel() // q.shape[-1] * k.shape[-2] * v.shape[-1]
-            return torch.empty_like(q)
-        return func(*args, **(kwargs or {}))
-
-
-@torch.no_grad()
-def cost(f, *args) -> tuple[float, float]:
-    """Floating-point operations (a multiplication with its addition is two) and peak bytes of f's own tensors, float32."""
-    with FlopCounterMode(display=False) as rest, FusedAttention() as attention, Cost() as memory:
-        f(*args)
-    return rest.get_total_flops() + attention.flops, memory.peak
 
 
 def estimate(cfg, ae_cfg, cond, size: tuple[int, int], num_steps: int, passes: int, dtype: torch.dtype) -> dict:
@@ -577,99 +500,6 @@ def dtype_of(args) -> torch.dtype:
     return torch.bfloat16 if args.dtype == "bf16" or (args.dtype == "auto" and fast_bf16(args.device)) else torch.float32
 
 
-def facts_of(name: str, ema: bool = True):
-    """A preset's or a run's configuration and facts, without its weights. ValueError lists the presets."""
-    if name in BASES:
-        return BASES[name], {}
-    if not Path(name).exists():
-        raise ValueError(f"--base {name}: not a preset ({', '.join(BASES)}) and not the folder of a run")
-    return run_facts(run_file(name, ema))
-
-
-def run_facts(file: Path):
-    """The configuration and the facts that a run's file carries. ValueError if it is not a run's."""
-    if not file.is_file():
-        raise ValueError(f"{file}: no such weight file")
-    info = read_config(file)
-    if "model" not in info:
-        raise ValueError(f"{file} is not a run's file; an official weight file goes to --weights, with --base naming its model")
-    return config_of(info["model"]), info
-
-
-def load_base(name: str, weights: str | None = None, device="cpu", dtype: torch.dtype | None = torch.float32):
-    """A preset, or a finished run (its LoRA merged) -> model in eval mode, what a run trained from it has to know.
-    ValueError lists the names."""
-    cfg, _ = facts_of(name)
-    if name in BASES:
-        model, kept = build(cfg, find_weights(name, cfg.weights, weights), dtype), {}
-    else:
-        model, info = load_run(name, base_weights=weights)
-        kept, weights = {k: info[k] for k in ("classes", "shift", "images", "ae_weights") if k in info}, None
-        merge_lora(model)
-    return model.to(device=device, dtype=dtype).eval(), {**kept, "base": name, "base_weights": weights, "base_print": fingerprint(model)}
-
-
-def preset_of(name: str) -> str:
-    """The preset that a base came from: itself, or that of the run's base, and so on."""
-    while name not in BASES:
-        name = facts_of(name)[1]["base"]
-    return name
-
-
-def run_file(path, ema: bool = True) -> Path:
-    """The weight file of a run: a file as given; of a folder the moving average if there is one and it is wanted."""
-    path = Path(path)
-    if not path.is_dir():
-        return path
-    files = [path / "ema.safetensors"] * ema + [path / "model.safetensors"]
-    if not files[-1].exists():
-        raise ValueError(f"{path} holds no finished run (no model.safetensors); an unfinished one goes on with --resume")
-    return next(f for f in files if f.exists())
-
-
-def load_run(path, device="cpu", ema: bool = True, base_weights: str | None = None, dtype: torch.dtype = torch.float32):
-    """A run's folder or file -> model in eval mode (LoRA attached), the facts written with it. A run keeps what it
-    trained; the rest comes from its base, which is loaded first unless everything was trained (base_weights: where its
-    file is now). ValueError if this is not a run, or its base is another one than it was trained from."""
-    path = run_file(path, ema)
-    (cfg, info), tensors = run_facts(path), read_tensors(path)
-    if info.get("lora") or not any("blocks." in k for k in tensors):
-        base, found = load_base(info["base"], base_weights or info["base_weights"], dtype=None)     # its print is of the file's own numbers
-        if info.get("base_print", found["base_print"]) != found["base_print"]:
-            raise ValueError(f"{path} was trained from another {info['base']} than the one found now; give that one's file with --weights")
-        model = deepen(base, cfg)
-        if info.get("lora"):
-            add_lora(model, **info["lora"])
-        load_part(model, tensors, path)
-    else:
-        model = build(cfg, path)
-    return model.requires_grad_(False).to(device, dtype).eval(), info | {"file": str(path)}
-
-
-def load_part(model, tensors: dict[str, Tensor], source="the file"):
-    """Put tensors in the place of a model's own of the same names, in the file's precision: a base in bf16 must not round
-    what was trained in float32. What the file leaves out stays, as its base has it. ValueError
-    for a name or a shape that the model does not have, and for a missing embedder, head or LoRA: no base has those."""
-    own = model.state_dict()
-    wrong = [k for k, v in tensors.items() if k not in own or own[k].shape != v.shape]
-    missing = [k for k in own if k not in tensors and (k.startswith((model.EMBEDDER, model.HEAD)) or k.endswith((".A", ".B")))]
-    for what, keys in (("tensors that this model does not have in that shape", wrong), ("tensors missing that no base has", missing)):
-        if keys:
-            raise ValueError(f"{source}: {len(keys)} {what}: {', '.join(keys[:3])}")
-    model.load_state_dict(own | dict(tensors), assign=True)
-
-
-def newest_run(root="runs", kinds=("align", "finetune")) -> Path | None:
-    """The newest finished run's folder of these kinds, or None. A kind is align, finetune, noalign or scratch, or one of
-    one base: align-tiny. The files' own facts decide, not the folders' names: dit-xl is not dit-xl-512."""
-    def fits(file):
-        info = read_config(file)
-        kind, base = info.get("kind", ""), Path(info.get("base", "")).name
-        return kind in kinds or f"{kind}-{base}" in kinds
-    files = [f for f in Path(root).glob("*/model.safetensors") if fits(f)]
-    return max(files, key=lambda f: f.stat().st_mtime).parent if files else None
-
-
 def parse_classes(text: list[str] | None, names: tuple[str, ...], count: int) -> Tensor:
     """Class numbers or names -> (B,) indices; None -> the first classes in turn. ValueError names the valid ones."""
     if count < 1:
@@ -681,15 +511,6 @@ def parse_classes(text: list[str] | None, names: tuple[str, ...], count: int) ->
             raise ValueError(f"--classes {t}: not a class; give 0 .. {len(names) - 1}" + (f" or {', '.join(names)}" if len(names) <= 20 else ""))
     picked = torch.tensor([names.index(t) if t in names else int(t) for t in text])
     return picked.repeat(-(-count // len(picked)))[: max(count, len(picked))]
-
-
-def export(model, ae, folder: Path):
-    """Write what the diffusers library reads: transformer/ and vae/ with everything merged; a LoRA once more, by itself."""
-    if lora_state(model):
-        save_peft(model, folder / "lora")
-    export_diffusers(merge_lora(model), folder)
-    export_autoencoder(ae, folder)
-    print(f"wrote {', '.join(str(d) + '/' for d in sorted(folder.iterdir()) if d.is_dir())}")
 
 
 def thumbnails(images: Tensor, side: int = 512) -> Tensor:
@@ -761,26 +582,6 @@ def with_guidance(text: Text, guidance: float | None) -> Text:
     return replace(text, guidance=None if guidance is None else torch.full((len(text),), guidance, device=text.device))
 
 
-def text_folder(name: str, family: str, spec: str, given: str | None, weights: str | None) -> Path | None:
-    """Where a family's text encoders are: the folder given, the pipeline folder that the weights came from, or the hub;
-    None for encoders without files."""
-    if spec is None:
-        return None
-    parts = text_parts(family)
-    if not given and weights and (Path(weights) / parts[0]).is_dir():
-        return Path(weights)
-    return find_weights(f"{name}'s text encoder", spec, given, parts, "--text-encoders")
-
-
-def ae_folder(base: str, weights: str | None) -> Path | None:
-    """The pipeline folder that a preset came from, if it did: its own autoencoder lies there, with its scale."""
-    spec = BASES[base].weights if base in BASES else None
-    if weights and spec:
-        return Path(weights) if (Path(weights) / "vae").is_dir() else None
-    if spec and spec.endswith(("/", "::")):
-        return find_weights(f"{base}'s autoencoder", spec, None, ("vae",), "--base-ae-weights")
-
-
 def report(cfg, own: dict, size: tuple[int, int], count: int, dtype: torch.dtype, text_tokens: int | None, offload: bool) -> str:
     """What drawing takes, in a few lines, from the configurations alone."""
     ae_cfg, batch = ae_config(cfg.ae), min(own["batch"], count)
@@ -808,11 +609,14 @@ def example_text(cfg, rows: int, tokens: int) -> Text:
     return Text(torch.zeros(rows, tokens, cfg.caption_channels), torch.ones(rows, tokens, dtype=torch.bool))
 
 
-def peak_gib(device) -> float:
-    if torch.device(device).type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**30
-    import resource
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # kilobytes on Linux
+def run(main):
+    """A script's main with the user's errors as one line on stderr and exit code 2, without a traceback."""
+    try:
+        main()
+    except ValueError as e:
+        sys.exit(print(f"error: {e}", file=sys.stderr) or 2)
+    except KeyboardInterrupt:
+        sys.exit(print("interrupted", file=sys.stderr) or 130)
 
 
 def main(argv=None):
