@@ -534,6 +534,11 @@ def ae_class(cfg):
     return KLVAE if isinstance(cfg, KLConfig) else DCAE
 
 
+def build_autoencoder(cfg) -> Autoencoder:
+    """The autoencoder of a config, with random weights."""
+    return ae_class(cfg)(cfg)
+
+
 def ae_config(name: str):
     """Exact lookup in AUTOENCODERS; ValueError listing the names otherwise."""
     if name not in AUTOENCODERS:
