@@ -406,20 +406,12 @@ def _permutation(epoch: int, length: int, seed: int) -> Tensor:
     return torch.randperm(length, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
 
 
-def order(step: int, batch: int, rows: int | Tensor, seed: int) -> Tensor:
+def order(step: int, batch: int, n: int, seed: int) -> Tensor:
     """The indices of training step `step` (batch,): every epoch a new permutation. A function of the step alone, so a
-    resumed run reads what the killed one would have read, across an epoch's end too, on any number of processes.
-    rows: how many there are, or the bucket of every one of them (n,): then a batch is of one bucket. A bucket comes as
-    often as it has rows, and within it every row as often as any other."""
-    if not isinstance(rows, int):
-        turn, place = divmod(step, len(rows))
-        lead = rows[_permutation(turn, len(rows), seed)]              # the bucket of a step is that of a row drawn in turn
-        mine = rows == lead[place]
-        before = turn * int(mine.sum()) + int((lead[:place] == lead[place]).sum())          # steps that this bucket has had
-        return mine.nonzero().flatten()[order(before, batch, int(mine.sum()), seed)]
+    resumed run reads what the killed one would have read, across an epoch's end too, on any number of processes."""
     places = torch.arange(step * batch, (step + 1) * batch)
-    epoch, place = places // rows, places % rows
-    return torch.cat([_permutation(e, rows, seed)[place[epoch == e]] for e in epoch.unique().tolist()])
+    epoch, place = places // n, places % n
+    return torch.cat([_permutation(e, n, seed)[place[epoch == e]] for e in epoch.unique().tolist()])
 
 
 class Cache:
@@ -516,7 +508,7 @@ class LatentCache:
     def __len__(self):
         return self.length
 
-    def pieces(self, size: int) -> list[Tensor]:
+    def batches(self, size: int) -> list[Tensor]:
         """All rows in order, so many at a time."""
         return list(torch.arange(self.length).split(size))
 
@@ -543,8 +535,8 @@ class Buckets:
     def __len__(self):
         return len(self.buckets)
 
-    def pieces(self, size: int) -> list[Tensor]:
-        return [rows + start for cache, start in zip(self.caches, self.starts) for rows in cache.pieces(size)]
+    def batches(self, size: int) -> list[Tensor]:
+        return [rows + start for cache, start in zip(self.caches, self.starts) for rows in cache.batches(size)]
 
     def captions(self) -> list[str]:
         return [text for cache in self.caches for text in cache.captions()]
@@ -640,12 +632,12 @@ def check_scale(cfg, latents: np.ndarray, report=None):
         raise ValueError(f"{cfg.name}: latents of standard deviation {z.std():.2f} where about 1 is expected; is its scale {cfg.scale} right for these weights?")
 
 
-def text_folder(name: str, family: str, spec: str, given: str | None, weights: str | None) -> Path | None:
-    """Where a family's text encoders are: the folder given, the pipeline folder that the weights came from, or the hub;
+def text_folder(name: str, cfg, given: str | None, weights: str | None) -> Path | None:
+    """Where a model's text encoders are: the folder given, the pipeline folder that the weights came from, or the hub;
     None for encoders without files."""
-    if spec is None:
+    if cfg.text_encoder is None or cfg.text_weights is None:
         return None
-    parts = text_parts(family)
+    parts = text_parts(cfg.text_encoder)
     if not given and weights and (Path(weights) / parts[0]).is_dir():
         return Path(weights)
-    return find_weights(f"{name}'s text encoder", spec, given, parts, "--text-encoders")
+    return find_weights(f"{name}'s text encoder", cfg.text_weights, given, parts, "--text-encoders")

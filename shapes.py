@@ -353,7 +353,7 @@ def load_classifier(file=None) -> Classifier:
 
 
 @torch.no_grad()
-def judged(judge: Classifier, images: Tensor, batch: int = 256) -> Tensor:
+def classifier_features(judge: Classifier, images: Tensor, batch: int = 256) -> Tensor:
     """Features (B,D) of pictures (B,3,H,W) in [-1,1]."""
     return torch.cat([judge.features(x) for x in images.split(batch)])
 
@@ -365,12 +365,12 @@ def share_right(judge: Classifier, features: Tensor, y: Tensor) -> float:
 
 def accuracy(judge: Classifier, images: Tensor, y: Tensor) -> float:
     """Share of the pictures that show the class they were asked to show."""
-    return share_right(judge, judged(judge, images), y)
+    return share_right(judge, classifier_features(judge, images), y)
 
 
 # ---- the judge of captioned pictures: pixels in, words out --------------------------------------------------------------------------
 
-class Seen(NamedTuple):
+class DetectedObject(NamedTuple):
     form: str
     colour: str
     size: str
@@ -415,7 +415,7 @@ def components(mask: Tensor) -> Tensor:
         label = spread
 
 
-def look_at(images: Tensor) -> list[tuple[list[Seen], str]]:
+def detect_objects(images: Tensor) -> list[tuple[list[DetectedObject], str]]:
     """The objects in pictures (B,3,H,W) in [-1,1], and their background's colour. An object is a patch of strong colour
     (backgrounds are muted) of at least 0.6 % of the picture; its form is that of the most similar outline."""
     rgb = F.interpolate(images.float().cpu(), (128, 128), mode="bilinear", antialias=True).add(1).div(2).clamp(0, 1)
@@ -430,7 +430,7 @@ def look_at(images: Tensor) -> list[tuple[list[Seen], str]]:
                 outline, x, y = _outline(mine := label == number)
                 form, _, area = min(_templates(), key=lambda t: (t[1] - outline).square().mean())
                 large = float(pixels) / 128**2 / area > RADII[0] * RADII[1]
-                seen.append(Seen(form, _nearest_hue(picture[:, mine].mean(dim=1)), SIZES[large], x / 128, y / 128))
+                seen.append(DetectedObject(form, _nearest_hue(picture[:, mine].mean(dim=1)), SIZES[large], x / 128, y / 128))
         out.append((seen, _nearest_hue(picture[:, away].mean(dim=1))))
     return out
 
@@ -438,7 +438,7 @@ def look_at(images: Tensor) -> list[tuple[list[Seen], str]]:
 ANSWERS = ("object", "count", "colour", "position", "binding", "all")
 
 
-def judge_scene(seen: list[Seen], background: str, scene: Scene) -> dict[str, bool]:
+def judge_scene(seen: list[DetectedObject], background: str, scene: Scene) -> dict[str, bool]:
     """A picture against its caption, as GenEval asks (arXiv 2310.11513): is every form there; as many objects as asked;
     every colour; the two in their relation (left out if none is asked); each form with its own colour and size; all of it."""
     forms, colours = Counter(s.form for s in seen), {s.colour for s in seen}
@@ -452,7 +452,7 @@ def judge_scene(seen: list[Seen], background: str, scene: Scene) -> dict[str, bo
     return out | {"all": all(out.values()) and background == scene.background}
 
 
-def relation_of(a: Seen, b: Seen) -> str:
+def relation_of(a: DetectedObject, b: DetectedObject) -> str:
     dx, dy = a.x - b.x, a.y - b.y
     return RELATIONS[(dy > 0) if abs(dy) > abs(dx) else 2 + (dx > 0)]
 
@@ -463,12 +463,12 @@ def scene_scores(images: Tensor, captions: list[str]) -> dict[str, float]:
     asked = [read_caption(c) for c in captions]
     if None in asked:
         raise ValueError(f"{captions[asked.index(None)]!r} is not a caption of the procedural pictures, so nothing can score it")
-    answers = [judge_scene(seen, background, scene) for (seen, background), scene in zip(look_at(images), asked)]
+    answers = [judge_scene(seen, background, scene) for (seen, background), scene in zip(detect_objects(images), asked)]
     of = lambda key: [a[key] for a in answers if key in a]
     return {key: sum(of(key)) / len(of(key)) for key in ANSWERS if of(key)}
 
 
-def pick_judge(source):
+def pick_scorer(source):
     """What scores pictures of the procedural kind of this source: judge(images, conditions, titles) -> {name: share}."""
     if source.classes:
         classifier = load_classifier()
