@@ -18,9 +18,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from model import (BASES, Backbone, DiT, DiTConfig, FAMILIES, Flux, FluxConfig, Sana, SanaConfig, deepen)
+from model import (BASES, Backbone, DiT, DiTConfig, FAMILIES, Flux, FluxConfig, Sampling, Sana, SanaConfig, to_deep_model)
 from lora import LoRALinear, add_lora, lora_state, merge_lora
-from autoencoder import Autoencoder, KLConfig, ae_class, ae_config
+from autoencoder import Autoencoder, KLConfig, ae_config, build_autoencoder
 
 
 HERE = Path(__file__).resolve().parent
@@ -31,7 +31,7 @@ HERE = Path(__file__).resolve().parent
 # sides; several names on their side are concatenated along the first axis; ours = None names what is left out, and why.
 # Rows are tried from the top. Read from left to right a table loads a file, from right to left it writes one.
 
-class Turn(NamedTuple):
+class KeyTransform(NamedTuple):
     """What changes besides the name: load makes our tensor of theirs, save theirs of ours; shares are the relative
     lengths of several names' parts (None: all alike)."""
     load: Callable[[Tensor], Tensor] = lambda x: x
@@ -48,7 +48,7 @@ def _swap_halves(x: Tensor) -> Tensor:
     return torch.cat(x.chunk(2)[::-1])
 
 
-SAME, SWAP = Turn(), Turn(_swap_halves, _swap_halves)                # diffusers' final modulation is (scale, shift)
+SAME, SWAP = KeyTransform(), KeyTransform(_swap_halves, _swap_halves)                # diffusers' final modulation is (scale, shift)
 
 
 OURS = [("*", "*")]
@@ -93,7 +93,7 @@ def _flux_diffusers() -> list[tuple]:
                  (f"{double}.{ff}.net.0.proj.*", f"double_blocks.{{}}.{stream}_mlp.0.*"), (f"{double}.{ff}.net.2.*", f"double_blocks.{{}}.{stream}_mlp.2.*")]
     return rows + [
         (f"{single}.norm.linear.*", "single_blocks.{}.modulation.lin.*"),
-        (tuple(f"{single}.{x}.*" for x in ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")), "single_blocks.{}.linear1.*", Turn(shares=(1, 1, 1, 4))),
+        (tuple(f"{single}.{x}.*" for x in ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")), "single_blocks.{}.linear1.*", KeyTransform(shares=(1, 1, 1, 4))),
         (f"{single}.proj_out.*", "single_blocks.{}.linear2.*"),
         (f"{single}.attn.norm_q.weight", "single_blocks.{}.norm.query_norm.scale"), (f"{single}.attn.norm_k.weight", "single_blocks.{}.norm.key_norm.scale")]
 
@@ -126,7 +126,7 @@ SANA_TABLES = {
 }
 
 # A name that only this layout of this family has. Where two layouts have it, the first row that fits counts.
-SIGNS = [
+LAYOUT_SIGNATURES = [
     ("double_blocks.0.img_attn.qkv.weight", Flux, "original"),
     ("transformer_blocks.0.attn.add_q_proj.weight", Flux, "diffusers"),
     ("blocks.0.mlp.inverted_conv.conv.weight", Sana, "original"),
@@ -141,9 +141,9 @@ SIGNS = [
 TABLES = {DiT: DIT_TABLES, Flux: FLUX_TABLES, Sana: SANA_TABLES}
 
 
-def recognise(keys) -> tuple[type, str]:
+def detect_layout(keys) -> tuple[type, str]:
     """Family and layout of a state dict, from its names. ValueError if they are nobody's."""
-    for sign, family, layout in SIGNS:
+    for sign, family, layout in LAYOUT_SIGNATURES:
         if sign in keys:
             return family, layout
     raise ValueError(f"these are not the weights of a DiT, FLUX or SANA in any known layout (the first names: {', '.join(list(keys)[:3])}); "
@@ -160,7 +160,7 @@ def _fill(text: str, groups: tuple[str, ...]) -> str:
     return re.sub(r"\{\}|\*", lambda _: next(it), text)
 
 
-def sources(key: str, table: list[tuple], theirs=None) -> tuple[list[str], Turn] | None:
+def source_keys(key: str, table: list[tuple], theirs=None) -> tuple[list[str], KeyTransform] | None:
     """Their names of our tensor `key`, and the turn between: of the first row that knows it and, given `theirs`, finds all
     its names there. None if there is no such row."""
     for names, ours, *turn in table:
@@ -177,7 +177,7 @@ def map_keys(model: nn.Module, theirs: Mapping[str, Tensor], table: list[tuple])
     Raises ValueError with the keys otherwise: half a checkpoint draws plausible rubbish."""
     wanted, mapped, used, missing = model.state_dict(), {}, set(), []
     for key in wanted:
-        if not (found := sources(key, table, theirs)):
+        if not (found := source_keys(key, table, theirs)):
             missing.append(key)
             continue
         names, turn = found
@@ -197,7 +197,7 @@ def unmap_keys(ours: Mapping[str, Tensor], table: list[tuple]) -> dict[str, Tens
     """Our state dict under their names: the table read from right to left. What we fuse is split (views, no copies)."""
     out = {}
     for key, value in ours.items():
-        if not (found := sources(key, table)):
+        if not (found := source_keys(key, table)):
             raise ValueError(f"{key} has no name in that layout")
         names, turn = found
         out |= zip(names, turn.split(turn.save(value), len(names)))
@@ -426,16 +426,16 @@ def find_weights(name: str, spec: str | None, path: str | None = None, parts: tu
 STATED = {DiT: {"num_heads": "num_attention_heads"}, Flux: {"axes_dim": "axes_dims_rope"}, Sana: {"num_heads": "num_cross_attention_heads"}}
 
 
-def config_facts(family: type, table: list[tuple], theirs: Mapping[str, Tensor], stated: dict) -> dict:
+def config_from_shapes(family: type, table: list[tuple], theirs: Mapping[str, Tensor], stated: dict) -> dict:
     """What a weight file says of its model's configuration. Shapes say nearly all, and they cannot be wrong; `stated` (its
     config.json, or {}) adds what they do not show. token_channels is C p^2: a FLUX token does not show its C and p."""
     def has(key):
-        return sources(key, table, theirs) is not None
+        return source_keys(key, table, theirs) is not None
 
     def shape(key):
         if not has(key):
             raise ValueError(f"{key} is missing, and every {family.__name__} has it: the file is not whole, or not of this family")
-        return theirs[sources(key, table, theirs)[0][0]].shape        # of the first part, where several are fused
+        return theirs[source_keys(key, table, theirs)[0][0]].shape        # of the first part, where several are fused
 
     def count(key):
         return next(i for i in range(10_000) if not has(key.format(i)))
@@ -455,7 +455,7 @@ def config_facts(family: type, table: list[tuple], theirs: Mapping[str, Tensor],
     return facts | dict(num_classes=shape("y_embedder.embedding_table.weight")[0] - 1, predict="epsilon" if variance else "velocity")
 
 
-def fit_config(cfg, family: type, facts: dict):
+def match_config(cfg, family: type, facts: dict):
     """The configuration of a file with these facts. Given one, it must agree: a ValueError names the difference and the
     presets that would fit. Given None it is the first preset that agrees, or the family's first one with the facts put in:
     what they leave open stays as it is there (SANA's heads in the original layout), and a FLUX token of 64 numbers is taken
@@ -476,16 +476,16 @@ def fit_config(cfg, family: type, facts: dict):
 
 def build(cfg, weights=None, dtype: torch.dtype | None = torch.float32) -> Backbone:
     """A model of this configuration, filled from weights of any known layout (a file, an index, a diffusers folder), or
-    freshly initialised (weights None). cfg None takes it from the file, see fit_config. dtype None keeps the file's, and
+    freshly initialised (weights None). cfg None takes it from the file, see match_config. dtype None keeps the file's, and
     its memory map. ValueError if the weights are missing, damaged or another model's."""
     if weights is None:
-        model = FAMILIES[type(cfg)](cfg).initialise()
+        model = FAMILIES[type(cfg)](cfg).init_from_scratch()
         return model.to(dtype) if dtype else model
     tensors, own = read_tensors(weights), read_config(weights).get("model")
     try:
-        family, layout = recognise(tensors)
+        family, layout = detect_layout(tensors)
         table = TABLES[family][layout]
-        cfg = fit_config(config_of(own) if cfg is None and own else cfg, family, config_facts(family, table, tensors, folder_config(weights)))
+        cfg = match_config(config_from_dict(own) if cfg is None and own else cfg, family, config_from_shapes(family, table, tensors, folder_config(weights)))
         if family is Sana and any(v.dtype == torch.float16 for k, v in tensors.items() if ".attn" in k):
             cfg = replace(cfg, clamp=True)                            # trained in fp16, counts on its limits
         with torch.device("meta"):
@@ -499,10 +499,13 @@ def config_dict(cfg) -> dict:
     return {"family": type(cfg).__name__, **asdict(cfg)}
 
 
-def config_of(plain: dict):
-    """config_dict's inverse, also after JSON has made lists of tuples."""
-    kind = next(k for k in FAMILIES if k.__name__ == plain.get("family", "DiTConfig"))
-    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in plain.items() if k != "family"})
+def config_from_dict(plain: dict):
+    """config_dict's inverse, also after JSON has made lists of tuples. ValueError for a config of an earlier version."""
+    if "sampling" not in plain:
+        raise ValueError("its configuration has no \"sampling\": it was written by an earlier version of this code; train it again")
+    family = next(kind for kind in FAMILIES if kind.__name__ == plain["family"])
+    settings = {k: tuple(v) if isinstance(v, list) else v for k, v in plain.items() if k != "family"}
+    return family(**settings | {"sampling": Sampling(**plain["sampling"])})
 
 
 # ---- models to files -----------------------------------------------------------------------------------------------------
@@ -596,7 +599,7 @@ def _conv1x1(w: Tensor) -> Tensor:
     return w[:, :, None, None]
 
 
-LINEAR, CONV = Turn(_linear), Turn(_conv1x1, _linear)
+LINEAR, CONV = KeyTransform(_linear), KeyTransform(_conv1x1, _linear)
 
 
 KL_DIFFUSERS = [("*", "*")]
@@ -728,7 +731,7 @@ def load_autoencoder(name: str, weights: str | None = None, dtype: torch.dtype |
     try:
         cfg = stated_config(cfg, folder_config(path, "vae"))
         with torch.device("meta"):
-            model = ae_class(cfg)(cfg)
+            model = build_autoencoder(cfg)
         load_weights(model, tensors, ae_table(cfg, tensors), dtype)
     except ValueError as e:
         raise ValueError(f"{path}: {e}") from None
@@ -780,7 +783,7 @@ def lora_from_peft(model: nn.Module, tensors: dict[str, Tensor], alphas: dict[st
             theirs.setdefault(module, {})[part[-1]] = value.float().flatten(1)
     table, made, used, skipped = TABLES[type(model)]["diffusers"], {}, set(), []
     for name, layer in model.named_modules():
-        if not isinstance(layer, (nn.Linear, nn.Conv2d)) or not (found := sources(f"{name}.weight", table)):
+        if not isinstance(layer, (nn.Linear, nn.Conv2d)) or not (found := source_keys(f"{name}.weight", table)):
             continue
         names, turn = [n.removesuffix(".weight") for n in found[0]], found[1]
         if not (here := [n for n in names if n in theirs]):
@@ -842,50 +845,46 @@ def load_peft(model: nn.Module, path) -> list[str]:
         if parts and parts.exists():
             found, own = read_tensors(parts), model.state_dict()
             for key in [k for k in own if k.startswith((model.EMBEDDER, model.HEAD))]:
-                names, turn = sources(key, TABLES[type(model)]["diffusers"])
+                names, turn = source_keys(key, TABLES[type(model)]["diffusers"])
                 own[key].copy_(turn.load(found[names[0]]))
         return skipped
     except ValueError as e:
         raise ValueError(f"{file}: {e}") from None
 
 
-def facts_of(name: str, ema: bool = True):
+def read_base_config(name: str, ema: bool = True):
     """A preset's or a run's configuration and facts, without its weights. ValueError lists the presets."""
     if name in BASES:
         return BASES[name], {}
     if not Path(name).exists():
         raise ValueError(f"--base {name}: not a preset ({', '.join(BASES)}) and not the folder of a run")
-    return run_facts(run_file(name, ema))
+    return read_run_config(run_file(name, ema))
 
 
-def run_facts(file: Path):
+def read_run_config(file: Path):
     """The configuration and the facts that a run's file carries. ValueError if it is not a run's."""
     if not file.is_file():
         raise ValueError(f"{file}: no such weight file")
     info = read_config(file)
     if "model" not in info:
         raise ValueError(f"{file} is not a run's file; an official weight file goes to --weights, with --base naming its model")
-    return config_of(info["model"]), info
+    try:
+        return config_from_dict(info["model"]), info
+    except ValueError as e:
+        raise ValueError(f"{file}: {e}") from None
 
 
 def load_base(name: str, weights: str | None = None, device="cpu", dtype: torch.dtype | None = torch.float32):
     """A preset, or a finished run (its LoRA merged) -> model in eval mode, what a run trained from it has to know.
     ValueError lists the names."""
-    cfg, _ = facts_of(name)
+    cfg, _ = read_base_config(name)
     if name in BASES:
         model, kept = build(cfg, find_weights(name, cfg.weights, weights), dtype), {}
     else:
         model, info = load_run(name, base_weights=weights)
-        kept, weights = {k: info[k] for k in ("classes", "shift", "images", "ae_weights") if k in info}, None
+        kept, weights = {k: info[k] for k in ("classes", "images", "ae_weights") if k in info}, None
         merge_lora(model)
     return model.to(device=device, dtype=dtype).eval(), {**kept, "base": name, "base_weights": weights, "base_print": fingerprint(model)}
-
-
-def preset_of(name: str) -> str:
-    """The preset that a base came from: itself, or that of the run's base, and so on."""
-    while name not in BASES:
-        name = facts_of(name)[1]["base"]
-    return name
 
 
 def run_file(path, ema: bool = True) -> Path:
@@ -904,12 +903,12 @@ def load_run(path, device="cpu", ema: bool = True, base_weights: str | None = No
     trained; the rest comes from its base, which is loaded first unless everything was trained (base_weights: where its
     file is now). ValueError if this is not a run, or its base is another one than it was trained from."""
     path = run_file(path, ema)
-    (cfg, info), tensors = run_facts(path), read_tensors(path)
+    (cfg, info), tensors = read_run_config(path), read_tensors(path)
     if info.get("lora") or not any("blocks." in k for k in tensors):
         base, found = load_base(info["base"], base_weights or info["base_weights"], dtype=None)     # its print is of the file's own numbers
         if info.get("base_print", found["base_print"]) != found["base_print"]:
             raise ValueError(f"{path} was trained from another {info['base']} than the one found now; give that one's file with --weights")
-        model = deepen(base, cfg)
+        model = to_deep_model(base, cfg)
         if info.get("lora"):
             add_lora(model, **info["lora"])
         load_part(model, tensors, path)
