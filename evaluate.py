@@ -26,9 +26,9 @@ from tqdm import tqdm
 
 from autoencoder import Autoencoder
 from checkpoints import (HERE, load_autoencoder, load_base, load_run, newest_run, read_config, run_file, write_tensors)
-from shapes import (ANSWERS, CLASSIFIER, Classifier, SHAPES, accuracy, judged, load_classifier, scene_scores, share_right)
+from shapes import (ANSWERS, CLASSIFIER, Classifier, SHAPES, accuracy, classifier_features, load_classifier, scene_scores, share_right)
 from data import (ImageFolder, cache_prompts, open_source, order, text_folder)
-from sample import (add_model_args, dtype_of, generate, path, run, save_grid, settings, to_uint8, with_guidance)
+from sample import (add_model_args, choose_sampling, dtype_of, generate, path, run_main, save_grid, to_uint8, with_guidance)
 
 
 # ---- the gap between two models' representations (Fig. 4a) ----------------------------------------------------------------------
@@ -46,16 +46,36 @@ def layer_gap(model, base, z_dc: Tensor, z_base: Tensor, y: Tensor, t: float = 1
     def features(m, z, i):
         x0 = torch.randn(z.shape, generator=torch.Generator().manual_seed(seed + i)).to(z)
         time = torch.full((len(z),), t, device=z.device)
-        x, clock = m.own_clock(path(x0, z, time)[0], time)
-        taps = [m.embed(x)]
-        m.trunk(taps[0], m.condition(clock, y, z.shape[-2:]), taps)
-        return [rearrange(h.float(), "b (h w) d -> b d h w", h=z.shape[-2] // m.cfg.patch_size) for h in taps]
+        tokens = token_features(m, path(x0, z, time)[0], time, y)
+        return [rearrange(h.float(), "b (h w) d -> b d h w", h=z.shape[-2] // m.cfg.patch_size) for h in tokens]
 
     gaps = []
     for g, h in zip(features(model, z_dc, 1), features(base, z_base, 2)):
         h = F.adaptive_avg_pool2d(h, g.shape[-2:])
         gaps.append(float((g - h).norm() / (h - h.mean(dim=(0, 2, 3), keepdim=True)).norm()))
     return gaps
+
+
+def token_features(model, x: Tensor, t: Tensor, y) -> list[Tensor]:
+    """The picture's tokens (B,N,D) after the embedder and after every block of one forward pass, by hooks."""
+    features = []
+
+    def keep_embedded(block, inputs):
+        features.append(inputs[0])                                   # the first block reads what the embedder puts out
+
+    def keep_output(block, inputs, output):
+        tokens = output[0] if isinstance(output, tuple) else output  # a double block of FLUX returns (picture, text)
+        features.append(tokens[:, -features[0].shape[1]:])           # a single block returns the text's tokens first
+
+    hooks = [model.blocks[0].register_forward_pre_hook(keep_embedded)]
+    hooks += [block.register_forward_hook(keep_output) for block in model.blocks]
+    try:
+        model(x, t, y)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert len(features) == len(model.blocks) + 1, "a compiled block passes over its hooks"
+    return features
 
 
 def gap_table(stages: dict[str, list[float]]) -> str:
@@ -97,7 +117,7 @@ def train_classifier(out: str, source, val, steps: int = 1500, batch: int = 64, 
 def judged_source(judge: Classifier, source, n: int) -> tuple[Tensor, Tensor]:
     """Features (n,D) and classes (n,) of n pictures of a source, any n: a folder is sorted by class."""
     rows = order(0, min(n, len(source)), len(source), seed=0)
-    features, labels = zip(*((judged(judge, x), y) for x, y in map(source.batch, rows.split(64))))
+    features, labels = zip(*((classifier_features(judge, x), y) for x, y in map(source.batch, rows.split(64))))
     return torch.cat(features), torch.cat(labels)
 
 
@@ -275,7 +295,7 @@ def main(argv=None):
     facts = read_config(run_file(found[-1])) if found else base_info
     folder, encoders, res = args.images or facts.get("images"), base.cfg.encoders, args.res or base.cfg.res
     train, val = (open_source(folder, res, split, (facts.get("captions") or "txt") if encoders else None) for split in ("train", "val"))
-    own, spaces = settings(base.cfg, name), {}
+    own, spaces = choose_sampling(base.cfg), {}
     chosen = order(0, min(64, len(val)), len(val), seed=0)
     real, labels = val.batch(chosen)
     if encoders:
@@ -334,7 +354,7 @@ def main(argv=None):
             sampler = "ddim" if model.cfg.predict == "epsilon" else "euler"
             images = draw(model, ae, side, guidance, sampler, info.get("shift", 1.0))
             drawn.append((f"{row['name']}\n{row['tokens']} tokens" + f"\nguidance {guidance:g}" * (len(strengths) > 1), images[:8]))
-            rows.append(row | dict(guidance=guidance, sampler=sampler, **scored(images), frechet=frechet_distance(judged(judge, images), reference)))
+            rows.append(row | dict(guidance=guidance, sampler=sampler, **scored(images), frechet=frechet_distance(classifier_features(judge, images), reference)))
 
     shares = list(dict.fromkeys(key for row in rows for key in ("accuracy", *ANSWERS) if key in row))
     columns = {"tokens": "", "steps": "", "guidance": "g", "gap": ".3f"} | dict.fromkeys(shares, ".1%") | {"frechet": ".3f"}
@@ -357,4 +377,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)
