@@ -30,10 +30,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from model import (BASES, FluxConfig, SanaConfig, cat_conditions, choose_conditions, deepen, to_deep_latent)
+from model import (BASES, FluxConfig, SanaConfig, cat_conditions, where_conditions, to_deep_model, to_deep_latent)
 from autoencoder import AUTOENCODERS, ae_config
 from checkpoints import config_dict, load_base, preset_of
-from shapes import pick_judge
+from shapes import pick_scorer
 from fast import peak_gib, timed
 from sample import (Chain, add_model_args, ddpm_loss, dtype_of, path, run, sample_t, save_grid)
 from evaluate import gap_table, layer_gap, plot_curves, plot_gap
@@ -153,7 +153,7 @@ def ends(model, final_adaln: bool = True) -> tuple[str, str]:
 def drop_labels(model, y: Tensor, p: float, generator) -> Tensor:
     """Replace a share p of the conditions by the null condition, so that the model stays able to be guided."""
     drop = torch.rand(len(y), generator=generator) < p
-    return choose_conditions(drop, model.null_condition(y), y)
+    return where_conditions(drop, model.null_condition(y), y)
 
 
 @torch.no_grad()
@@ -242,7 +242,7 @@ def solve_head(model, batches, ridge: float = 1e-6, dtype=torch.float32, guided:
     sums = LeastSquares(layer.in_features, layer.out_features, layer.weight.device)
 
     def features(xt, t, y):
-        x, clock = model.own_clock(xt, t)
+        x, clock = model.to_native(xt, t)
         c = model.condition(clock, y, xt.shape[-2:])
         return model.head_features(model.trunk(model.embed(x), c), c).float()
 
@@ -253,7 +253,7 @@ def solve_head(model, batches, ridge: float = 1e-6, dtype=torch.float32, guided:
             if guided:
                 g = y.guidance.view(-1, 1, 1)
                 h = (h + (g - 1) * features(xt, t, unconditional(model, y))) / g
-        sums.add(h, model.patchify(model.velocity(v, xt, t)))         # from velocity to output: a sign at most, its own inverse
+        sums.add(h, model.patchify(model.to_velocity(v, xt, t)))         # from velocity to output: a sign at most, its own inverse
     sums.add_up()
     sums.mse = sums.loss(*_set(layer, *sums.solve(ridge)))
     return sums
@@ -377,12 +377,12 @@ def main(argv=None):
     ae, source, cache, y_val, base.null = data.ae, data.source, data.cache, data.val[1], data.null
     z_dc, z_base = data.val[0][new], data.val[0][old]
     torch.manual_seed(args.seed)
-    model = deepen(base, cfg).to(device)
+    model = to_deep_model(base, cfg).to(device)
     settle(model, [k for k, _ in pick(model, ends(model, args.final_adaln))], device, frozen_dtype(args), args.recompute)
     tokens = lambda m, z: z.shape[-1] * z.shape[-2] // m.cfg.patch_size**2
     print(f"{args.base}: {old} patch {base.cfg.patch_size}, {tokens(base, z_base)} tokens -> {new} patch 1, {tokens(model, z_dc)} tokens; "
           f"{len(cache)} pictures, {dtype} -> {out}")
-    judge = pick_judge(source) if args.count and not args.images else None   # they know the procedural pictures only
+    judge = pick_scorer(source) if args.count and not args.images else None   # they know the procedural pictures only
     told = lambda places: tell_guidance(y_val[:64], limits, places)   # what both models are told where their features are compared
     stages, gaps, logs, seconds = [], {}, {}, {}
 

@@ -11,7 +11,7 @@
 Speed is made in four places, each a switch here with a row of its own, each on top of the ones before:
 
     eager      plain PyTorch, FlashAttention-2, floats to the host: what the paper's row of the base looks like
-    attention  cuDNN's attention first (sample.fast_attention); before compile, which freezes the choice
+    attention  cuDNN's attention first (sample.attention_priority); before compile, which freezes the choice
     compile    block by block (model.compile_layers)
     hoist      modulations of all steps at once, text and position tables once an image (sample.Steps)
     decoder    the autoencoder's layers compiled, channels last (fast.compile_decoder); strips are always on
@@ -57,13 +57,13 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from model import (BASES, DiTConfig, FAMILIES, FluxConfig, SanaConfig, Text, deepen, to_deep_latent)
+from model import (BASES, DiTConfig, FAMILIES, FluxConfig, SanaConfig, Text, to_deep_model, to_deep_latent)
 from lora import add_lora
 from autoencoder import KLConfig, ae_class, ae_config
 from checkpoints import (DCAE_DIFFUSERS, KL_DIFFUSERS, TABLES, atomic, diffusers_ae_config, diffusers_config, unmap_keys)
-from fast import (compile_decoder, Cost, FusedAttention, compile_layers, fast_attention, fast_bf16, peak_gib, pixels_on_host)
+from fast import (compile_decoder, Cost, FusedAttention, compile_layers, attention_priority, fast_bf16, peak_gib, pixels_on_host)
 from quant import e4m3_rows, fp8_linears
-from sample import (Steps, example_text, guided, integrate, run, sample_t, time_grid)
+from sample import (Steps, example_text, guided_velocity, integrate, run, sample_t, time_grid)
 from train import pick, settle
 from align import LOSSES, embedding_loss, ends, pick_objective
 from finetune import trainable, training_memory
@@ -146,7 +146,7 @@ class Work:
         return text.map(random).to(dtype=dtype)
 
 
-def works(name: str, res: int, twin: bool = False) -> tuple[Work, Work]:
+def workloads(name: str, res: int, twin: bool = False) -> tuple[Work, Work]:
     """The base and its DC-Gen sibling: the paper's, or their small twins without the paper's figures."""
     family, paper = MODELS[name], PAPER.get((name, res), {})
     if res not in family.deep:
@@ -160,7 +160,7 @@ def works(name: str, res: int, twin: bool = False) -> tuple[Work, Work]:
 
 # ---- floors: counted, not measured ---------------------------------------------------------------------------------------------
 
-# What an H100 really gives (measured by public sources, see --tables for yours): bf16 products of any kind, FP8 products of
+# What an H100 really gives (measured by public source_keys, see --tables for yours): bf16 products of any kind, FP8 products of
 # linear maps with one scale a row (FBGEMM PR 2546), FLOP/s. A bf16 result above the first is an error of the benchmark.
 H100_BF16, H100_FP8 = 800e12, 1100e12
 
@@ -230,7 +230,7 @@ def print_floors(rows: list[dict]):
 # ---- models with random weights ------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def filled(module: nn.Module, device, dtype: torch.dtype, seed: int = 0) -> nn.Module:
+def init_random_(module: nn.Module, device, dtype: torch.dtype, seed: int = 0) -> nn.Module:
     """A module built on meta, with random weights: matrices of variance 1 / fan-in, norms 1, biases 0.1. No gate is zero."""
     module = module.to(dtype).to_empty(device=device).requires_grad_(False).eval()
     g = torch.Generator(device).manual_seed(seed)
@@ -256,14 +256,14 @@ def build_pair(pair: tuple[Work, Work], device, dtype, seed: int = 0) -> list[tu
     base_cfg, out = pair[0].cfg, []
     with torch.device("meta"):
         base = FAMILIES[type(base_cfg)](base_cfg)
-    base = filled(base, device, dtype, seed)
-    for work, model in zip(pair, (base, deepen(base, pair[1].cfg).to(dtype))):
+    base = init_random_(base, device, dtype, seed)
+    for work, model in zip(pair, (base, to_deep_model(base, pair[1].cfg).to(dtype))):
         with torch.device("meta"):
             ae_cfg = ae_config(work.cfg.ae)
             ae = ae_class(ae_cfg)(ae_cfg)
         if not isinstance(work.cfg, DiTConfig):                       # what guidance extrapolates from
             model.null = work.condition(1, device, dtype)
-        out.append((model.eval(), filled(ae, device, dtype, seed + 1).to(memory_format=torch.channels_last)))
+        out.append((model.eval(), init_random_(ae, device, dtype, seed + 1).to(memory_format=torch.channels_last)))
     return out
 
 
@@ -303,7 +303,7 @@ class Drawer:
 
     @torch.no_grad()
     def denoise(self, x0: Tensor, steps: int | None = None) -> Tensor:
-        with fast_attention() if "attention" in self.switches else flash_attention():
+        with attention_priority() if "attention" in self.switches else flash_attention():
             if "hoist" in self.switches:
                 if self.steps is None:
                     self.steps = Steps(self.model, self.cond, x0.shape, self.times, self.work.cfg_scale, graph="graph" in self.switches)
@@ -312,7 +312,7 @@ class Drawer:
                 return self.steps(x0, steps)
             call = lambda x, t, y: self.model(x.to(self.dtype), t, y)
             times = self.times if steps is None else self.times[: steps + 1]
-            return integrate(lambda x, t: guided(self.model, x, t, self.cond, self.work.cfg_scale, call=call), x0, times)
+            return integrate(lambda x, t: guided_velocity(self.model, x, t, self.cond, self.work.cfg_scale, call=call), x0, times)
 
     @torch.no_grad()
     def decode(self, z: Tensor) -> Tensor:
@@ -344,9 +344,9 @@ class DiffusersDrawer(Drawer):
         if compiler is not None:
             for part in (*self.net.transformer_blocks, *getattr(self.net, "single_transformer_blocks", ()), self.vae.decoder):
                 part.compile(dynamic=False, **compiler)
-        self.model.network = self.network                             # clocks, signs and guidance stay ours
+        self.model.forward_native = self.forward_native                             # clocks, signs and guidance stay ours
 
-    def network(self, x: Tensor, clock: Tensor, cond: Text) -> Tensor:
+    def forward_native(self, x: Tensor, clock: Tensor, cond: Text) -> Tensor:
         if isinstance(self.work.cfg, SanaConfig):
             return self.net(x, cond.tokens, clock, encoder_attention_mask=cond.mask.to(x.dtype), return_dict=False)[0]
         H, W = (n // self.work.cfg.patch_size for n in x.shape[-2:])
@@ -730,7 +730,7 @@ def self_checks(rows: list[dict]) -> list[str]:
 def print_rows(rows: list[dict]):
     median = lambda stage: (lambda r: r[stage]["median"])
     full = lambda r: f"a full run: {r['full_run_s']:.1f} s" if "full_run_s" in r else None
-    notes = lambda r: "; ".join(filter(None, ["estimated from 3 steps" if r["estimated"] else None, full(r), r.get("note")])) or None
+    notes = lambda r: "; ".join(filter(None, ["estimated from 3 steps" if r["estimated"] else None, to_float32(r), r.get("note")])) or None
     show([r for r in rows if "sum" in r], model=("work",), res=("res",), switch=(lambda r: "+ " * (r["switch"] in SWITCHES[1:]) + r["switch"],),
          tokens=("tokens", ","), TFLOPs=("tflops", ",.4g"), floor_s=("floor_s", ".3f"), text_ms=("text_s", ".1f", 1e3),
          denoise_s=(median("denoise"), ".3f"), decode_s=(median("decode"), ".3f"), uint8_ms=(median("uint8"), ".1f", 1e3), end_to_end_s=(median("sum"), ".3f"), **{"p10-p90": (lambda r: f"{r['sum']['p10']:.3f}-{r['sum']['p90']:.3f}",)},
@@ -842,7 +842,7 @@ def train_rows(schedule: tuple | None, pair: tuple[Work, Work], args, device, dt
 
 def memory_rows(name: str, sizes, batch: int | None):
     """What stage 3 takes of a GPU's memory at full size, counted on tensors without contents (finetune.training_memory)."""
-    for work in (works(name, res)[1] for res in sizes):
+    for work in (workloads(name, res)[1] for res in sizes):
         pictures = batch or (1 if isinstance(work.cfg, FluxConfig) else 16)
         yield dict(work=work.name, res=work.res, batch=pictures, **training_memory(work.cfg, pictures, work.grid))
 
@@ -910,7 +910,7 @@ def rate_tables(device, dtype):
     cfg = ae_config("dc-ae-f64c128-1.5" if cuda else "tiny-dc-ae-f32c32")
     with torch.device("meta"):
         ae = ae_class(cfg)(cfg)
-    ae = filled(ae, device, dtype)
+    ae = init_random_(ae, device, dtype)
     for way, layout in (("contiguous", torch.contiguous_format), ("channels last", torch.channels_last)):
         decoder = ae.decoder.to(memory_format=layout)
         x = decoder.conv_in(rand(1, cfg.channels, 16, 16).to(memory_format=layout))
@@ -1012,7 +1012,7 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     if cuda:
         torch.backends.cudnn.benchmark = True                         # shapes are fixed
-    pairs = [works(args.model, res, twin=not cuda) for res in sizes]
+    pairs = [workloads(args.model, res, twin=not cuda) for res in sizes]
     result = dict(command=" ".join(["bench.py", *(sys.argv[1:] if argv is None else argv)]), **facts(device), dtype=precision_of(False, dtype),
                   compile=args.compile_mode or "default" if cuda else "traced only",
                   rows=[], ratios=[], throughput=[], train=[], memory=[], tables=[], checks=[], floors=[])
@@ -1063,7 +1063,7 @@ def main(argv=None):
                  **{"than the paper's base": ("against_paper_base", ".2f")}, the_paper=("paper", ".2f"))
         for line in [*[WHY_TWO_RATIOS] * any(r["paper"] for r in result["ratios"]), *result["checks"]]:
             print(line)
-    result["floors"] = [floor(work) for res in sizes for work in works(args.model, res)]
+    result["floors"] = [floor(work) for res in sizes for work in workloads(args.model, res)]
     print_floors(result["floors"])
     save()
     drawn = args.out and any("sum" in r for r in result["rows"])

@@ -48,7 +48,7 @@ def timed(seconds: dict, what: str, device):
 ATTENTION = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
-def fast_attention():
+def attention_priority():
     """Softmax attention by the first of ATTENTION that takes the shapes at hand. cuDNN's is the fastest on an H100, and torch
     passes over it silently in several cases: whoever counts on it asks a profile afterwards (bench.py). Compiled blocks keep
     what was chosen when they were traced, so this has to be around their first call already."""

@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from model import (BASES, DiTConfig, FAMILIES, FluxConfig, ddpm_times, deepen, rotary_table, sincos_2d, to_deep_latent, with_guidance_embed)
+from model import (BASES, DiTConfig, FAMILIES, FluxConfig, ddpm_times, to_deep_model, rotary_table, sincos_2d, to_deep_latent, with_guidance_embed)
 from lora import LoRALinear, add_lora, merge_lora
 from autoencoder import ae_config
 from checkpoints import (build, config_dict, load_base, load_run, newest_run, read_tensors, run_file)
@@ -121,7 +121,7 @@ def start_model(args, recipe):
         base, info = load_base(args.base, args.weights, dtype=None)
         torch.manual_seed(args.seed)
         cfg = to_deep_latent(base.cfg, target_ae(args.ae, recipe, base.cfg), pos_step=new_step(args.pos_step, recipe, base.cfg))
-        return deepen(base, cfg), {**info, "kind": "noalign"}, []
+        return to_deep_model(base, cfg), {**info, "kind": "noalign"}, []
     aligned = Path(args.init) if args.init != "align" else newest_run(kinds=(f"align-{Path(args.base).name}",))
     if aligned is None:
         raise ValueError(f"no alignment of {args.base} in runs/; first: python align.py --base {args.base}   (or --init base to go without)")

@@ -35,7 +35,7 @@ from tqdm import tqdm
 from model import (BASES, Condition, FAMILIES, FluxConfig, Text, cat_conditions, ddpm_alphas_cumprod)
 from lora import merge_lora
 from autoencoder import ae_class, ae_config
-from checkpoints import (ae_folder, atomic, config_dict, export, facts_of, fingerprint, load_autoencoder, load_base, load_peft, load_run, newest_run, run_facts, run_file, write_json)
+from checkpoints import (ae_folder, atomic, config_dict, export, read_base_config, fingerprint, load_autoencoder, load_base, load_peft, load_run, newest_run, read_run_config, run_file, write_json)
 from shapes import SHAPES
 from data import (SUFFIXES, TEXT_ENCODERS, cache_prompts, encode_prompts, find_encoders, null_prompt, read_prompts, text_folder)
 from fast import (cost, fast_bf16, peak_gib, pixels_on_host, timed)
@@ -98,7 +98,7 @@ def noise(generators: list[torch.Generator], shape: tuple[int, ...]) -> Tensor:
     return torch.stack([torch.randn(shape, generator=g) for g in generators])
 
 
-def guided(model, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float, null: Tensor | None = None, call=None) -> Tensor:
+def guided_velocity(model, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float, null: Tensor | None = None, call=None) -> Tensor:
     """Classifier-free guidance, v_null + s (v_cond - v_null), both halves in one batch; s = 1 is one pass, no guidance.
     call: which function of the model to guide (default: its velocity). A learned variance is never guided."""
     call = call or model
@@ -156,7 +156,7 @@ class Chain:
 
     def __init__(self, steps: list[int] | None = None):
         full = ddpm_alphas_cumprod()
-        self.steps = list(range(len(full))) if steps is None else steps
+        self.steps = list(range(len(to_float32))) if steps is None else steps
         ab = full[self.steps]
         prev = torch.cat([torch.ones(1, dtype=ab.dtype), ab[:-1]])
         beta = 1 - ab / prev
@@ -234,7 +234,7 @@ def ddpm_loss(model, chain: Chain, z: Tensor, i: Tensor, y: Tensor, x0: Tensor) 
     number, which teaches the variance (arXiv 2102.09672, Sec. 3.1: epsilon is detached in it, or its noise would drown
     the first). z = x1 and x0 (B,C,H,W), i (B,) places in the chain, y (B,) -> (B,), (B,)"""
     x = chain.add_noise(z, x0, i)
-    out = model.network(x, torch.as_tensor(chain.steps, device=z.device)[i.to(z.device)], y).float()
+    out = model.forward_native(x, torch.as_tensor(chain.steps, device=z.device)[i.to(z.device)], y).float()
     eps, v = out.chunk(2, dim=1)
     mean, log_var, _ = chain.predict(torch.cat([eps.detach(), v], dim=1), x, i)
     kl = gaussian_kl(*chain.posterior(z, x, i), mean, log_var)        # B C H W
@@ -257,7 +257,7 @@ def latent_size(cfg, ae_cfg, size: tuple[int, int]) -> tuple[int, int]:
 
 
 @contextmanager
-def visiting(module: torch.nn.Module, device):
+def on_device(module: torch.nn.Module, device):
     """The module on the device, and where it was again afterwards. Its own tensors wait there: coming home copies nothing."""
     if all(p.device == torch.device(device) for p in module.parameters()):
         yield module                                                 # as it is: FSDP's parameters come and go
@@ -293,14 +293,14 @@ def generate(model, ae, cond, seeds: list[int], num_steps: int = 25, cfg_scale: 
         generators = [torch.Generator().manual_seed(s) for s in seeds[i : i + batch]]
         x = noise(generators, (model.cfg.in_channels, h, w)).to(device)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            with timed(seconds, "denoising", device), visiting(model, device):
+            with timed(seconds, "denoising", device), on_device(model, device):
                 if chain:
-                    network = lambda x, clock: guided(model, x, clock, rows, cfg_scale, call=model.network)
+                    network = lambda x, clock: guided_velocity(model, x, clock, rows, cfg_scale, call=model.forward_native)
                     z = chain.sample(network, x, sampler == "ddim", generators, progress)
                 else:
-                    velocity = lambda x, t: guided(model, x, t, rows, cfg_scale)
+                    velocity = lambda x, t: guided_velocity(model, x, t, rows, cfg_scale)
                     z = integrate(velocity, x, time_grid(num_steps, shift, START.get(sampler, 0.0)), sampler, progress)
-            with timed(seconds, "decoding", device), visiting(ae, device):
+            with timed(seconds, "decoding", device), on_device(ae, device):
                 parts = z.split(max(1, 2**22 // (size[0] * size[1])))  # pixels need more room than tokens
                 images += [ae.decode(part).float().cpu() for part in parts]
     return torch.cat(images).clamp(-1, 1)
@@ -338,7 +338,7 @@ class Steps:
             cond = cat_conditions([cond, model.null_condition(cond) if null is None else null])
         cond = cond.to(dtype=self.dtype) if isinstance(cond, Text) else cond
         rows = len(cond)
-        _, clock = model.own_clock(self.x.new_zeros(len(steps), 1, 1, 1), steps)
+        _, clock = model.to_native(self.x.new_zeros(len(steps), 1, 1, 1), steps)
         # every row of the condition at every step: (S rows) readings of the clock. Text tokens, the bulk of a prompt, are not asked for
         short = replace(cond, tokens=cond.tokens[:, :0], mask=None) if isinstance(cond, Text) else cond
         mods = model.modulations(clock.repeat_interleave(rows), short[torch.arange(rows, device=cond.device).repeat(len(steps))])
@@ -358,8 +358,8 @@ class Steps:
         if self.cfg_scale != 1.0:
             x = torch.cat([x, x])
         t = t.expand(len(x))
-        c, (x_in, _) = Condition(mods, self.context), model.own_clock(x, t)
-        v = model.velocity(model.head(model.trunk(model.embed(x_in.to(self.dtype)), c), c, grid).float(), x, t)
+        c, (x_in, _) = Condition(mods, self.context), model.to_native(x, t)
+        v = model.to_velocity(model.head(model.trunk(model.embed(x_in.to(self.dtype)), c), c, grid).float(), x, t)
         v = v if self.cfg_scale == 1.0 else extrapolate(model, v, self.cfg_scale)
         self.x.add_((t_next - t[:1]) * v)
         self.i.add_(1)
@@ -654,7 +654,7 @@ def main(argv=None):
     reject(args.shard and not args.dataset, "--shard", "only a data set is drawn in shares: add --dataset")
     args.device = device_here(args.device)
     ckpt, name, dtype, seconds = args.ckpt or (None if args.base else newest_run()), args.base or "tiny", dtype_of(args), {}
-    cfg, info = run_facts(run_file(ckpt, not args.raw)) if ckpt else facts_of(name)
+    cfg, info = read_run_config(run_file(ckpt, not args.raw)) if ckpt else read_base_config(name)
     label = str(ckpt or name)
     own = settings(cfg, None if ckpt else name, num_steps=args.num_steps, cfg_scale=args.cfg_scale, guidance=args.guidance, sampler=args.sampler,
                    shift=args.shift if args.shift is not None else info.get("shift"), batch=args.batch)

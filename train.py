@@ -126,7 +126,7 @@ def whole(t: Tensor) -> Tensor:
 def as_it_lies(full: Tensor, like: Tensor) -> Tensor:
     """A whole tensor on the other one's device, or this process's share of it where the other is a share."""
     full = full.to(like.device)
-    return distribute_tensor(full, like.device_mesh, like.placements, src_data_rank=None) if isinstance(like, DTensor) else full
+    return distribute_tensor(to_float32, like.device_mesh, like.placements, src_data_rank=None) if isinstance(like, DTensor) else full
 
 
 @contextmanager

@@ -58,7 +58,7 @@ from sample import *
 from shapes import *
 from train import *
 from quant import *
-from bench import SWITCHES, DiffusersDrawer, Drawer, filled, floor, ratios, sane, self_checks, shared, spread, works
+from bench import SWITCHES, DiffusersDrawer, Drawer, init_random_, floor, ratios, sane, self_checks, shared, spread, workloads
 import train
 import evaluate
 import sample
@@ -393,7 +393,7 @@ class Encoder:
 def with_lora(rank=4, alpha=None, targets=None, **kw):
     """A scrambled tiny DiT and the same with a LoRA that does something."""
     base = scramble(DiT(replace(TINY_DIT, **kw)))
-    tuned = deepen(base, base.cfg)
+    tuned = to_deep_model(base, base.cfg)
     tuned.load_state_dict(base.state_dict(), assign=True)
     names = add_lora(tuned, rank, alpha, *([targets] if targets else []))
     return base, tuned, names
@@ -413,7 +413,7 @@ def flux_lora_case():
     config, weights, x, out = fixture("flux_lora")
     tensors = load_file(SHARED / "parity/flux_lora.a.safetensors")
     net = load_weights(on_meta(Flux, flux_of(config)), weights, TABLES[Flux]["diffusers"])
-    run = lambda net: net.patchify(net.network(net.unpatchify(x["hidden_states"], (4, 6)), x["timestep"], diffusers_text(x)))
+    run = lambda net: net.patchify(net.forward_native(net.unpatchify(x["hidden_states"], (4, 6)), x["timestep"], diffusers_text(x)))
     return net, {k.removeprefix("lora."): v for k, v in tensors.items() if k.startswith("lora.")}, run, out
 
 
@@ -435,7 +435,7 @@ class Toy(nn.Module):
 
 def official_dit(name):
     config, weights, x, out = fixture(name)
-    net = load_weights(dit_of(config), weights, DIT_TABLES[recognise(weights)[1]])
+    net = load_weights(dit_of(config), weights, DIT_TABLES[detect_layout(weights)[1]])
     net.cfg = replace(net.cfg, guided_channels=3)
     return net.eval(), x, out, json.loads((SHARED / f"parity/{name}.a.json").read_text())
 
@@ -466,7 +466,7 @@ def trained_part(k):
 
 def deep(base, seed=1):
     """The base on deep latents, with another embedder and head for every seed; its trunk is the base's own."""
-    model, g = deepen(base, DEEP), torch.Generator().manual_seed(seed)
+    model, g = to_deep_model(base, DEEP), torch.Generator().manual_seed(seed)
     for k, v in model.state_dict().items():
         if trained_part(k):
             v.normal_(std=0.2, generator=g)
@@ -655,11 +655,11 @@ def small_pair(seed=0, clock="flow"):
     """A small base on f8 latents with a live (not zero-gated) trunk, its conversion, and paired latents of 48 pictures."""
     torch.manual_seed(seed)
     predict = "epsilon" if clock == "ddpm" else "velocity"
-    base = DiT(DiTConfig(32, 3, 4, 2, 4, "tiny-kl-f8c4", 64, num_classes=8, clock=clock, predict=predict)).initialise()
+    base = DiT(DiTConfig(32, 3, 4, 2, 4, "tiny-kl-f8c4", 64, num_classes=8, clock=clock, predict=predict)).init_from_scratch()
     for p in base.parameters():
         torch.nn.init.normal_(p, std=0.15) if p.ndim > 1 else None
     base.requires_grad_(False)
-    model = deepen(base, to_deep_latent(base.cfg, AUTOENCODERS["tiny-dc-ae-f32c32"]))
+    model = to_deep_model(base, to_deep_latent(base.cfg, AUTOENCODERS["tiny-dc-ae-f32c32"]))
     g = torch.Generator().manual_seed(seed)
     z_base = torch.randn(48, 4, 16, 8, generator=g)
     mix = torch.randn(32, 4, generator=g)
@@ -739,7 +739,7 @@ def small_flux(seed=0):
     """As small_pair, of a guidance-distilled FLUX with LoRA: model, latents, prompts."""
     torch.manual_seed(seed)
     base = scramble(Flux(TINY_FLUX))
-    net = deepen(base, to_deep_latent(TINY_FLUX, AUTOENCODERS["tiny-dc-ae-f32c32"]))
+    net = to_deep_model(base, to_deep_latent(TINY_FLUX, AUTOENCODERS["tiny-dc-ae-f32c32"]))
     scramble(net.final_layer.linear)
     net.null = prompts(TINY_FLUX, 1)
     add_lora(net, 4)

@@ -6,7 +6,7 @@ def test_every_stage_of_the_method_runs_on_a_text_model(name):
     """Alignment, its closed forms, the flow loss with dropped prompts and the gap per layer take a Text as they take labels."""
     cfg = TINIES[name]
     base = scramble(FAMILIES[type(cfg)](cfg))
-    net = deepen(base, to_deep_latent(cfg, AUTOENCODERS["tiny-dc-ae-f32c32"]))
+    net = to_deep_model(base, to_deep_latent(cfg, AUTOENCODERS["tiny-dc-ae-f32c32"]))
     g = torch.Generator().manual_seed(0)
     scale = 4 if name == "flux" else 2                               # cells of the old latent a side of a new token
     z_dc, z_base = torch.randn(40, 32, 2, 3, generator=g), torch.randn(40, cfg.in_channels, 2 * scale, 3 * scale, generator=g)
@@ -167,7 +167,7 @@ def test_distillation_asks_for_what_guidance_in_two_passes_says():
     with torch.no_grad():
         close(student(xt, t, y), teacher(xt, t, y), 1e-6)
         loss, pred, v = align.distillation_loss(teacher, student, z, t, y, x0)
-        both = [guided(teacher, xt[i : i + 1], t[i : i + 1], y[i : i + 1], float(y.guidance[i])) for i in range(3)]
+        both = [guided_velocity(teacher, xt[i : i + 1], t[i : i + 1], y[i : i + 1], float(y.guidance[i])) for i in range(3)]
     close(v, torch.cat(both), 1e-5)
     assert loss[0] < 1e-9 < loss[1] and loss[1] < loss[2]
     exact = lambda xt, t, c: torch.cat(both)
@@ -378,7 +378,7 @@ def test_labels_are_dropped_at_the_given_rate_to_the_null_class():
 
 def test_the_ddpm_objective_trains_a_head_of_twice_the_channels(tmp_path):
     base, _, z_dc, _, y = small_pair(clock="ddpm")
-    model = deepen(base, to_deep_latent(base.cfg, AUTOENCODERS["tiny-dc-ae-f32c32"], "epsilon"))
+    model = to_deep_model(base, to_deep_latent(base.cfg, AUTOENCODERS["tiny-dc-ae-f32c32"], "epsilon"))
     assert model.final_layer.linear.out_features == 64
     loss, said = align.sample_loss(model, z_dc, y, torch.Generator().manual_seed(0), objective="ddpm", t_sampling="uniform", shift=1.0, label_dropout=0.0)
     assert torch.isfinite(loss) and said["mse"] > 0

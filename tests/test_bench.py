@@ -3,7 +3,7 @@ from common import *
 
 @pytest.mark.parametrize("name, res", COUNTS)
 def test_flux_is_as_much_arithmetic_as_others_counted(name, res):
-    floors = [floor(work) for work in works(name, res)]
+    floors = [floor(work) for work in workloads(name, res)]
     for got, (tokens, linear, attention, decode) in zip(floors, COUNTS[name, res]):
         assert got["tokens"] + 512 == tokens and abs(got["text"] / 4.853e12 - 1) < 0.005
         for key, want in (("linear", linear), ("attention", attention), ("decode", decode)):
@@ -19,7 +19,7 @@ def test_flux_is_as_much_arithmetic_as_others_counted(name, res):
 
 @pytest.mark.parametrize("name, res", FORWARDS)
 def test_sana_and_dit_are_as_much_arithmetic_as_others_counted(name, res):
-    for got, (tokens, forward, decode) in zip([floor(work) for work in works(name, res)], FORWARDS[name, res]):
+    for got, (tokens, forward, decode) in zip([floor(work) for work in workloads(name, res)], FORWARDS[name, res]):
         assert got["tokens"] == tokens and got["passes"] == 2
         assert abs(got["step"] / 2e12 / forward - 1) < 0.01 and abs(got["decode"] / 1e12 / decode - 1) < 0.01, got
 
@@ -44,8 +44,8 @@ def test_a_network_that_predicts_noise_stays_finite_on_random_weights():
 
 
 def test_random_weights_are_no_zeros_and_keep_every_block_finite():
-    for work in works("flux-krea", 1024, twin=True) + works("sana-1.6b", 1024, twin=True) + works("dit-xl", 256, twin=True):
-        net = filled(on_meta(FAMILIES[type(work.cfg)], work.cfg), torch.device("cpu"), torch.float32)
+    for work in workloads("flux-krea", 1024, twin=True) + workloads("sana-1.6b", 1024, twin=True) + workloads("dit-xl", 256, twin=True):
+        net = init_random_(on_meta(FAMILIES[type(work.cfg)], work.cfg), torch.device("cpu"), torch.float32)
         x, taps = torch.randn(1, work.cfg.in_channels, *work.grid), []
         cond = work.condition(1, "cpu")
         c = net.condition(torch.tensor([0.5]), cond, work.grid)
@@ -71,8 +71,8 @@ def test_a_shared_copy_has_the_same_tensors_and_modules_of_its_own():
 
 def test_every_switch_draws_the_same_picture(fresh_compiler):
     """The rows of the table are one work: FP8 within its error, all others to rounding."""
-    work = works("flux-krea", 1024, twin=True)[1]
-    (_, _), (net, ae) = bench.build_pair(works("flux-krea", 1024, twin=True), torch.device("cpu"), torch.float32)
+    work = workloads("flux-krea", 1024, twin=True)[1]
+    (_, _), (net, ae) = bench.build_pair(workloads("flux-krea", 1024, twin=True), torch.device("cpu"), torch.float32)
     cond, x0 = work.condition(1, "cpu"), torch.randn(1, 32, 4, 4)
     images = {}
     for s in SWITCHES:
@@ -94,7 +94,7 @@ def test_every_switch_draws_the_same_picture(fresh_compiler):
 @pytest.mark.parametrize("name", ["flux-krea", "sana-1.6b"])
 def test_diffusers_does_the_same_work(name):
     pytest.importorskip("diffusers")
-    pair = works(name, 1024, twin=True)
+    pair = workloads(name, 1024, twin=True)
     for work, (net, ae) in zip(pair, bench.build_pair(pair, torch.device("cpu"), torch.float32)):
         ours, theirs = Drawer(work, net, ae, ("eager",), num_steps=2), DiffusersDrawer(work, net, ae, num_steps=2)
         theirs.cond, x0 = ours.cond, torch.randn(1, work.cfg.in_channels, *work.grid)
@@ -243,7 +243,7 @@ def test_a_captured_step_is_the_plain_loop(name):
         net.null = net.null.to("cuda")
     times = time_grid(6)
     steps = Steps(net, cond, x.shape, times, 2.5, graph=True)
-    close(steps(x), integrate(lambda x, t: guided(net, x, t, cond, 2.5), x, times), 1e-4)
+    close(steps(x), integrate(lambda x, t: guided_velocity(net, x, t, cond, 2.5), x, times), 1e-4)
     again = steps(x).clone()
     steps(torch.randn_like(x)), close(steps(x), again, 0)             # nothing is left over from another picture
 
@@ -252,7 +252,7 @@ def test_a_captured_step_is_the_plain_loop(name):
 @pytest.mark.parametrize("tokens", [768, 1000, 1536, 4608])
 def test_cudnns_attention_is_what_runs_and_it_is_right(tokens):
     q, k, v = (torch.randn(1, 24, tokens, 128, device="cuda", dtype=torch.bfloat16) for _ in range(3))
-    with fast.fast_attention(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as p:
+    with fast.attention_priority(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as p:
         out = F.scaled_dot_product_attention(q, k, v)
     assert any("cudnn" in e.key.lower() for e in p.key_averages()), [e.key for e in p.key_averages()]
     assert off(out, torch.softmax(q.float() @ k.float().transpose(-1, -2) / 128**0.5, -1) @ v.float()) < 0.01
@@ -260,8 +260,8 @@ def test_cudnns_attention_is_what_runs_and_it_is_right(tokens):
 
 @needs_gpu
 def test_a_channels_last_decoder_converts_no_layouts():
-    work = works("flux-krea", 1024)[1]
-    ae = filled(on_meta(DCAE, ae_config(work.cfg.ae)), torch.device("cuda"), torch.bfloat16).to(memory_format=torch.channels_last)
+    work = workloads("flux-krea", 1024)[1]
+    ae = init_random_(on_meta(DCAE, ae_config(work.cfg.ae)), torch.device("cuda"), torch.bfloat16).to(memory_format=torch.channels_last)
     compile_decoder(ae)
     z = torch.randn(1, 32, 32, 32, device="cuda", dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
     ae.decode(z)

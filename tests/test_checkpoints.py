@@ -41,7 +41,7 @@ def test_stock_diffusers_loads_an_exported_model_with_equal_outputs(name, channe
         for block in theirs.transformer_blocks:
             block.norm1.emb.time_proj.downscale_freq_shift = 0       # 128, as trained
         want = theirs(x, timestep=clock, class_labels=cond).sample
-    close(net.network(x, clock, cond), want, 2e-5 if name == "sana" else 1e-5)      # SANA: the epsilon of cross-attention
+    close(net.forward_native(x, clock, cond), want, 2e-5 if name == "sana" else 1e-5)      # SANA: the epsilon of cross-attention
 
 
 @pytest.mark.parametrize("cfg", [TINY_KL, replace(TINY_KL, quant_conv=True), *STYLES.values()], ids=lambda c: c.name)

@@ -6,10 +6,10 @@ def test_the_gap_of_a_model_to_itself_is_0_and_of_a_random_embedder_about_1(tiny
     assert layer_gap(tiny, tiny, z, z, y) == [0, 0, 0, 0]
     same = layer_gap(tiny, tiny, z, z, y, t=0.5)                     # each with noise of its own
     assert all(0.1 < g < 2 for g in same)
-    other = deepen(tiny, TINY_DIT)
+    other = to_deep_model(tiny, TINY_DIT)
     other.x_embedder.proj.weight.copy_(scramble(DiT(TINY_DIT), seed=7).x_embedder.proj.weight)
     assert layer_gap(other, tiny, z, z, y)[0] > 0.9
-    half = deepen(tiny, replace(TINY_DIT, patch_size=1))             # on half the grid
+    half = to_deep_model(tiny, replace(TINY_DIT, patch_size=1))             # on half the grid
     gaps = layer_gap(half, tiny, F.avg_pool2d(z, 4), z, y)
     assert len(gaps) == 4 and all(g > 0.5 for g in gaps)
     half.embed = lambda _: F.avg_pool2d(tiny.embed(z).transpose(1, 2).unflatten(2, (4, 4)), 2).flatten(2).transpose(1, 2)
@@ -20,7 +20,7 @@ def test_the_gap_of_a_model_to_itself_is_0_and_of_a_random_embedder_about_1(tiny
 
 def test_the_gap_of_the_average_feature_is_1(tiny):
     z, y = torch.randn(64, 4, 8, 8), torch.zeros(64, dtype=torch.long)
-    flat = deepen(tiny, TINY_DIT)
+    flat = to_deep_model(tiny, TINY_DIT)
     flat.x_embedder.proj.weight.zero_()
     mean = tiny.embed(z).mean(dim=(0, 1))
     flat.x_embedder.proj.bias.copy_(mean)

@@ -63,7 +63,7 @@ def test_strips_of_a_stage_are_of_one_height(style):
 def test_hoisted_steps_are_the_plain_loop(name, cfg_scale):
     net, cond, x = fast_case(name)
     times = time_grid(4, 3.0)
-    plain = lambda cond: integrate(lambda x, t: guided(net, x, t, cond, cfg_scale), x, times)
+    plain = lambda cond: integrate(lambda x, t: guided_velocity(net, x, t, cond, cfg_scale), x, times)
     steps = Steps(net, cond, x.shape, times, cfg_scale)
     close(steps(x), plain(cond), 1e-5)
     other = cond.flip(0) if isinstance(cond, torch.Tensor) else cond.map(lambda part: part.flip(0))
@@ -72,7 +72,7 @@ def test_hoisted_steps_are_the_plain_loop(name, cfg_scale):
     assert steps.table.data_ptr() == places                          # a captured graph reads there
     close(steps(x), plain(other), 1e-5)
     assert off(plain(other), plain(cond)) > 1e-3
-    close(steps(x, 1), integrate(lambda x, t: guided(net, x, t, other, cfg_scale), x, times[:2]), 1e-5)
+    close(steps(x, 1), integrate(lambda x, t: guided_velocity(net, x, t, other, cfg_scale), x, times[:2]), 1e-5)
 
 
 @pytest.mark.parametrize("name", TINIES)
@@ -197,6 +197,6 @@ def test_fp8_refuses_what_it_cannot_do():
 
 def test_models_that_share_a_trunk_share_its_fp8_codes():
     made, base = {}, scramble(Flux(BASES["tiny-flux"]))
-    one, two, other = shared(base), shared(deepen(base, replace(to_deep_latent(base.cfg, ae_config("tiny-dc-ae-f32c32"))))), scramble(Flux(BASES["tiny-flux"]), 1)
+    one, two, other = shared(base), shared(to_deep_model(base, replace(to_deep_latent(base.cfg, ae_config("tiny-dc-ae-f32c32"))))), scramble(Flux(BASES["tiny-flux"]), 1)
     names = [fp8_linears(net, made=made) for net in (one, two, other)][0]
     assert all(one.get_submodule(n) is two.get_submodule(n) is not other.get_submodule(n) for n in names) and len(made) == 2 * len(names)

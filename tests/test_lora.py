@@ -89,7 +89,7 @@ def test_a_lora_of_diffusers_loads_at_its_strength_and_merges_to_the_same_weight
 def test_a_saved_lora_brings_its_embedder_and_head_and_draws_the_same(name, tmp_path):
     cfg = TINIES[name]
     base = scramble(FAMILIES[type(cfg)](cfg))
-    deep = lambda: deepen(base, to_deep_latent(cfg, AUTOENCODERS["tiny-dc-ae-f32c32"]))
+    deep = lambda: to_deep_model(base, to_deep_latent(cfg, AUTOENCODERS["tiny-dc-ae-f32c32"]))
     tuned = deep()
     names = add_lora(tuned, 4, 6)
     assert len(names) == {"dit": 12, "flux": 2 * 8 + 2 * 2, "sana": 2 * 7}[name], names
@@ -112,7 +112,7 @@ def test_a_lora_of_the_base_loads_onto_the_deep_model_without_what_is_bound_to_t
     add_lora(base, 3, targets=r"img_in|final_layer\.linear|double_blocks\.0\.img_attn\.qkv|double_blocks\.1\.txt_mod\.lin|final_layer\.adaLN_modulation\.1"), draw_b(base)
     tensors, alphas = lora_to_peft(base)
     tensors = {k: v for k, v in tensors.items() if "to_k" not in k}  # trainers often leave some out
-    deep = deepen(scramble(Flux(TINY_FLUX)), to_deep_latent(TINY_FLUX, AUTOENCODERS["tiny-dc-ae-f32c32"]))
+    deep = to_deep_model(scramble(Flux(TINY_FLUX)), to_deep_latent(TINY_FLUX, AUTOENCODERS["tiny-dc-ae-f32c32"]))
     before = deep.double_blocks[0].img_attn.qkv.weight.clone()
     assert sorted(lora_from_peft(deep, {f"base_model.model.{k}": v for k, v in tensors.items()}, alphas)) == ["proj_out", "x_embedder"]
     assert isinstance(deep.final_layer.adaLN_modulation[1], LoRALinear)

@@ -4,15 +4,15 @@ from common import *
 @pytest.mark.parametrize("name", ["dit", "dit_patch1"])
 def test_dit_matches_the_official_code(name):
     config, weights, x, out = fixture(name)
-    net = load_weights(dit_of(config), weights, DIT_TABLES[recognise(weights)[1]])
-    close(net.network(x["x"], x["t"], x["y"]), out["forward"])
+    net = load_weights(dit_of(config), weights, DIT_TABLES[detect_layout(weights)[1]])
+    close(net.forward_native(x["x"], x["t"], x["y"]), out["forward"])
 
 
 def test_dit_in_diffusers_layout_matches_with_the_frequencies_it_was_trained_with():
     """diffusers divides the exponent by 127 where the weights were trained with 128."""
     config, weights, x, out = fixture("dit_diffusers")
-    net = load_weights(dit_of(config), weights, DIT_TABLES[recognise(weights)[1]])
-    got = net.network(x["hidden_states"], x["timestep"], x["class_labels"])
+    net = load_weights(dit_of(config), weights, DIT_TABLES[detect_layout(weights)[1]])
+    got = net.forward_native(x["hidden_states"], x["timestep"], x["class_labels"])
     close(got, out["forward_original_frequencies"])
     assert off(got, out["forward"]) > 1e-3
 
@@ -53,7 +53,7 @@ def test_dit_matches_diffusers(patch, size):
         block.norm3.eps = 1e-6                                       # as trained; diffusers has 1e-5
     x, t, y = torch.randn(3, 4, size, size).double(), torch.tensor([0, 417, 999]), torch.tensor([0, 8, 9])
     net = load_weights(dit_of(config), theirs.state_dict(), DIT_TABLES["diffusers"])
-    close(net.network(x, t, y), theirs(x, timestep=t, class_labels=y).sample, 1e-7)
+    close(net.forward_native(x, t, y), theirs(x, timestep=t, class_labels=y).sample, 1e-7)
 
 
 def test_dit_stages_compose_to_the_network():
@@ -63,7 +63,7 @@ def test_dit_stages_compose_to_the_network():
     h = net.trunk(net.embed(x), c, taps)
     assert h.shape == (2, 15, 48) and len(taps) == 3 and taps[-1] is h
     out = net.head(h, c, (6, 10))
-    assert out.shape == (2, 8, 6, 10) and torch.equal(out, net.network(x, clock, y))
+    assert out.shape == (2, 8, 6, 10) and torch.equal(out, net.forward_native(x, clock, y))
     assert torch.equal(net.unpatchify(net.head_linear(net.head_features(h, c)), (6, 10)), out)
     assert torch.equal(net.unpatchify(net.patchify(x), (6, 10)), x)
 
@@ -71,7 +71,7 @@ def test_dit_stages_compose_to_the_network():
 def test_dit_reads_its_clock_in_thousands_and_returns_the_velocity():
     net = scramble(DiT(TINY_DIT))
     x, t, y = torch.randn(2, 4, 8, 8), torch.tensor([0.25, 0.7]), torch.tensor([1, 2])
-    assert torch.equal(net(x, t, y), net.network(x, torch.tensor([250.0, 700.0]), y))
+    assert torch.equal(net(x, t, y), net.forward_native(x, torch.tensor([250.0, 700.0]), y))
     assert off(net(x, 1 - t, y), net(x, t, y)) > 1e-3
 
 
@@ -81,7 +81,7 @@ def test_every_ddpm_step_has_the_signal_to_noise_ratio_of_its_time():
     torch.testing.assert_close((times / (1 - times)) ** 2, ab / (1 - ab), rtol=1e-4, atol=0)
     x1, x0 = torch.randn(1000, 1, 1, 1).double(), torch.randn(1000, 1, 1, 1).double()
     t = times.view(-1, 1, 1, 1)
-    state, clock = net.own_clock(t * x1 + (1 - t) * x0, times)
+    state, clock = net.to_native(t * x1 + (1 - t) * x0, times)
     torch.testing.assert_close(clock.double(), torch.arange(1000).double(), atol=2e-2, rtol=0)      # float32 times
     a = ab.view(-1, 1, 1, 1)
     torch.testing.assert_close(state, a.sqrt() * x1 + (1 - a).sqrt() * x0, atol=1e-5, rtol=1e-5)
@@ -94,12 +94,12 @@ def test_velocity_of_an_oracle_epsilon_is_exact():
     net, t = on_meta(DiT, OLD_DIT), torch.linspace(0.01, 0.999, 57).double()
     x1, x0 = torch.randn(57, 4, 2, 2).double(), torch.randn(57, 4, 2, 2).double()
     xt = (1 - t.view(-1, 1, 1, 1)) * x0 + t.view(-1, 1, 1, 1) * x1
-    torch.testing.assert_close(net.velocity(torch.cat([x0, torch.randn_like(x0)], dim=1), xt, t), x1 - x0)      # the variance is not read
+    torch.testing.assert_close(net.to_velocity(torch.cat([x0, torch.randn_like(x0)], dim=1), xt, t), x1 - x0)      # the variance is not read
 
 
 def test_a_deep_model_shares_its_base_and_gets_a_new_embedder_and_head():
     base = scramble(DiT(OLD_DIT))
-    deep = deepen(base, to_deep_latent(base.cfg, AUTOENCODERS["tiny-dc-ae-f32c32"]))
+    deep = to_deep_model(base, to_deep_latent(base.cfg, AUTOENCODERS["tiny-dc-ae-f32c32"]))
     assert (deep.cfg.patch_size, deep.cfg.in_channels, deep.cfg.out_channels, deep.cfg.ae) == (1, 32, 32, "tiny-dc-ae-f32c32")
     old, new = base.state_dict(), deep.state_dict()
     fresh = {"x_embedder.proj.weight", "x_embedder.proj.bias", "final_layer.linear.weight", "final_layer.linear.bias"}
@@ -112,7 +112,7 @@ def test_a_deep_model_shares_its_base_and_gets_a_new_embedder_and_head():
     deep.requires_grad_(True)
     deep(torch.randn(2, 32, 3, 5), torch.tensor([0.2, 0.8]), torch.tensor([1, 8])).square().mean().backward()
     assert deep.x_embedder.proj.weight.grad.norm() > 1e-4 and deep.head_linear.weight.grad.norm() > 1e-4
-    kept = deepen(base, to_deep_latent(base.cfg, AUTOENCODERS["tiny-dc-ae-f32c32"], predict="epsilon"))
+    kept = to_deep_model(base, to_deep_latent(base.cfg, AUTOENCODERS["tiny-dc-ae-f32c32"], predict="epsilon"))
     assert kept.cfg.out_channels == 64
 
 
@@ -137,10 +137,10 @@ def test_dit_under_bf16_autocast_stays_within_a_percent():
 def test_flux_matches_the_official_code_packing_and_positions_included():
     config, weights, x, out = fixture("flux_bfl")
     net = load_weights(Flux(flux_of(config, 4, 2)), weights, TABLES[Flux]["original"])
-    assert recognise(weights) == (Flux, "original")
+    assert detect_layout(weights) == (Flux, "original")
     grid = x["latent"].shape[-2:]
     close(net.patchify(x["latent"]), out["packed"], 0), close(net.unpatchify(out["packed"], grid), x["latent"], 0)
-    got = net.network(net.unpatchify(x["img"], grid), x["timesteps"], diffusers_text(x))
+    got = net.forward_native(net.unpatchify(x["img"], grid), x["timesteps"], diffusers_text(x))
     close(net.patchify(got), out["forward"])
     cos, sin = model.rotary_table(net.cfg.axes_dim, 1e4, 7, 3, 5, 1.0, torch.device("cpu"))
     close(torch.stack([torch.stack([cos, -sin], -1), torch.stack([sin, cos], -1)], -2)[None, None, :, 0], out["pe"], 1e-6)
@@ -159,10 +159,10 @@ def test_flux_loop_matches_the_official_denoise():
 @pytest.mark.parametrize("name", ["flux_diffusers", "flux_diffusers_dcgen"])
 def test_flux_in_diffusers_layout_matches_at_one_cell_a_token(name):
     config, weights, x, out = fixture(name)
-    assert recognise(weights) == (Flux, "diffusers")
+    assert detect_layout(weights) == (Flux, "diffusers")
     net = load_weights(Flux(flux_of(config)), weights, TABLES[Flux]["diffusers"])
     z = net.unpatchify(x["hidden_states"], (config["grid_height"], config["grid_width"]))
-    got = net.network(z, x["timestep"], diffusers_text(x))
+    got = net.forward_native(z, x["timestep"], diffusers_text(x))
     close(net.patchify(got), out["forward"])
     cos, sin = model.rotary_table(net.cfg.axes_dim, 1e4, config["text_tokens"], config["grid_height"], config["grid_width"], 1.0, torch.device("cpu"))
     close(cos[:, 0].repeat_interleave(2, 1), out["rope_cos"], 1e-6), close(sin[:, 0].repeat_interleave(2, 1), out["rope_sin"], 1e-6)
@@ -179,14 +179,14 @@ def test_rotary_and_text_tables_match_the_official_ones():
 
 def test_sana_matches_the_official_code():
     config, weights, x, out = fixture("sana_dcgen")
-    assert recognise(weights) == (Sana, "original")
+    assert detect_layout(weights) == (Sana, "original")
     net = load_weights(Sana(sana_of(config)), weights, TABLES[Sana]["original"])
     text = Text(x["y"][:, 0], x["mask"].bool())
     c = net.condition(x["t"].float(), text, (5, 7))
     close(c.mods[-1], out["t_emb"]), close(c.context.y[:, None], out["caption"])
-    close(net.network(x["x"], x["t"].float(), text), out["forward"])
-    close(net.network(x["x"], x["t"].float(), replace(text, mask=torch.ones_like(text.mask))), out["forward_all_tokens"])
-    close(net.network(x["x"], x["t"].float(), Text(text.tokens)), out["forward_all_tokens"])
+    close(net.forward_native(x["x"], x["t"].float(), text), out["forward"])
+    close(net.forward_native(x["x"], x["t"].float(), replace(text, mask=torch.ones_like(text.mask))), out["forward_all_tokens"])
+    close(net.forward_native(x["x"], x["t"].float(), Text(text.tokens)), out["forward_all_tokens"])
     pred = net(out["loss_xt"], 1 - out["loss_model_t"] / 1000, text)                                              # on our clock, with our sign
     close((pred - (x["loss_x0"] - x["loss_noise"])).square().mean(dim=(1, 2, 3)), out["loss"], 1e-4)
 
@@ -195,20 +195,20 @@ def test_sana_reads_fractions_of_a_step_unless_it_is_told_to_truncate():
     config, weights, x, out = fixture("sana_dcgen")
     text, t = Text(x["y"][:, 0], x["mask"].bool()), x["t"] + 0.9
     official = load_weights(Sana(replace(sana_of(config), integer_time=True)), weights, TABLES[Sana]["original"])
-    close(official.network(x["x"], t, text), out["forward_fractional_t"])
+    close(official.forward_native(x["x"], t, text), out["forward_fractional_t"])
     ours = load_weights(Sana(sana_of(config)), weights, TABLES[Sana]["original"])
-    assert 0.01 < off(ours.network(x["x"], t, text), out["forward"]) < 0.2
+    assert 0.01 < off(ours.forward_native(x["x"], t, text), out["forward"]) < 0.2
 
 
 def test_sana_in_diffusers_layout_matches():
     config, weights, x, out = fixture("sana_diffusers")
-    assert recognise(weights) == (Sana, "diffusers")
+    assert detect_layout(weights) == (Sana, "diffusers")
     net = load_weights(Sana(sana_of(config)), weights, TABLES[Sana]["diffusers"])
     text = Text(x["encoder_hidden_states"], x["encoder_attention_mask"].bool())
     for block in net.blocks:                                         # diffusers' epsilons, not the trained ones
         block.cross_attn.q_norm.eps = block.cross_attn.k_norm.eps = 1e-5
-    close(net.network(x["hidden_states"], x["timestep"], text), out["forward"])
-    close(net.network(x["hidden_states"], x["timestep"], Text(text.tokens)), out["forward_no_mask"])
+    close(net.forward_native(x["hidden_states"], x["timestep"], text), out["forward"])
+    close(net.forward_native(x["hidden_states"], x["timestep"], Text(text.tokens)), out["forward_no_mask"])
 
 
 @pytest.mark.parametrize("channels, patch, grid, guidance", [(4, 2, (6, 10), True), (12, 1, (3, 4), False)])
@@ -222,7 +222,7 @@ def test_flux_matches_diffusers(channels, patch, grid, guidance):
     H, W = grid[0] // patch, grid[1] // patch
     ids = torch.stack([torch.zeros(H, W), *torch.meshgrid(torch.arange(H), torch.arange(W), indexing="ij")], dim=-1).view(-1, 3)
     want = theirs(net.patchify(x), text.tokens, text.pooled, t, ids, torch.zeros(5, 3), text.guidance.double() if guidance else None).sample
-    close(net.patchify(net.network(x, t, text)), want, 2e-6)         # the clock's and the positions' tables are float32
+    close(net.patchify(net.forward_native(x, t, text)), want, 2e-6)         # the clock's and the positions' tables are float32
 
 
 @pytest.mark.parametrize("channels, patch, grid", [(8, 2, (6, 10)), (12, 1, (5, 4))])
@@ -236,7 +236,7 @@ def test_sana_matches_diffusers(channels, patch, grid):
     net = load_weights(on_meta(Sana, sana_of(config)), theirs.state_dict(), TABLES[Sana]["diffusers"])
     x, t, text = torch.randn(2, channels, *grid).double(), torch.tensor([3.0, 870.25]).double(), prompts(net.cfg).to(dtype=torch.float64)
     want = theirs(x, text.tokens, t, encoder_attention_mask=text.mask.double()).sample
-    close(net.network(x, t, text), want, 1e-6)
+    close(net.forward_native(x, t, text), want, 1e-6)
 
 
 @pytest.mark.parametrize("name", TINIES)
@@ -250,7 +250,7 @@ def test_every_family_has_the_same_three_stages(name):
     g = net.trunk(h, c, taps)
     assert len(taps) == len(net.blocks) and all(tap.shape == h.shape for tap in taps) and torch.equal(taps[-1], g)      # image tokens only
     out = net.head(g, c, (H, W))
-    assert out.shape == x.shape and torch.equal(out, net.network(x, clock, cond))
+    assert out.shape == x.shape and torch.equal(out, net.forward_native(x, clock, cond))
     assert torch.equal(net.unpatchify(net.head_linear(net.head_features(g, c)), (H, W)), out)
     assert torch.equal(net.unpatchify(net.patchify(x), (H, W)), x)
     names = dict(net.named_parameters())
@@ -263,7 +263,7 @@ def test_text_families_turn_clock_and_sign_around(name):
     """Noise is at their 1 (FLUX) or 1000 (SANA), and they predict noise - data."""
     cfg = TINIES[name]
     net, x, t, cond = scramble(FAMILIES[type(cfg)](cfg)), torch.randn(2, cfg.in_channels, 4, 6), torch.tensor([0.25, 0.75]), condition_of(cfg)
-    assert torch.equal(net(x, t, cond), -net.network(x, (1 - t) * (1000 if name == "sana" else 1), cond))
+    assert torch.equal(net(x, t, cond), -net.forward_native(x, (1 - t) * (1000 if name == "sana" else 1), cond))
     assert off(net(x, 1 - t, cond), net(x, t, cond)) > 1e-3
 
 
@@ -299,8 +299,8 @@ def test_blocks_compile_without_a_graph_break(name):
 def test_conditions_of_both_kinds_are_joined_and_chosen_alike():
     y, text = torch.tensor([1, 2, 3]), prompts(TINY_FLUX, 3)
     null, rows = text.map(lambda part: part * 0), torch.tensor([True, False, True])
-    assert cat_conditions([y, y]).tolist() == [1, 2, 3, 1, 2, 3] and choose_conditions(rows, y * 0, y).tolist() == [0, 2, 0]
-    both, some = cat_conditions([text, null]), choose_conditions(rows, null, text)
+    assert cat_conditions([y, y]).tolist() == [1, 2, 3, 1, 2, 3] and where_conditions(rows, y * 0, y).tolist() == [0, 2, 0]
+    both, some = cat_conditions([text, null]), where_conditions(rows, null, text)
     assert len(both) == 6 and both.mask is None and torch.equal(both[3:].pooled, null.pooled) and torch.equal(both[:3].tokens, text.tokens)
     assert not some.tokens[[0, 2]].any() and torch.equal(some[1:2].tokens, text[1:2].tokens) and some.guidance.tolist() == [0, 3.5, 0]
     half = text.to("cpu", torch.bfloat16)
@@ -325,17 +325,17 @@ def test_the_null_prompt_is_one_for_training_and_sampling(name):
         assert torch.equal(null.mask[1], net.null.mask[0]) and torch.equal(net.null_condition(cond).mask, null.mask)
         net.null = Text(net.null.tokens)
         assert torch.equal(net.null_condition(cond).mask, cond.mask)
-    assert deepen(net, to_deep_latent(cfg, AUTOENCODERS["tiny-dc-ae-f32c32"])).null is net.null
+    assert to_deep_model(net, to_deep_latent(cfg, AUTOENCODERS["tiny-dc-ae-f32c32"])).null is net.null
     x, t = torch.randn(3, cfg.in_channels, 4, 4), torch.full((3,), 0.4)
     v, v0 = net(x, t, cond), net(x, t, net.null_condition(cond))
-    close(guided(net, x, t, cond, 3.0), v0 + 3 * (v - v0), 1e-5)
+    close(guided_velocity(net, x, t, cond, 3.0), v0 + 3 * (v - v0), 1e-5)
 
 
 @pytest.mark.parametrize("name", ["flux", "sana"])
 def test_a_deep_text_model_shares_its_base_and_gets_a_new_embedder_and_head(name):
     cfg = TINIES[name]
     base = scramble(FAMILIES[type(cfg)](cfg))
-    deep = deepen(base, to_deep_latent(cfg, AUTOENCODERS["tiny-dc-ae-f32c32"]))
+    deep = to_deep_model(base, to_deep_latent(cfg, AUTOENCODERS["tiny-dc-ae-f32c32"]))
     assert (deep.cfg.patch_size, deep.cfg.in_channels) == (1, 32)
     old, new = base.state_dict(), deep.state_dict()
     assert {k for k in new if k not in old or new[k].data_ptr() != old[k].data_ptr()} == {k for k in new if k.startswith((deep.EMBEDDER, deep.HEAD))}
@@ -395,16 +395,16 @@ def test_positions_follow_the_grid_and_the_step():
 def test_every_key_of_the_published_text_models_is_used_and_every_target_filled(name):
     info = manifest(name)
     file, cfg = {k: torch.empty(s, device="meta") for k, s in info["tensors"].items()}, BASES[FULL_SIZE[name]]
-    family, layout = recognise(file)
+    family, layout = detect_layout(file)
     assert layout == name.split(".")[-1] and family is FAMILIES[type(cfg)]
     table, net = TABLES[family][layout], on_meta(family, cfg)
     assert map_keys(net, file, table).keys() == net.state_dict().keys()
     # and its configuration is told by the shapes alone
-    facts = config_facts(family, table, file, {})
-    assert fit_config(cfg, family, facts) is cfg
-    assert replace(fit_config(None, family, facts), weights=None, res=0, ae="") == replace(cfg, weights=None, res=0, ae="")
+    facts = config_from_shapes(family, table, file, {})
+    assert match_config(cfg, family, facts) is cfg
+    assert replace(match_config(None, family, facts), weights=None, res=0, ae="") == replace(cfg, weights=None, res=0, ae="")
     if layout == "diffusers":
-        assert fit_config(cfg, family, config_facts(family, table, file, info["config"])) is cfg
+        assert match_config(cfg, family, config_from_shapes(family, table, file, info["config"])) is cfg
         back = unmap_keys(map_keys(net, file, table), table)         # the table read backwards
         assert {k: list(v.shape) for k, v in back.items()} == info["tensors"]
 
@@ -439,9 +439,9 @@ def test_the_epsilon_of_linear_attention_is_the_official_one(monkeypatch):
 def test_every_key_of_the_published_dit_is_used_and_every_target_filled(name):
     shapes = manifest(name)["tensors"]
     file = {k: torch.empty(s, device="meta") for k, s in shapes.items()}
-    assert recognise(file)[1] == name.split(".")[1]
+    assert detect_layout(file)[1] == name.split(".")[1]
     net = on_meta(DiT, BASES[DIT_FILES[name]])
-    assert map_keys(net, file, DIT_TABLES[recognise(file)[1]]).keys() == net.state_dict().keys()
+    assert map_keys(net, file, DIT_TABLES[detect_layout(file)[1]]).keys() == net.state_dict().keys()
 
 
 def test_a_wrong_key_is_an_error_that_names_it():
@@ -454,7 +454,7 @@ def test_a_wrong_key_is_an_error_that_names_it():
         with pytest.raises(ValueError, match=re.escape(said)):
             load_weights(DiT(TINY_DIT), bad, DIT_TABLES["ours"])
     kept = {**good, "pos_embed": torch.zeros(1, 16, 48)}             # of the old grid: dropped, but only in the layout that has it
-    load_weights(DiT(TINY_DIT), kept, DIT_TABLES[recognise(kept)[1]])
+    load_weights(DiT(TINY_DIT), kept, DIT_TABLES[detect_layout(kept)[1]])
     with pytest.raises(ValueError, match="1 unexpected: pos_embed"):
         load_weights(DiT(TINY_DIT), kept, DIT_TABLES["ours"])
 

@@ -62,18 +62,18 @@ def test_training_times_are_distributed_as_the_sampling_grid(shift):
 
 def test_guidance_extrapolates_from_the_null_class_and_scale_1_is_one_pass():
     net, x, t, y = Toy(4), torch.randn(2, 4, 3, 3), torch.tensor([0.2, 0.4]), torch.tensor([0, 3])
-    assert torch.equal(guided(net, x, t, y, 1.0), net(x, t, y)) and net.calls[0][0] == 2
+    assert torch.equal(guided_velocity(net, x, t, y, 1.0), net(x, t, y)) and net.calls[0][0] == 2
     cond, null = net(x, t, y), 10 * x
     for scale in (0.0, 2.0, 3.5):
-        close(guided(net, x, t, y, scale), null + scale * (cond - null), 1e-6)
+        close(guided_velocity(net, x, t, y, scale), null + scale * (cond - null), 1e-6)
     assert net.calls[-1] == (4, pytest.approx([0.2, 0.4, 0.2, 0.4]), [0, 3, 9, 9])
-    close(guided(net, x, t, y, 2.0, null=torch.tensor([1, 1])), 2 * cond - 2 * x, 1e-6)
+    close(guided_velocity(net, x, t, y, 2.0, null=torch.tensor([1, 1])), 2 * cond - 2 * x, 1e-6)
 
 
 def test_dit_as_published_guides_three_channels_and_a_converted_one_all_but_its_variance():
     x, t, y = torch.randn(2, 4, 3, 3), torch.zeros(2), torch.tensor([0, 3])
     for net, k in ((Toy(4, guided_channels=3), 3), (Toy(4, out=8, guided_channels=3), 3), (Toy(4), 4), (Toy(4, out=8), 4)):
-        got, cond = guided(net, x, t, y, 3.0), net(x, t, y)
+        got, cond = guided_velocity(net, x, t, y, 3.0), net(x, t, y)
         null = net(x, t, net.null_condition(y))
         close(got[:, :k], (3 * cond - 2 * null)[:, :k], 1e-6)
         assert torch.equal(got[:, k:], cond[:, k:])
@@ -84,7 +84,7 @@ def test_dit_as_published_guides_three_channels_and_a_converted_one_all_but_its_
 def test_guidance_matches_the_official_code(name):
     net, x, out, _ = official_dit(name)
     half = lambda k: x[k].chunk(2)
-    got = guided(net, half("cfg_x")[0], half("cfg_t")[0], half("cfg_y")[0], 3.0, null=half("cfg_y")[1], call=net.network)
+    got = guided_velocity(net, half("cfg_x")[0], half("cfg_t")[0], half("cfg_y")[0], 3.0, null=half("cfg_y")[1], call=net.forward_native)
     close(got, out["forward_with_cfg"].chunk(2)[0])
     assert torch.equal(net.null_condition(half("cfg_y")[0]), half("cfg_y")[1])
 
@@ -95,7 +95,7 @@ def test_the_ddpm_chain_matches_the_official_code(name):
     chain = Chain()
     close(chain.ab, out["alphas_cumprod"], 1e-6), close(chain.log_var, out["posterior_log_variance_clipped"], 1e-6)
     close(chain.add_noise(x["loss_x0"], x["loss_noise"], x["loss_t"]), out["loss_xt"], 1e-6)
-    mean, log_var, x1 = chain.predict(net.network(x["pmv_x"], x["pmv_t"], x["pmv_y"]), x["pmv_x"], x["pmv_t"])
+    mean, log_var, x1 = chain.predict(net.forward_native(x["pmv_x"], x["pmv_t"], x["pmv_y"]), x["pmv_x"], x["pmv_t"])
     close(mean, out["pmv_mean"]), close(log_var, out["pmv_log_variance"]), close(log_var.exp(), out["pmv_variance"]), close(x1, out["pmv_pred_xstart"])
 
 
@@ -123,7 +123,7 @@ def test_ddim_sampling_matches_the_official_code(name, kind):
     net, x, out, info = official_dit(name)
     chain, steps = Chain.spaced(8, ddim=kind == "stride8"), []
     assert chain.steps == info["respacing"]["ddim8" if kind == "stride8" else "8"]
-    chain.sample(lambda x_, clock: guided(net, x_, clock, x["ddim_y"], info["cfg_scale"], call=net.network), x["ddim_xT"], ddim=True, each=steps.append)
+    chain.sample(lambda x_, clock: guided_velocity(net, x_, clock, x["ddim_y"], info["cfg_scale"], call=net.forward_native), x["ddim_xT"], ddim=True, each=steps.append)
     for got, want in zip(steps, out[f"ddim_{kind}_steps"], strict=True):
         close(got, want, 1e-4)
 
@@ -147,7 +147,7 @@ def test_ancestral_sampling_draws_the_distribution_it_was_trained_on():
     """With the exact epsilon of data N(1, 0.5^2), and the lower bound as variance."""
     chain, generators = Chain(), [torch.Generator().manual_seed(s) for s in range(4)]
 
-    def network(x, clock):
+    def forward_native(x, clock):
         ab = chain.ab[int(clock[0])].item()
         data = 1 + (0.25 * ab**0.5) / (0.25 * ab + 1 - ab) * (x - ab**0.5)
         return torch.cat([(x - ab**0.5 * data) / (1 - ab) ** 0.5, torch.zeros_like(x)], dim=1)
@@ -232,7 +232,7 @@ def test_a_run_loads_as_the_model_that_was_saved(tiny):
     lora = write_run("finetune-test-1", tuned, trained_part, kind="finetune", lora=dict(rank=2, alpha=3))
     new = scramble(DiT(DEEP), seed=5)
     full = write_run("finetune-test-2", new, lambda k: True, kind="finetune")
-    for run, net in ((part, aligned), (lora, tuned), (full, new)):
+    for run, net in ((part, aligned), (lora, tuned), (to_float32, new)):
         got, info = load_run(run)
         assert all(torch.equal(v, net.state_dict()[k]) for k, v in got.state_dict().items()) and not got.training and info["base"] == "test"
         close(got(*Z), net(*Z), 1e-6)                                # memory of another alignment may round differently
@@ -254,7 +254,7 @@ def test_sampling_takes_the_moving_average_unless_told(tiny):
 
 def test_a_part_of_a_model_is_loaded_strictly(tiny):
     """A LoRA without its embedder and head means nothing in the new latent space, and draws rubbish without an error."""
-    model = add_lora(tuned := deepen(tiny, DEEP), rank=2) and tuned
+    model = add_lora(tuned := to_deep_model(tiny, DEEP), rank=2) and tuned
     whole = {k: v for k, v in model.state_dict().items() if trained_part(k)}
     load_part(model, whole)
     for gone in ("x_embedder.proj.bias", "final_layer.linear.weight", "blocks.1.mlp.fc2.B", "blocks.0.attn.qkv.A"):
@@ -271,7 +271,7 @@ def test_a_part_of_a_model_is_loaded_strictly(tiny):
 
 def test_a_run_knows_its_base(tiny, tmp_path):
     _, info = load_base("test")
-    run = write_run("align-test-1", deepen(tiny, DEEP), trained_part, **info)
+    run = write_run("align-test-1", to_deep_model(tiny, DEEP), trained_part, **info)
     load_run(run), load_run(run, dtype=torch.bfloat16)                # in whatever precision it is wanted
     moved = tmp_path / "elsewhere.safetensors"
     Path("base.safetensors").rename(moved)

@@ -59,10 +59,10 @@ def test_sana_with_its_solver_matches_the_official_loop():
     config, weights, x, out = fixture("sana_dcgen")
     cfg = replace(BASES["sana-1.6b"], in_channels=config["in_channels"], hidden_size=config["hidden_size"], depth=config["depth"], num_heads=config["num_heads"],
                   mlp_ratio=config["mlp_ratio"], caption_channels=config["caption_channels"], integer_time=True)
-    net = load_weights(Sana(cfg), weights, TABLES[Sana][recognise(weights)[1]]).eval()
+    net = load_weights(Sana(cfg), weights, TABLES[Sana][detect_layout(weights)[1]]).eval()
     cond, net.null = Text(x["y"][:, 0], x["mask"].bool()), Text(weights["y_embedder.y_embedding"][None])
     times = time_grid(config["sampler_steps"], config["flow_shift"], sample.START["dpm"])
-    close(integrate(lambda z, t: guided(net, z, t, cond, config["cfg_scale"]), x["sample_noise"], times, "dpm"), out["dpms_sample"], 1e-4)
+    close(integrate(lambda z, t: guided_velocity(net, z, t, cond, config["cfg_scale"]), x["sample_noise"], times, "dpm"), out["dpms_sample"], 1e-4)
 
 
 @pytest.mark.parametrize("name, rule", [("flowmatch", "mu"), ("flux2", "flux2")])
@@ -144,11 +144,11 @@ def test_the_null_condition_keeps_guidance_and_true_guidance_extrapolates_from_i
     else:
         assert torch.equal(off_by.mask, cond.mask)
     by_hand = net(x, t, off_by) + 3.0 * (net(x, t, cond) - net(x, t, off_by))
-    close(guided(net, x, t, cond, 3.0), by_hand, 1e-4)
-    assert torch.equal(guided(net, x, t, cond, 1.0), net(x, t, cond))
+    close(guided_velocity(net, x, t, cond, 3.0), by_hand, 1e-4)
+    assert torch.equal(guided_velocity(net, x, t, cond, 1.0), net(x, t, cond))
     net.null = None
     with pytest.raises(ValueError, match="does not know its null prompt"):
-        guided(net, x, t, cond, 3.0)
+        guided_velocity(net, x, t, cond, 3.0)
 
 
 def test_what_cannot_be_drawn_is_said_before_anything_is_loaded(text_bases, monkeypatch):
@@ -200,7 +200,7 @@ def test_cost_counts_operations_and_what_is_alive_at_once():
 def test_a_visiting_model_goes_home_without_a_copy():
     net = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)).requires_grad_(False)
     before, first = {k: v.data_ptr() for k, v in net.state_dict().items()}, net[0].weight
-    with sample.visiting(net, "meta"):
+    with sample.on_device(net, "meta"):
         assert all(v.is_meta for v in net.state_dict().values())
     assert {k: v.data_ptr() for k, v in net.state_dict().items()} == before and net[0].weight is first
 
@@ -224,7 +224,7 @@ def test_an_exported_folder_is_a_pipeline_to_draw_from(name, text_bases, encoder
 def test_a_run_of_a_text_model_draws_exports_and_takes_a_lora(text_bases, encoders, capsys):
     """What stage 3 will leave of a FLUX: a new embedder and head, and a LoRA, on latents of a deep autoencoder."""
     base, info = load_base("test-flux")
-    net = deepen(base, to_deep_latent(base.cfg, ae_config("tiny-dc-ae-f32c32")))
+    net = to_deep_model(base, to_deep_latent(base.cfg, ae_config("tiny-dc-ae-f32c32")))
     scramble(net.img_in), scramble(net.final_layer.linear, seed=1)
     add_lora(net, rank=2)
     draw_b(net)

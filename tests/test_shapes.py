@@ -41,7 +41,7 @@ def test_the_judge_of_captions_finds_all_in_real_pictures_and_nothing_in_noise()
 def test_every_question_of_the_judge_is_about_one_thing():
     """A picture as asked, and one wrong in one way."""
     asked = read_caption("a large red ring above a small blue square on green")
-    ring, square = Seen("ring", "red", "large", 0.5, 0.25), Seen("square", "blue", "small", 0.55, 0.75)
+    ring, square = DetectedObject("ring", "red", "large", 0.5, 0.25), DetectedObject("square", "blue", "small", 0.55, 0.75)
     wrong = lambda seen, background="green": {k for k, right in judge_scene(seen, background, asked).items() if not right}
     assert wrong([ring, square]) == wrong([square, ring]) == set()
     assert wrong([ring, square], "pink") == {"all"}
@@ -53,7 +53,7 @@ def test_every_question_of_the_judge_is_about_one_thing():
     assert wrong([ring, square._replace(y=0.1)]) == {"position", "all"} and wrong([ring, square._replace(x=0.1, y=0.3)]) == {"position", "all"}
     assert wrong([ring._replace(form="cross"), square]) == {"object", "position", "binding", "all"}
     three = read_caption("three small pink crosses on yellow")
-    cross = Seen("cross", "pink", "small", 0.5, 0.5)
+    cross = DetectedObject("cross", "pink", "small", 0.5, 0.5)
     assert judge_scene([cross] * 3, "yellow", three) == dict(object=True, count=True, colour=True, binding=True, all=True)
     assert not judge_scene([cross] * 2, "yellow", three)["count"] and not judge_scene([cross] * 4, "yellow", three)["binding"]
 
