@@ -1,28 +1,35 @@
-"""Embedding alignment: stages 1 and 2 of DC-Gen (arXiv 2509.25180, Sec. 3.3), and the training loop of all three.
+"""Embedding alignment: stages 1 and 2 of DC-Gen (arXiv 2509.25180, Sec. 3.3).
 
-A finished model on f8 latents gets a new patch embedder and a new output head for the latents of a deeper autoencoder.
-With both random, fine-tuning starts from noise and destroys what the base knows (Fig. 3). So first, the trunk untouched:
+A finished model on f8 latents gets a new patch embedder and a new output head for the latents of a deeper
+autoencoder. With both random, fine-tuning starts from noise and destroys what the base knows (Fig. 3). So
+first, the trunk untouched:
 
-  stage 1  the embedder alone learns to give the base's own patch embeddings of the same picture, pooled to the new
-           grid:   L = || e_phi(z_dc) - pool(e(z_base)) ||^2      (Eq. 1; clean latents, no noise, no time)
-  stage 2  embedder and head learn together from the ordinary flow loss in the *new* latent space (Eq. 2). No target
-           from the old head is needed, so it does not matter that the two latents have different channels: the frozen
-           trunk, the aligned embedder and the new space define what the head has to say. The model now draws.
+  stage 1  the embedder alone learns to give the base's own patch embeddings of the same picture, pooled to
+           the new grid:   L = || e_phi(z_dc) - pool(e(z_base)) ||^2      (Eq. 1; clean latents, no noise, no
+                           time)
+  stage 2  embedder and head learn together from the ordinary flow loss in the *new* latent space (Eq. 2). No
+           target from the old head is needed, so it does not matter that the two latents have different
+           channels: the frozen trunk, the aligned embedder and the new space define what the head has to say.
+           The model now draws.
 
-Both are linear least squares in what they train (a 1x1 map and its bias; stage 2 while the embedder stands still), so
-`--solver closed-form` finds the exact optimum from accumulated normal equations, with no learning rate at all.
+Both are linear least squares in what they train (a linear map and its bias; stage 2 while the embedder stands
+still), so `--solver closed-form` finds the exact optimum from accumulated normal equations, with no learning
+rate at all.
 
     python align.py                                    the embedded base, minutes on a CPU
     python align.py --base dit-xl --images DIR         DiT-XL/2 from SD-VAE f8 patch 2 to DC-AE f32 patch 1
     torchrun --nproc-per-node 8 align.py ...           on eight GPUs; so for finetune.py
+
+Stage 3 is finetune.py. The training loop is train.py's.
 """
 
 import argparse
 import math
 import time
-from dataclasses import replace
-from functools import partial
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from itertools import cycle, islice
+from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -30,25 +37,115 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from model import (BASES, FluxConfig, SanaConfig, cat_conditions, where_conditions, to_deep_model, to_deep_latent)
 from autoencoder import AUTOENCODERS, ae_config
-from checkpoints import config_dict, load_base, preset_of
-from shapes import pick_scorer
-from fast import peak_gib, timed
-from sample import (Chain, add_model_args, ddpm_loss, dtype_of, path, run, sample_t, save_grid)
+from checkpoints import config_dict, load_base
 from evaluate import gap_table, layer_gap, plot_curves, plot_gap
-from train import (add_data_args, add_up, draw, first_goes_first, frozen_dtype, guidance_limits, join, leave, new_run, new_step, note_dry_run, pick, prepare, processes, settle, shift_of, sized, train, write_run)
+from fast import peak_gib
+from model import cat_conditions, to_deep_latent, to_deep_model, where_conditions
+from sample import add_model_args, dtype_of, path, run_main, sample_t, save_grid
+from shapes import pick_scorer
+from train import (
+    Plan, RunData, add_data_args, add_plan_args, all_reduce_sum, autocast, destroy_distributed, draw_previews,
+    data_settings, get_rank, get_world_size, init_distributed, named_parameters_with, new_run, open_data,
+    planned, prepare_for_training, rank0_first, resized, train, trainable_prefixes, training_shift, write_run)
 
 
-# ---- the losses --------------------------------------------------------------------------------------------------------------
+# ---- the recipes: Table 7 of the paper -----------------------------------------------------------
+
+@dataclass(frozen=True)
+class Recipe:
+    """One column of Table 7, and what recipe and authors' code add to it: the shift of training times, the
+    range of the guidance g = 1 + w, the step of positions."""
+    ae: str                                 # the autoencoder to move to
+    stage1: Plan
+    stage2: Plan
+    stage3: Plan
+    then: str | None = None                 # the next one: f32 serves up to 1K, f64 serves 2K and 4K
+    rank: int = 256                         # of LoRA in stage 3; alpha is the same
+    pictures: int | None = None             # of the procedural ones
+    shift: float | str = 1.0
+    pos_step: float = 1.0
+    guidance: tuple[float, float] = (1.0, 14.0)
+
+
+F32 = "dc-ae-f32c32-in-1.0"
+F64 = "dc-ae-f64c128-1.5"                   # the paper's reference [8], DC-AE 1.5
+STAGE3 = dict(warmup=2000, weight_decay=1e-3, ema=0.999, clip=1.0)
+# the paper's recipe in minutes: larger learning rates that end at zero, fewer steps, a smaller rank
+TINY = Recipe(
+    "tiny-dc-ae-f32c32",
+    stage1=Plan(400, 1e-2, 64),
+    stage2=Plan(1000, 5e-3, 64, schedule="cosine"),
+    stage3=Plan(2000, 1e-3, 64, schedule="cosine", **STAGE3 | dict(warmup=50)),
+    pictures=4096, rank=32, pos_step=2.0, guidance=(1.0, 8.0))
+
+# pos_step: a base that knows one size only (DiT, the embedded ones) has its new tokens spread over the
+# positions that it knows. FLUX was trained at many sizes, so a smaller grid is nothing new to it and counts
+# by ones, as the authors have it and as diffusers' pipeline does.
+RECIPES = {
+    "tiny": TINY,
+    "tiny-text": replace(TINY, pictures=8192),
+    "dit": Recipe(
+        F32, pos_step=2.0,
+        stage1=Plan(50_000, 1e-4, 64),
+        stage2=Plan(20_000, 2e-4, 1024),
+        stage3=Plan(500_000, 2e-4, 1024, **STAGE3)),
+    "dit-512": Recipe(
+        F32, pos_step=2.0,
+        stage1=Plan(50_000, 1e-4, 64),
+        stage2=Plan(20_000, 2e-4, 1024),
+        stage3=Plan(100_000, 2e-4, 1024, **STAGE3)),
+    "sana-1.6b": Recipe(
+        F64, shift=3.0,
+        stage1=Plan(20_000, 1e-4, 64),
+        stage2=Plan(5_000, 2e-4, 1024),
+        stage3=Plan(150_000, 2e-4, 1024, **STAGE3)),
+    "sana-4.8b": Recipe(
+        F64, shift=3.0,
+        stage1=Plan(20_000, 1e-4, 64),
+        stage2=Plan(5_000, 1e-4, 256),
+        stage3=Plan(50_000, 1e-4, 256, **STAGE3)),
+    "flux": Recipe(
+        F32, then=F64, shift="flux2",
+        stage1=Plan(20_000, 1e-4, 64),
+        stage2=Plan(5_000, 1e-4, 256),
+        stage3=Plan(10_000, 1e-4, 256, **STAGE3)),
+}
+
+
+def next_autoencoder(asked: str | None, cfg, base: str):
+    """The configuration of the autoencoder to move a base to: the one asked for, else the recipe's next one
+    that is deeper than the base's own. ValueError where the recipe ends, and for the base's own."""
+    recipe = RECIPES[cfg.recipe]
+    own = ae_config(cfg.ae)
+    deeper = [name for name, ae in AUTOENCODERS.items() if ae.f > own.f]
+    if asked == own.name:
+        raise ValueError(f"--ae {asked}: the base is on it already; stages 1 and 2 are for another one, "
+                         f"stage 3 is finetune.py --init {base}")
+    if asked:
+        return ae_config(asked)
+    for name in (recipe.ae, recipe.then):
+        if name in deeper:
+            return ae_config(name)
+    raise ValueError(f"this base is on {own.name} already, where its recipe ends; "
+                     f"name the autoencoder to move to with --ae, one of {', '.join(deeper)}")
+
+
+# ---- stage 1: Eq. 1 ------------------------------------------------------------------------------
 
 def grid_tokens(model, z: Tensor) -> Tensor:
-    """Patch embeddings on their grid: z (B,C,H,W) -> (B,D,H/p,W/p)."""
-    p = model.cfg.patch_size
-    return rearrange(model.embed(z), "b (h w) d -> b d h w", h=z.shape[-2] // p)
+    """Patch embeddings with their positions, on their grid: z (B,C,H,W) -> (B,D,H/p,W/p)."""
+    return rearrange(model.embed(z), "b (h w) d -> b d h w", h=z.shape[-2] // model.cfg.patch_size)
 
 
-MATCHES = ("downsample", "upsample", "average", "mixed")
+@torch.no_grad()
+def pooled_base_tokens(base, z_base: Tensor, grid: tuple[int, int]) -> Tensor:
+    """e', the target of Eq. 1: the base's patch embeddings averaged over each cell of the new grid.
+    z_base (B,C,H,W) -> (B,D,*grid) float32"""
+    return F.adaptive_avg_pool2d(grid_tokens(base, z_base).float(), grid)
+
+
+MATCHES = ("downsample", "upsample")
 
 
 def embedding_loss(model, base, z_dc: Tensor, z_base: Tensor, match: str = "downsample") -> Tensor:
@@ -57,43 +154,49 @@ def embedding_loss(model, base, z_dc: Tensor, z_base: Tensor, match: str = "down
 
     match: "downsample"  the base's embeddings averaged over each new cell (the paper)
            "upsample"    the new ones brought up to the base's grid, bilinear (the authors' guides)
-           "average"     only the means over the picture;  "mixed"  downsample + average
     Each embedder has added its own grid's positions (as in the authors' code for DiT)."""
-    new = grid_tokens(model, z_dc)                                    # B D H'/p' W'/p'
-    with torch.no_grad():
-        old = grid_tokens(base, z_base).to(new.dtype)                 # B D H/p W/p
-    mean = lambda e: e.mean(dim=(2, 3))
-    down = lambda: F.mse_loss(new, F.adaptive_avg_pool2d(old, new.shape[-2:]))
+    new = grid_tokens(model, z_dc)                                   # B D H'/p' W'/p'
     if match == "downsample":
-        return down()
-    if match == "upsample":
-        return F.mse_loss(F.interpolate(new, old.shape[-2:], mode="bilinear"), old)
-    if match == "average":
-        return F.mse_loss(mean(new), mean(old))
-    if match == "mixed":
-        return down() + F.mse_loss(mean(new), mean(old))
-    raise ValueError(f"--match {match}: choose one of {', '.join(MATCHES)}")
+        return F.mse_loss(new, pooled_base_tokens(base, z_base, new.shape[-2:]).to(new.dtype))
+    grid = [side // base.cfg.patch_size for side in z_base.shape[-2:]]
+    old = pooled_base_tokens(base, z_base, grid).to(new.dtype)       # B D H/p W/p: as they are
+    return F.mse_loss(F.interpolate(new, grid, mode="bilinear"), old)
 
 
-def flow_matching_loss(model, z: Tensor, t: Tensor, y: Tensor, x0: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Stages 2 and 3 (Eq. 2): || v(x_t, y, t) - (x1 - x0) ||^2. z = x1 and x0 (B,C,H,W), t (B,), y (B,) ->
-    the loss of every sample (B,), predicted and target velocity."""
+# ---- stages 2 and 3: Eq. 2, and Eq. 6-7 for a distilled model ------------------------------------
+
+def flow_matching_loss(model, z: Tensor, t: Tensor, y, x0: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Stages 2 and 3 (Eq. 2): || v(x_t, t, y) - (x1 - x0) ||^2. z = x1 and x0 (B,C,H,W), t (B,), y conditions
+    (B,) -> the loss of every sample (B,), predicted and target velocity."""
     xt, v = path(x0, z, t)
     pred = model(xt, t, y).float()
     return (pred - v).square().mean(dim=(1, 2, 3)), pred, v
 
 
-def raw_velocity(model, xt: Tensor, t: Tensor, y) -> Tensor:
-    """What a guidance-distilled model would have said before its distillation, Eq. 6 with g = 1 + w the number it is told:
+def guided_flow_matching_loss(model, z: Tensor, t: Tensor, y, x0: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Stages 2 and 3 of a guidance-distilled model (Eq. 7): || v_hat(x_t, t, y) - (x1 - x0) ||^2. The plain
+    loss would teach it to give v(c) where it reads g, and so to forget guidance (Fig. 6). As
+    flow_matching_loss otherwise."""
+    xt, v = path(x0, z, t)
+    pred = corrected_velocity(model, xt, t, y)
+    return (pred - v).square().mean(dim=(1, 2, 3)), pred, v
+
+
+def corrected_velocity(model, xt: Tensor, t: Tensor, y) -> Tensor:
+    """What a guidance-distilled model would have given before its distillation, Eq. 6 with g = 1 + w the
+    number it reads:
 
         v_hat(c) = ( v(c, g) + (g - 1) v(null, 1) ) / g
 
-    It follows from v(c, g) = g v(c) - (g - 1) v(null), which it was distilled to say (Eq. 4). The null branch is told 1 and
-    passes no gradient: it stands for the base's own v(null), which is not to be bent until the sum fits.
-    xt (B,C,H,W), t (B,), y a Text with its guidance (B,) -> (B,C,H,W). Without gradients both halves are one batch."""
-    g, null = y.guidance.view(-1, 1, 1, 1), unconditional(model, y)
+    It follows from v(c, g) = g v(c) - (g - 1) v(null), which it was distilled to give (Eq. 4). The null
+    branch reads 1 and passes no gradient: it stands for the base's own v(null), which is not to be bent until
+    the sum fits. xt (B,C,H,W), t (B,), y a Text with its guidance (B,) -> (B,C,H,W). Without gradients both
+    halves are one batch."""
+    g = y.guidance.view(-1, 1, 1, 1)
+    null = unguided_null(model, y)
     if not torch.is_grad_enabled():
-        v, v_null = model(torch.cat([xt, xt]), torch.cat([t, t]), cat_conditions([y, null])).float().chunk(2)
+        both = model(torch.cat([xt, xt]), torch.cat([t, t]), cat_conditions([y, null]))
+        v, v_null = both.float().chunk(2)
     else:
         v = model(xt, t, y).float()
         with torch.no_grad():
@@ -101,111 +204,114 @@ def raw_velocity(model, xt: Tensor, t: Tensor, y) -> Tensor:
     return (v + (g - 1) * v_null) / g
 
 
-def unconditional(model, y):
+def unguided_null(model, y):
     """The null condition of a distilled model: the empty prompt, at guidance 1."""
     return replace(model.null_condition(y), guidance=torch.ones_like(y.guidance))
 
 
-def guided_loss(model, z: Tensor, t: Tensor, y, x0: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Stages 2 and 3 of a guidance-distilled model (Eq. 7): || v_hat(x_t, y, t) - (x1 - x0) ||^2. The plain loss would
-    teach it to say v(c) where it is told g, and so to forget guidance (Fig. 6). As flow_matching_loss otherwise."""
-    xt, v = path(x0, z, t)
-    pred = raw_velocity(model, xt, t, y)
-    return (pred - v).square().mean(dim=(1, 2, 3)), pred, v
+@dataclass(frozen=True)
+class Objective:
+    """The training objective of stages 2 and 3: a loss, and how noise, time and guidance are drawn for it."""
+    loss: Callable = flow_matching_loss
+    guidance: tuple[float, float] | None = None    # range of what a distilled model reads
+    t_sampling: str = "logit-normal"
+    shift: float = 1.0
+    label_dropout: float = 0.1              # null conditions: the model has to stay able to be guided
+
+    @property
+    def guided(self) -> bool:
+        return self.loss is guided_flow_matching_loss
+
+    @property
+    def name(self) -> str:
+        return "guided" if self.guided else "flow"
+
+    def draw(self, model, z: Tensor, y, generator) -> tuple:
+        """A batch's latents and conditions -> (z, t, y, x0), the arguments of a loss. All randomness comes
+        from the generator, on the CPU."""
+        drop = torch.rand(len(y), generator=generator) < self.label_dropout
+        y = where_conditions(drop, model.null_condition(y), y)
+        x0 = torch.randn(z.shape, generator=generator).to(z.device)
+        t = sample_t(len(z), generator, self.t_sampling, self.shift).to(z.device)
+        if self.guidance:
+            y = self.with_guidance(y, torch.rand(len(z), generator=generator))
+        return z, t, y, x0
+
+    def with_guidance(self, y, u: Tensor):
+        """Conditions with guidance at u (B,) in [0,1] of its range; those of a model that reads none stay as
+        they are."""
+        if self.guidance is None:
+            return y
+        low, high = self.guidance
+        return replace(y, guidance=(low + (high - low) * u).to(y.device))
+
+    def train_loss(self, model, z: Tensor, y, generator) -> tuple[Tensor, dict]:
+        """The loss of a batch, and metrics."""
+        loss, pred, v = self.loss(model, *self.draw(model, z, y, generator))
+        return loss.mean(), {"pred_norm": pred.detach().norm() / v.norm()}
+
+    @torch.no_grad()
+    def validate(self, model, z: Tensor, y, dtype=torch.float32, times: int = 8) -> dict[str, float]:
+        """The loss at eight fixed t (and guidances) on fixed noise: steady from step to step, comparable from
+        run to run in one latent space. -> {"val_loss": their mean, "val_t0.06": at t = 0.06, ...}"""
+        g = torch.Generator().manual_seed(12345)
+        i = torch.arange(len(z))
+        t = (i % times + 0.5) / times
+        y = self.with_guidance(y, (i // times % times + 0.5) / times)
+        x0 = torch.randn(z.shape, generator=g).to(z.device)
+        with autocast(z.device, dtype):
+            losses = self.loss(model, z, t.to(z.device), y, x0)[0].cpu()
+        by_time = {f"val_t{x:.2f}": float(losses[t == x].mean()) for x in t.unique()}
+        return {"val_loss": float(losses.mean()), **by_time}
 
 
-def distillation_loss(teacher, model, z: Tensor, t: Tensor, y, x0: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Guidance distillation (Eq. 3): what a teacher says under classifier-free guidance in two passes (Eq. 4), the student
-    says in one, told the scale. As flow_matching_loss otherwise."""
-    xt, _ = path(x0, z, t)
-    with torch.no_grad():
-        v, v_null = teacher(torch.cat([xt, xt]), torch.cat([t, t]), cat_conditions([y, model.null_condition(y)])).float().chunk(2)
-        v = v_null + y.guidance.view(-1, 1, 1, 1) * (v - v_null)
-    pred = model(xt, t, y).float()
-    return (pred - v).square().mean(dim=(1, 2, 3)), pred, v
-
-
-# each (model, z, t, y, x0) -> loss of every sample (B,), predicted and target velocity; "ddpm" is sample.ddpm_loss
-LOSSES = {"flow": flow_matching_loss, "guided": guided_loss}
-
-
-def pick_objective(cfg, asked: str | None) -> str:
-    """The objective asked for, or the model's own: guided for a distilled one, flow for others. ValueError if it has none such."""
+def pick_objective(cfg, recipe: Recipe, args) -> Objective:
+    """The objective asked for, or the model's own: guided for a distilled one, flow for others. ValueError
+    for flags that do not fit the model."""
     distilled = getattr(cfg, "guidance_embed", False)
-    if asked == "ddpm" and cfg.clock != "ddpm":
-        raise ValueError(f"--objective ddpm is for bases on DDPM's clock; this {type(cfg).__name__.removesuffix('Config')} runs on the flow's")
-    if asked == "guided" and not distilled:
-        raise ValueError("--objective guided is for a model that is told its guidance as a number; this one is not distilled: use flow")
-    return asked or ("guided" if distilled else "flow")
+    kind = args.objective or ("guided" if distilled else "flow")
+    if not distilled:
+        if kind == "guided":
+            raise ValueError("--objective guided is for a model that reads its guidance as a number; "
+                             "this one is not distilled: use flow")
+        if args.guidance_range:
+            raise ValueError("--guidance-range is for a model that reads its guidance as a number; "
+                             "this one is not distilled")
+    low, high = args.guidance_range or recipe.guidance
+    if not 1 <= low <= high:
+        raise ValueError(f"--guidance-range {low:g} {high:g}: two numbers of at least 1 (no guidance), "
+                         "the smaller first")
+    return Objective(
+        loss={"flow": flow_matching_loss, "guided": guided_flow_matching_loss}[kind],
+        guidance=(low, high) if distilled else None,
+        t_sampling=args.t_sampling, shift=training_shift(cfg), label_dropout=args.label_dropout)
 
 
-def tell_guidance(y, limits: tuple[float, float] | None, places: Tensor):
-    """The conditions with guidance at these places (B,) in [0,1] between the limits; labels, and prompts of a model that is
-    not told any (limits None), stay as they are."""
-    return y if limits is None else replace(y, guidance=(limits[0] + (limits[1] - limits[0]) * places).to(y.device))
-
-
-def ends(model, final_adaln: bool = True) -> tuple[str, str]:
-    """Names of what stages 2 and 3 train in full: the embedder, and the head with or without its modulation."""
-    return model.EMBEDDER, model.HEAD_TRAINED if final_adaln else model.HEAD
-
-
-def drop_labels(model, y: Tensor, p: float, generator) -> Tensor:
-    """Replace a share p of the conditions by the null condition, so that the model stays able to be guided."""
-    drop = torch.rand(len(y), generator=generator) < p
-    return where_conditions(drop, model.null_condition(y), y)
-
-
-@torch.no_grad()
-def validation_losses(model, z: Tensor, y, dtype=torch.float32, times: int = 8, loss=flow_matching_loss, limits=None) -> dict[str, float]:
-    """The loss at eight fixed t (and guidances between the limits) on fixed noise: steady from step to step, comparable from
-    run to run in one latent space. -> {"val_loss": their mean, "val_t0.06": at t = 0.06, ...}"""
-    g, rows = torch.Generator().manual_seed(12345), torch.arange(len(z))
-    t = (rows % times + 0.5) / times
-    y = tell_guidance(y, limits, (rows // times % times + 0.5) / times)
-    with torch.autocast(z.device.type, dtype, enabled=dtype != torch.float32):
-        each = loss(model, z, t.to(z.device), y, torch.randn(z.shape, generator=g).to(z.device))[0].cpu()
-    return {"val_loss": float(each.mean()), **{f"val_t{x:.2f}": float(each[t == x].mean()) for x in t.unique()}}
-
-
-def validation_loss(*args, **kw) -> float:
-    """Their mean."""
-    return validation_losses(*args, **kw)["val_loss"]
-
-
-# ---- both stages in closed form ------------------------------------------------------------------------------------------------
+# ---- both stages in closed form ------------------------------------------------------------------
 
 class LeastSquares:
-    """min_W,b || W x + b - y ||^2 + ridge, streaming: sums of outer products in float64, a row (1, x) at a time. Sums of
-    shards add up (`+`), so any number of passes or processes give one answer."""
+    """min_W,b || W x + b - y ||^2 + ridge, streaming: sums of outer products in float64, a row (1, x) at a
+    time. Sums of shards add up, so any number of passes or ranks give one answer."""
 
     def __init__(self, size_in: int, size_out: int, device="cpu"):
         self.xx = torch.zeros(size_in + 1, size_in + 1, dtype=torch.float64, device=device)
         self.xy = torch.zeros(size_in + 1, size_out, dtype=torch.float64, device=device)
-        self.yy, self.n, self.mse = torch.zeros((), dtype=torch.float64, device=device), 0, math.nan
+        self.yy = torch.zeros((), dtype=torch.float64, device=device)
+        self.n = torch.zeros((), dtype=torch.float64, device=device)
 
     def add(self, x: Tensor, y: Tensor):
         """x (..., size_in), y (..., size_out)"""
-        x, y = x.reshape(-1, x.shape[-1]).double(), y.reshape(-1, y.shape[-1]).double()
+        x = x.reshape(-1, x.shape[-1]).double()
+        y = y.reshape(-1, y.shape[-1]).double()
         x = torch.cat([torch.ones_like(x[:, :1]), x], dim=1)
         self.xx += x.T @ x
         self.xy += x.T @ y
         self.yy += y.square().sum()
         self.n += len(x)
 
-    def __add__(self, other: "LeastSquares") -> "LeastSquares":
-        out = LeastSquares(self.xx.shape[0] - 1, self.xy.shape[1], self.xx.device)
-        out.xx, out.xy, out.yy, out.n = self.xx + other.xx, self.xy + other.xy, self.yy + other.yy, self.n + other.n
-        return out
-
-    def add_up(self):
-        """Everybody gets the sums of all processes."""
-        n = torch.tensor(float(self.n), dtype=torch.float64, device=self.yy.device)
-        add_up([self.xx, self.xy, self.yy, n])
-        self.n = int(n)
-
     def solve(self, ridge: float = 1e-6) -> tuple[Tensor, Tensor]:
-        """W (size_out,size_in), b (size_out,). The ridge is relative to the mean power of x, and spares the bias."""
+        """W (size_out,size_in), b (size_out,). The ridge is relative to the mean power of x, and spares the
+        bias."""
         penalty = torch.full_like(self.xx.diagonal(), ridge * float(self.xx.diagonal()[1:].mean()))
         penalty[0] = 0.0
         w = torch.linalg.solve(self.xx + penalty.diag(), self.xy)
@@ -214,270 +320,309 @@ class LeastSquares:
     def loss(self, w: Tensor, b: Tensor) -> float:
         """Mean squared error of (W, b) on everything added, per number of y."""
         wb = torch.cat([b[:, None], w], dim=1).double().T
-        return float((self.yy - 2 * (wb * self.xy).sum() + (wb * (self.xx @ wb)).sum()) / (self.n * self.xy.shape[1]))
+        residual = self.yy - 2 * (wb * self.xy).sum() + (wb * (self.xx @ wb)).sum()
+        return float(residual / (self.n * self.xy.shape[1]))
+
+    def solve_into(self, layer: nn.Module) -> float:
+        """Add up the sums of all ranks, put the solution into the layer; returns its mean squared error."""
+        all_reduce_sum([self.xx, self.xy, self.yy, self.n])
+        w, b = self.solve()
+        layer.weight.copy_(w.reshape(layer.weight.shape))
+        layer.bias.copy_(b)
+        return self.loss(w, b)
+
+
+def share_of_rank(batches):
+    """Every world_size-th batch, from this rank's on."""
+    return islice(batches, get_rank(), None, get_world_size())
 
 
 @torch.no_grad()
-def solve_embedder(model, base, batches, ridge: float = 1e-6) -> LeastSquares:
-    """Stage 1 exactly: the embedder that minimises Eq. 1 over `batches` of (z_dc, z_base). The map is linear, so one pass
-    is enough. Sets it in the model; returns the sums."""
-    layer, p = model.embed_linear, model.cfg.patch_size
+def solve_embedder(model, base, batches) -> float:
+    """Stage 1 exactly: put the embedder that minimises Eq. 1 over `batches` of (z_dc, z_base) into the model;
+    returns its loss. The map is linear, so one pass is enough."""
+    layer = model.embed_linear
+    p = model.cfg.patch_size
     sums = LeastSquares(layer.weight[0].numel(), len(layer.weight), layer.weight.device)
-    for z_dc, z_base in islice(batches, processes()[0], None, processes()[1]):
-        x = rearrange(z_dc, "b c (h p) (w q) -> b (h w) (c p q)", p=p, q=p)
-        target = F.adaptive_avg_pool2d(grid_tokens(base, z_base).float(), (z_dc.shape[-2] // p, z_dc.shape[-1] // p)).flatten(2).transpose(1, 2)
-        positions = model.embed(torch.zeros_like(z_dc)) - layer.bias  # what the embedder adds to its linear map
+    for z_dc, z_base in share_of_rank(batches):
+        x = rearrange(z_dc, "b c (h p) (w q) -> b h w (c p q)", p=p, q=p)
+        target = rearrange(pooled_base_tokens(base, z_base, x.shape[1:3]), "b d h w -> b (h w) d")
+        # what the embedder adds to its linear map
+        positions = model.embed(torch.zeros_like(z_dc)) - layer.bias
         sums.add(x, target - positions)
-    sums.add_up()
-    sums.mse = sums.loss(*_set(layer, *sums.solve(ridge)))
-    return sums
+    return sums.solve_into(layer)
 
 
 @torch.no_grad()
-def solve_head(model, batches, ridge: float = 1e-6, dtype=torch.float32, guided: bool = False) -> LeastSquares:
-    """Stage 2 exactly, while the embedder stands still: the head's last linear map that minimises the flow loss (Eq. 2), or
-    the guided one (Eq. 7), over `batches` of (z, t, y, x0). Its input is fixed, so the loss is quadratic in it. Of the
-    guided loss too: v_hat is the same linear map of (h(c, g) + (g - 1) h(null, 1)) / g, whose weights add up to one."""
+def solve_head(model, batches, dtype=torch.float32, guided: bool = False) -> float:
+    """Stage 2 exactly, while the embedder stands still: put the last linear map that minimises the flow loss
+    (Eq. 2), or the guided one (Eq. 7), over `batches` of (z, t, y, x0) into the head; returns its loss. The
+    map's input is fixed, so the loss is quadratic in it. So is the guided loss: v_hat is the same linear map
+    of (h(c, g) + (g - 1) h(null, 1)) / g, whose weights add up to one."""
     layer = model.head_linear
     sums = LeastSquares(layer.in_features, layer.out_features, layer.weight.device)
-
-    def features(xt, t, y):
-        x, clock = model.to_native(xt, t)
-        c = model.condition(clock, y, xt.shape[-2:])
-        return model.head_features(model.trunk(model.embed(x), c), c).float()
-
-    for z, t, y, x0 in islice(batches, processes()[0], None, processes()[1]):
+    for z, t, y, x0 in share_of_rank(batches):
         xt, v = path(x0, z, t)
-        with torch.autocast(z.device.type, dtype, enabled=dtype != torch.float32):
-            h = features(xt, t, y)
+        with autocast(z.device, dtype):
+            h = head_input(model, xt, t, y)                          # B N D
             if guided:
                 g = y.guidance.view(-1, 1, 1)
-                h = (h + (g - 1) * features(xt, t, unconditional(model, y))) / g
-        sums.add(h, model.patchify(model.to_velocity(v, xt, t)))         # from velocity to output: a sign at most, its own inverse
-    sums.add_up()
-    sums.mse = sums.loss(*_set(layer, *sums.solve(ridge)))
-    return sums
+                h = (h + (g - 1) * head_input(model, xt, t, unguided_null(model, y))) / g
+        # from velocity to the head's output: a sign at most, which is its own inverse
+        sums.add(h, model.patchify(model.to_velocity(v, xt, t)))
+    return sums.solve_into(layer)
 
 
-def _set(layer: nn.Module, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    layer.weight.copy_(w.reshape(layer.weight.shape))
-    layer.bias.copy_(b)
-    return w, b
+def head_input(model, xt: Tensor, t: Tensor, y) -> Tensor:
+    """What the last linear map of the head reads in a forward pass, (B,N,D) float32."""
+    read = []
+    hook = model.head_linear.register_forward_pre_hook(lambda layer, args: read.append(args[0]))
+    model(xt, t, y)
+    hook.remove()
+    return read[0].float()
 
 
-# ---- what the scripts share: recipes, runs, pictures ---------------------------------------------------------------------------------
+# ---- the stages ----------------------------------------------------------------------------------
 
-# Table 7 of the paper, and what recipe.md adds: the shift of training times, the range of guidance. "tiny" and its text
-# models are the same recipe in minutes: larger learning rates that end at zero, fewer steps, a smaller rank. DiT's head is
-# its whole final layer, modulation included, as in the authors' code. w in Eq. 3-7 is guidance - 1. pos_step: a base that
-# knows one size only (DiT, the embedded ones) finds its new tokens spread over the places that it knows; FLUX was trained at
-# many sizes, so a smaller grid is nothing new to it and counts by ones, as the authors have it and as diffusers' pipeline feeds it.
-def _recipe(ae: str, stage1: int, stage2: tuple, stage3: tuple, pictures: int | None = None, rank: int = 256, **more) -> dict:
-    """stage1: steps; stage2: (steps, lr, batch); stage3: (steps, lr, batch)."""
-    stage = lambda steps, lr, batch, **kw: dict(steps=steps, lr=lr, batch=batch, **kw)
-    return dict(ae=ae, pictures=pictures, rank=rank, stage1=stage(stage1, 1e-4, 64), stage2=stage(*stage2), stage3=stage(*stage3, warmup=2000),
-                shift=1.0, pos_step=1.0, guidance=(1.0, 14.0)) | more
+@dataclass
+class Alignment:
+    """A base, its deep sibling, and what they learn from: what every stage takes."""
+    base: nn.Module
+    model: nn.Module
+    data: RunData
+    objective: Objective
+    out: Path
+    device: torch.device
+    dtype: torch.dtype
+    seed: int
+    logs: dict[str, list] = field(default_factory=dict)              # of stages that AdamW trains
 
+    def pairs(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Deep and base latents of the same pictures: posterior means, for a target should not be noise."""
+        z, _ = self.data.cache.batch(indices)
+        return z[self.model.cfg.ae].to(self.device), z[self.base.cfg.ae].to(self.device)
 
-_tiny = dict(stage1=dict(steps=400, lr=1e-2, batch=64), stage2=dict(steps=1000, lr=5e-3, batch=64, schedule="cosine"),
-             stage3=dict(steps=2000, lr=1e-3, batch=64, warmup=50, schedule="cosine"), pictures=4096, rank=32, shift=1.0, pos_step=2.0, guidance=(1.0, 8.0))
+    def samples(self, indices: Tensor) -> tuple:
+        """Deep latents and conditions."""
+        return self.pairs(indices)[0], self.data.conditions(indices)
 
-
-RECIPES = {
-    "tiny":       dict(ae="tiny-dc-ae-f32c32", **_tiny),
-    "tiny-flux":  dict(ae="tiny-dc-ae-f32c32", **_tiny | dict(pictures=8192)),
-    "tiny-sana":  dict(ae="tiny-dc-ae-f32c32", **_tiny | dict(pictures=8192)),
-    "dit-xl":     _recipe("dc-ae-f32c32-in-1.0", 50_000, (20_000, 2e-4, 1024), (500_000, 2e-4, 1024), pos_step=2.0),
-    "dit-xl-512": _recipe("dc-ae-f32c32-in-1.0", 50_000, (20_000, 2e-4, 1024), (100_000, 2e-4, 1024), pos_step=2.0),
-    "sana-1.6b":  _recipe("dc-ae-f64c128-in-1.0", 20_000, (5_000, 2e-4, 1024), (150_000, 2e-4, 1024), shift=3.0),
-    "sana-4.8b":  _recipe("dc-ae-f64c128-in-1.0", 20_000, (5_000, 1e-4, 256), (50_000, 1e-4, 256), shift=3.0),
-    "flux-krea":  _recipe("dc-ae-f32c32-in-1.0", 20_000, (5_000, 1e-4, 256), (10_000, 1e-4, 256), shift="flux2", then="dc-ae-f64c128-1.5"),
-}
-
-
-def recipe_of(base: str) -> dict:
-    """The recipe of a preset, or of the one that a run came from; another model of its family has that family's."""
-    name = preset_of(base)
-    kin = {FluxConfig: "flux-krea", SanaConfig: "sana-1.6b"}.get(type(BASES[name]), "dit-xl")
-    return RECIPES.get(name, RECIPES[kin])
+    def validate(self, *_) -> dict[str, float]:
+        z = self.data.val_latents[self.model.cfg.ae]
+        return self.objective.validate(self.model, z, self.data.val_conditions, self.dtype)
 
 
-def target_ae(asked: str | None, recipe: dict, cfg):
-    """The autoencoder to move a base of this configuration to: the one asked for, else the recipe's next one that is deeper
-    than the base's own (FLUX at 2K and 4K: from f32 on to f64). ValueError where the recipe ends."""
-    own = ae_config(cfg.ae)
-    for name in (asked,) if asked else (recipe["ae"], recipe.get("then")):
-        if name and (asked or ae_config(name).f > own.f):
-            return ae_config(name)
-    raise ValueError(f"this base is on {own.name} already, where its recipe ends; name the autoencoder to move to with --ae, "
-                     f"one of {', '.join(k for k, ae in AUTOENCODERS.items() if ae.f > own.f)}")
+def align_embedder_exactly(a: Alignment):
+    """Stage 1 in closed form: one pass over all pictures."""
+    loss = solve_embedder(a.model, a.base, (a.pairs(indices) for indices in a.data.cache.batches(256)))
+    print(f"stage 1 in closed form: loss {loss:.5f} over {len(a.data.cache)} pictures")
 
 
-def sample_loss(model, z: Tensor, y, g, *, objective: str, t_sampling: str, shift: float, label_dropout: float, limits=None, teacher=None) -> tuple[Tensor, dict]:
-    """One batch of the training objective of stages 2 and 3: "flow" (Eq. 2), "guided" (Eq. 7), "ddpm", DiT's own (epsilon
-    and a learned variance on the integer clock); with a teacher, its distillation (Eq. 3). limits: the range of the
-    guidance that the model is told. All randomness comes from g, on the CPU."""
-    y = drop_labels(model, y, label_dropout, g)
-    x0 = torch.randn(z.shape, generator=g).to(z.device)
-    if objective == "ddpm":
-        chain = Chain()
-        mse, bound = ddpm_loss(model, chain, z, torch.randint(len(chain.steps), (len(z),), generator=g), y, x0)
-        return (mse + bound).mean(), {"mse": mse.mean().detach()}
-    t = sample_t(len(z), g, t_sampling, shift).to(z.device)
-    y = tell_guidance(y, limits, torch.rand(len(z), generator=g) if limits else None)
-    loss_of = partial(distillation_loss, teacher) if teacher else LOSSES[objective]
-    loss, pred, v = loss_of(model, z, t, y, x0)
-    return loss.mean(), {"pred_norm": pred.detach().norm() / v.norm()}
+def align_embedder_by_adamw(a: Alignment, plan: Plan, match: str):
+    """Stage 1 as in the paper."""
+    def loss(indices, generator):
+        return embedding_loss(a.model, a.base, *a.pairs(indices), match), {}
+
+    named = named_parameters_with(a.model, (a.model.EMBEDDER,))
+    a.logs["stage 1"], _ = train(a.out, "stage1", a.model, named, loss, len(a.data.cache), plan, seed=a.seed)
+    print(f"stage 1 by AdamW: loss {a.logs['stage 1'][-1]['loss']:.5f}")
 
 
-# ---- main --------------------------------------------------------------------------------------------------------------------------
+def align_head_exactly(a: Alignment, num_samples: int):
+    """The head of stage 2 in closed form, on so many noisy samples."""
+    size = min(256, num_samples, len(a.data.cache))
+    batches = islice(cycle(a.data.cache.batches(size)), math.ceil(num_samples / size))
 
-def main(argv=None):
+    def draw(i, indices):
+        generator = torch.Generator().manual_seed(a.seed * 1_000_003 + i)
+        return a.objective.draw(a.model, *a.samples(indices), generator)
+
+    noisy = (draw(i, indices) for i, indices in enumerate(batches))
+    loss = solve_head(a.model, noisy, a.dtype, a.objective.guided)
+    print(f"head in closed form: loss {loss:.4f} over {num_samples} samples")
+
+
+def align_embedder_and_head(a: Alignment, plan: Plan, prefixes: tuple[str, ...]):
+    """Stage 2 as in the paper: the flow loss in the new latent space, the trunk frozen."""
+    def loss(indices, generator):
+        return a.objective.train_loss(a.model, *a.samples(indices), generator)
+
+    named = named_parameters_with(a.model, prefixes)
+    a.logs["stage 2"], _ = train(
+        a.out, "stage2", a.model, named, loss, len(a.data.cache), plan, seed=a.seed + 1, dtype=a.dtype,
+        watch=a.validate, watch_every=max(1, plan.steps // 8))
+
+
+class Report:
+    """What every stage is judged by: pictures, their scores, the gap to the base (Fig. 4a), the validation
+    loss."""
+
+    def __init__(self, a: Alignment, count: int, cfg_scale: float | None):
+        self.a = a
+        self.count = count
+        self.cfg_scale = cfg_scale
+        self.scorer = pick_scorer(a.data.source) if count else None
+        self.rows = []
+        self.images = []
+        self.gaps = {}
+
+    def tokens(self, model) -> int:
+        z = self.a.data.val_latents[model.cfg.ae]
+        return z.shape[-1] * z.shape[-2] // model.cfg.patch_size**2
+
+    def add(self, stage: str, model):
+        """Draw and score the model as it is after a stage, and print the row."""
+        a = self.a
+        y, titles = a.data.previews(max(8, self.count))
+        images = draw_previews(model, a.data.autoencoders[model.cfg.ae], y, a.seed, self.cfg_scale, a.dtype)
+        row = {"stage": stage}
+        if self.scorer:
+            row |= self.scorer(images, y, titles)
+        if model is a.model:
+            self.gaps[stage] = self.gap(model)
+            row["gap"] = sum(self.gaps[stage]) / len(self.gaps[stage])
+            row["val_loss"] = a.validate()["val_loss"]
+        self.rows.append(row)
+        self.images.append(images[:8])
+        cells = [f"{key} {value:.3f}" for key, value in row.items() if key != "stage"]
+        print("  " + ", ".join([stage, *cells]), flush=True)
+
+    def gap(self, model) -> list[float]:
+        """The gap of every layer on clean latents of 64 unseen pictures."""
+        a = self.a
+        z_dc = a.data.val_latents[model.cfg.ae][:64]
+        z_base = a.data.val_latents[a.base.cfg.ae][:64]
+        y = a.objective.with_guidance(a.data.val_conditions[:64], torch.zeros(len(z_dc)))
+        frozen = next(model.blocks[0].parameters()).dtype
+        with autocast(a.device, a.dtype if frozen != torch.float32 else torch.float32):
+            return layer_gap(model, a.base, z_dc, z_base, y)
+
+    def write(self, out: Path, facts: dict[str, str]) -> list[str]:
+        """Print the table of gaps, write the pictures and plots; returns their names."""
+        print("\n" + gap_table(self.gaps))
+        print("[|| g - pool(h) || / || pool(h) - its mean || per layer, clean latents of 64 unseen pictures; "
+              "0 = the base's own features]\n")
+        if get_rank() > 0:
+            return []
+        grid = [(self.title(row), images) for row, images in zip(self.rows, self.images)]
+        save_grid(out / "samples.png", grid, self.a.data.previews(8)[1], facts)
+        plot_gap(out / "gap.png", self.gaps)
+        written = ["samples.png", "gap.png"]
+        logs = {stage: log for stage, log in self.a.logs.items() if log}
+        if logs:                                                     # the closed form alone has none
+            plot_curves(out / "curves.png", logs)
+            written.append("curves.png")
+        return written
+
+    def title(self, row: dict) -> str:
+        title = row["stage"].replace(": ", "\n").replace(" in ", "\nin ")
+        for score in ("all", "accuracy"):
+            if score in row:
+                return f"{title}\n{row[score]:.0%} right"
+        return title
+
+
+# ---- main ----------------------------------------------------------------------------------------
+
+def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_args(p)
     add_data_args(p)
+    add_plan_args(p, "stage 2")
     p.add_argument("--solver", default="closed-form", choices=("closed-form", "adamw"),
                    help="how stage 1, and the head before stage 2, find their optimum (default closed-form)")
-    p.add_argument("--ridge", type=float, default=1e-6, help="closed form: relative ridge (default 1e-6)")
-    p.add_argument("--head-samples", type=int, default=8192, help="closed form: noisy samples for the head; 0 = leave it random (default 8192)")
-    p.add_argument("--head-only", action="store_true", help="stage 2 leaves the embedder alone, as the closed form does: to compare the two")
-    p.add_argument("--match", default="downsample", choices=MATCHES, help="stage 1 by AdamW: how embeddings are compared (default downsample)")
-    p.add_argument("--stage1-steps", type=int, help="AdamW steps of stage 1 (default: the recipe's; 0 = no stage 1, by either solver)")
-    p.add_argument("--stage2-steps", type=int, help="AdamW steps of embedder and head together (default: the recipe's; 0 = none)")
+    p.add_argument("--match", default="downsample", choices=MATCHES,
+                   help="stage 1 by AdamW: on which grid embeddings are compared (default downsample)")
+    p.add_argument("--stage1-steps", type=int,
+                   help="AdamW steps of stage 1 (default: the recipe's; 0 = no stage 1, by either solver)")
     p.add_argument("--lr1", type=float, help="stage 1 learning rate (default: the recipe's)")
+    p.add_argument("--head-samples", type=int, default=8192,
+                   help="closed form: noisy samples for the head; 0 = leave it random (default 8192)")
+    p.add_argument("--head-only", action="store_true",
+                   help="stage 2 leaves the embedder alone, as the closed form does: to compare the two")
+    p.add_argument("--stage2-steps", type=int,
+                   help="AdamW steps of embedder and head together (default: the recipe's; 0 = none)")
     p.add_argument("--lr2", type=float, help="stage 2 learning rate (default: the recipe's)")
-    p.add_argument("--batch", type=int, help="pictures a step, both stages (default: the recipe's)")
-    p.add_argument("--batch1", type=int, help="pictures a step of stage 1 (default: --batch, or the recipe's)")
-    p.add_argument("--warmup", type=int, default=0, help="steps of stage 2's linear warm-up (default 0; the authors' guides use 1000)")
-    p.add_argument("--schedule", choices=("constant", "cosine"), help="of stage 2's learning rate (default: the recipe's)")
-    p.add_argument("--clip", type=float, default=-1, help="stage 2 gradient norm limit; -1 = never (default; the authors' guides use 0.1)")
-    p.add_argument("--shift", help="resolution shift of the times, a number or a rule (sample.py --help), saved with the run; 1 = off (default: the recipe's)")
-    p.add_argument("--count", type=int, default=128, help="pictures a stage for the class accuracy; 0 = none (default 128)")
-    p.add_argument("--out", metavar="DIR", help="the run's folder (default: runs/align-BASE-N, the next N)")
+    p.add_argument("--count", type=int, default=128,
+                   help="pictures a stage for its scores; 0 = no scores (default 128)")
     args = p.parse_args(argv)
-
-    closed = args.solver == "closed-form"
-    if args.dry_run:
-        args.stage1_steps, args.stage2_steps, args.head_samples, args.count = 0 if args.stage1_steps == 0 else 1, 1, min(16, args.head_samples), 0
-    if closed and args.match != "downsample":
+    if args.solver == "closed-form" and args.match != "downsample":
         raise ValueError(f"--match {args.match} has no closed form here; use --solver adamw")
-    begun, recipe, dtype, device = time.perf_counter(), recipe_of(args.base), dtype_of(args), join(args.device)
+    return args
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    begun = time.perf_counter()
+    device = init_distributed(args.device)
+    dtype = dtype_of(args)
+
+    # a finished model, and the same trunk on the latents of a deeper autoencoder (Sec. 3.1)
     base, info = load_base(args.base, args.weights, device, dtype=None)
-    settle(base, [], device, frozen_dtype(args))
-    old, new = base.cfg.ae, target_ae(args.ae, recipe, base.cfg).name
-    if old == new:
-        raise ValueError(f"--ae {new}: the base is on it already; stages 1 and 2 are for another one, stage 3 is finetune.py --init {args.base}")
-    goal = pick_objective(base.cfg, args.objective)
-    cfg = sized(to_deep_latent(base.cfg, ae_config(new), "epsilon" if goal == "ddpm" else "velocity", new_step(args.pos_step, recipe, base.cfg)), args)
-    shift, rule = shift_of(args.shift or recipe["shift"], cfg)        # a size that does not fit is said here, before there is a run
-    limits = guidance_limits(args, recipe, cfg)
-    out, (rank, _) = new_run("align", args), processes()
-    with first_goes_first():
-        data = prepare(args, recipe, {old: args.base_ae_weights or info.get("ae_weights"), new: args.ae_weights}, cfg, device)
-    ae, source, cache, y_val, base.null = data.ae, data.source, data.cache, data.val[1], data.null
-    z_dc, z_base = data.val[0][new], data.val[0][old]
+    prepare_for_training(base, [], device)
+    recipe = RECIPES[base.cfg.recipe]
+    pos_step = (args.pos_step or recipe.pos_step) * getattr(base.cfg, "pos_step", 1.0)
+    ae = next_autoencoder(args.ae, base.cfg, args.base)
+    cfg = to_deep_latent(base.cfg, ae, pos_step, args.shift or recipe.shift)
+    cfg = resized(cfg, args.res, args.text_tokens)
+    objective = pick_objective(cfg, recipe, args)
+
+    # the same pictures in both latent spaces
+    out = new_run("align", args.base, vars(args), args.out, args.resume)
+    weights = {base.cfg.ae: args.base_ae_weights or info.get("ae_weights"), cfg.ae: args.ae_weights}
+    with rank0_first():
+        data = open_data(cfg, weights, data_settings(args, cfg, recipe.pictures), device, dtype)
+    base.null = data.null
     torch.manual_seed(args.seed)
     model = to_deep_model(base, cfg).to(device)
-    settle(model, [k for k, _ in pick(model, ends(model, args.final_adaln))], device, frozen_dtype(args), args.recompute)
-    tokens = lambda m, z: z.shape[-1] * z.shape[-2] // m.cfg.patch_size**2
-    print(f"{args.base}: {old} patch {base.cfg.patch_size}, {tokens(base, z_base)} tokens -> {new} patch 1, {tokens(model, z_dc)} tokens; "
-          f"{len(cache)} pictures, {dtype} -> {out}")
-    judge = pick_scorer(source) if args.count and not args.images else None   # they know the procedural pictures only
-    told = lambda places: tell_guidance(y_val[:64], limits, places)   # what both models are told where their features are compared
-    stages, gaps, logs, seconds = [], {}, {}, {}
+    prefixes = trainable_prefixes(model, args.final_adaln)
+    prepare_for_training(model, [name for name, _ in named_parameters_with(model, prefixes)], device)
+    a = Alignment(base, model, data, objective, out, device, dtype, args.seed)
+    report = Report(a, args.count if not args.images else 0, args.cfg_scale)
+    print(f"{args.base}: {base.cfg.ae} patch {base.cfg.patch_size}, {report.tokens(base)} tokens -> "
+          f"{cfg.ae} patch {cfg.patch_size}, {report.tokens(model)} tokens; "
+          f"{len(data.cache)} pictures, {dtype} -> {out}")
+    report.add("base", base)
+    report.add("not aligned", model)
 
-    def look(name: str, m):
-        """A stage's pictures, class accuracy, gap to the base and validation loss."""
-        y, titles = data.ask(max(8, args.count if judge else 8))
-        seconds["pictures"] = 0.0
-        with timed(seconds, "pictures", device):
-            images = draw(m, ae[m.cfg.ae], y, args.seed, args.cfg_scale, rule, dtype, args.base)
-        row = dict(stage=name) | (judge(images, y, titles) if judge else {})
-        if m is model:
-            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32 and next(m.blocks[0].parameters()).dtype != torch.float32):
-                gaps[name] = layer_gap(m, base, z_dc[:64], z_base[:64], told(torch.zeros(len(z_dc[:64]))))
-            row |= dict(gap=sum(gaps[name]) / len(gaps[name]), val_loss=validate()["val_loss"])
-        stages.append((row, images[:8]))
-        print("  " + ", ".join(f"{k} {v:.3f}" if isinstance(v, float) else v for k, v in row.items()), flush=True)
-
-    def validate():
-        return validation_losses(model, z_dc, y_val, dtype, loss=LOSSES.get(goal, flow_matching_loss), limits=limits)
-
-    def pair(rows):                                                   # means, not draws: a target should not be noise
-        z, _ = cache.batch(rows)
-        return z[new].to(device), z[old].to(device)
-
-    objective = dict(objective=goal, t_sampling=args.t_sampling, shift=shift, label_dropout=args.label_dropout, limits=limits)
-
-    def flow_loss(rows, g):
-        return sample_loss(model, cache.batch(rows)[0][new].to(device), data.condition(rows), g, **objective)
-
-    def noisy(rows, g):
-        z, y = cache.batch(rows)[0][new].to(device), drop_labels(model, data.condition(rows), args.label_dropout, g)
-        t, x0 = sample_t(len(z), g, args.t_sampling, shift).to(device), torch.randn(z.shape, generator=g).to(device)
-        return z, t, tell_guidance(y, limits, torch.rand(len(z), generator=g) if limits else None), x0
-
-    rows = getattr(cache, "buckets", len(cache))
-    look("base", base)
-    look("not aligned", model)
-
-    # stage 1: the embedder
-    clock, steps1 = time.perf_counter(), 0
-    if args.stage1_steps == 0:
+    # stage 1: the embedder learns the base's embeddings (Eq. 1)
+    stage1 = planned(recipe.stage1, steps=args.stage1_steps, lr=args.lr1, betas=args.betas,
+                     save_every=args.save_every)
+    if stage1.steps == 0:
         print("no stage 1: the embedder stays random")
-    elif closed:
-        sums = solve_embedder(model, base, (pair(r) for r in cache.pieces(256)), args.ridge)
-        print(f"stage 1 in closed form: loss {sums.mse:.5f} over {sums.n} cells, {time.perf_counter() - clock:.1f} s")
     else:
-        s1 = recipe["stage1"]
-        steps1 = s1["steps"] if args.stage1_steps is None else args.stage1_steps
-        logs["stage 1"] = train(out, model, pick(model, (model.EMBEDDER,)), lambda rows, g: (embedding_loss(model, base, *pair(rows), args.match), {}),
-                                rows, steps1, batch=args.batch1 or args.batch or s1["batch"], lr=args.lr1 or s1["lr"], info=info, name="stage1", seed=args.seed,
-                                betas=args.betas, save_every=args.save_every)
-        print(f"stage 1 by AdamW: loss {logs['stage 1'][-1]['loss']:.5f}, {time.perf_counter() - clock:.1f} s")
-    if args.stage1_steps != 0:
-        look("stage 1: embedder", model)
+        if args.solver == "closed-form":
+            align_embedder_exactly(a)
+        else:
+            align_embedder_by_adamw(a, stage1, args.match)
+        report.add("stage 1: embedder", model)
 
-    # stage 2: embedder and head
-    both = pick(model, ends(model, args.final_adaln)[args.head_only:])
-    clock, s2 = time.perf_counter(), recipe["stage2"]
-    batch2, head_steps = args.batch or s2["batch"], 0
-    if closed and args.head_samples and goal in LOSSES:
-        head_steps = -(-args.head_samples // batch2)                  # what it looks at, counted as if it were steps
-        at_once = min(256, args.head_samples, len(cache))
-        pieces = islice(cycle(cache.pieces(at_once)), -(-args.head_samples // at_once))
-        batches = (noisy(r, torch.Generator().manual_seed(args.seed * 1_000_003 + i)) for i, r in enumerate(pieces))
-        sums = solve_head(model, batches, args.ridge, dtype, goal == "guided")
-        print(f"head in closed form: loss {sums.mse:.4f} over {args.head_samples} samples, {time.perf_counter() - clock:.1f} s")
-        look("head in closed form", model)
-    steps, clock = s2["steps"] if args.stage2_steps is None else args.stage2_steps, time.perf_counter()
-    if steps:
-        logs["stage 2"] = train(out, model, both, flow_loss, rows, steps, batch=batch2, lr=args.lr2 or s2["lr"], info=info, name="stage2", betas=args.betas,
-                                warmup=args.warmup, schedule=args.schedule or s2.get("schedule", "constant"), seed=args.seed + 1, dtype=dtype,
-                                clip=None if args.clip < 0 else args.clip, save_every=args.save_every, watch=lambda step, _: validate(),
-                                watch_every=max(1, steps // 8), seconds=seconds)
-        print(f"stage 2: {steps} steps, {time.perf_counter() - clock:.1f} s")
-        look("stage 2: both", model)
+    # stage 2: embedder and head learn the flow in the new latent space, the trunk frozen (Eq. 2)
+    stage2 = planned(recipe.stage2, steps=args.stage2_steps, lr=args.lr2, batch=args.batch, betas=args.betas,
+                     warmup=args.warmup, schedule=args.schedule, clip=args.clip, save_every=args.save_every)
+    if args.solver == "closed-form" and args.head_samples:
+        align_head_exactly(a, args.head_samples)
+        report.add("head in closed form", model)
+    if stage2.steps:
+        align_embedder_and_head(a, stage2, prefixes[1:] if args.head_only else prefixes)
+        report.add("stage 2: both", model)
 
-    print("\n" + gap_table(gaps))
-    print("[|| g - pool(h) || / || pool(h) - its mean || per layer, clean latents of 64 unseen pictures; 0 = the base's own features]\n")
-    scores = [row for row, _ in stages]
-    info |= dict(kind="align", model=config_dict(cfg), shift=rule, classes=list(source.classes), images=args.images, captions=args.captions,
-                 ae_weights=args.ae_weights, objective=goal, steps=steps1 + head_steps + steps, stages=scores, gaps=gaps)
-    write_run(out, info, both, [dict(stage=k, **row) for k, log in logs.items() for row in log] + scores, state="stage2")
-    leave()
-    if rank:
-        return
-    if args.dry_run:
-        return note_dry_run(out, model, both, seconds, batch2, False, device, "stage2")
-    title = lambda r: r["stage"].replace(": ", "\n").replace(" in ", "\nin ") + (f"\n{r[score]:.0%} right" if (score := "all" if "all" in r else "accuracy") in r else "")
-    save_grid(out / "samples.png", [(title(r), x) for r, x in stages], data.ask(8)[1], {"seed": str(args.seed), "cfg_scale": str(args.cfg_scale)})
-    plot_gap(out / "gap.png", gaps)
-    if curves := {k: v for k, v in logs.items() if v}:                # without AdamW there are none
-        plot_curves(out / "curves.png", curves)
+    # finish: tables and pictures, and the weights last
+    steps = 0
+    if args.solver == "closed-form":
+        # samples that the closed form has seen, counted as if they were steps
+        steps += math.ceil(args.head_samples / stage2.batch)
+    else:
+        steps += stage1.steps
+    info |= dict(kind="align", model=config_dict(cfg), classes=list(data.source.classes), images=args.images,
+                 captions=args.captions, ae_weights=args.ae_weights, objective=objective.name,
+                 steps=steps + stage2.steps, stages=report.rows, gaps=report.gaps)
+    written = report.write(out, {"seed": str(args.seed), "cfg_scale": str(args.cfg_scale)})
+    log = [dict(stage=stage, **row) for stage, rows in a.logs.items() for row in rows]
+    write_run(out, info, named_parameters_with(model, prefixes), log + report.rows)
+    destroy_distributed()
     print(f"{(time.perf_counter() - begun) / 60:.1f} min, peak memory {peak_gib(device):.1f} GiB; "
-          f"wrote {out}/ (model.safetensors, metrics.jsonl, samples.png, gap.png{', curves.png' if curves else ''})")
+          f"wrote {out}/ (model.safetensors, metrics.jsonl, {', '.join(written)})")
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)
