@@ -14,8 +14,8 @@ The scale and the shift of a latent space are applied in these two and nowhere e
     ae = checkpoints.load_autoencoder("dc-ae-f32c32-in-1.0")
     x = ae.decode(ae.encode(x))
 
-Reading order: configs and AUTOENCODERS, what both kinds share, KL-VAE, DC-AE, large pictures in strips (exact)
-and in tiles (close).
+Reading order: configs and AUTOENCODERS, what both kinds share, KL-VAE, DC-AE, then large pictures, in strips
+(exact) and in tiles (close).
 """
 
 import math
@@ -237,6 +237,7 @@ class KLResBlock(nn.Module):
         self.conv1 = conv3x3(channels_in, channels_out)
         self.norm2 = group_norm(channels_out, groups)
         self.conv2 = conv3x3(channels_out, channels_out)
+        # a name that a checkpoint holds only where the widths differ
         if channels_in != channels_out:
             self.conv_shortcut = nn.Conv2d(channels_in, channels_out, 1)
 
@@ -564,8 +565,8 @@ class DCAE(Autoencoder):
         return math.inf if self.training else self.max_elements
 
     def with_channels(self, channels: int) -> "DCAE":
-        """DC-AE 1.5's partial latents: the same autoencoder on its first `channels` latent channels (structured
-        latent space, arXiv 2508.00413). Only the 1.5 models were trained for it, ValueError for the others."""
+        """The same autoencoder on its first `channels` latent channels: DC-AE 1.5's structured latent space
+        (arXiv 2508.00413). ValueError for other models, which were not trained for it."""
         if self.cfg.latent_shortcut or not 0 < channels <= self.cfg.channels:
             raise ValueError(f"{self.cfg.name} has no partial latent of {channels} channels; "
                              "only dc-ae-*-1.5 do, up to their full number")
@@ -586,11 +587,11 @@ def in_strips(layers, x: Tensor, max_elements: float) -> Tensor:
     than max_elements numbers. x (B,C,H,W) -> (B,C',ratio H,ratio W).
 
     The same result as the whole, not an approximation: a strip carries a halo, every row that its output can
-    see, and at the picture's own edges it pads as the whole does. Attention sees everything and runs whole; what
-    is local in its block does not."""
+    see, and at the picture's own edges it pads as the whole does. Attention sees everything and runs whole;
+    what is local in its block does not."""
     B, _, H, W = x.shape
     reach, ratio, width, fold = joint_extent(layers, x.shape[1])
-    # attention: layer by layer, each local one in strips of its own
+    # with attention among them layer by layer, the local ones in strips of their own
     if reach == math.inf:
         for layer in layers:
             if isinstance(layer, EViTBlock):
@@ -598,11 +599,11 @@ def in_strips(layers, x: Tensor, max_elements: float) -> Tensor:
             else:
                 x = in_strips([layer], x, max_elements)
         return x
-    # by picture, as many at once as fit
+    # by picture first, as many at once as fit: they share no rows, so this costs nothing
     if B > 1 and B * width * H * W > max_elements:
         pictures = max(1, int(max_elements / (width * H * W)))
         return torch.cat([in_strips(layers, part, max_elements) for part in x.split(pictures)])
-    # by strips of as many rows as fit
+    # then by strips of as many rows as fit
     height = int(min(H, max_elements / (B * width * W)))
     out = None
     for start, stop, top, bottom in plan_strips(H, height, reach, fold):
@@ -611,6 +612,7 @@ def in_strips(layers, x: Tensor, max_elements: float) -> Tensor:
             y = layer(y)
         if bottom - top == H:
             return y
+        # channels last, because the convolutions that follow read it so on a GPU
         if out is None:
             shape = (B, y.shape[1], int(H * ratio), y.shape[3])
             out = torch.empty(shape, dtype=y.dtype, device=y.device, memory_format=torch.channels_last)
