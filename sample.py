@@ -1,16 +1,16 @@
-"""Draw pictures: the path from noise to data, its ODE, guidance, and the scripts' shared flags.
+"""Draw pictures: the path from noise to data, its ODE, guidance; below them the scripts' shared flags.
 
     x0 noise, x1 data, t in [0,1]:   x_t = (1-t) x0 + t x1,   v = x1 - x0,   Euler: x <- x + (t_next - t) v(x, t)
 
-Forward (`path`, for training) and reverse (`integrate`, for sampling) of the one ODE stand on this page; below them is
+Forward (`path`, for training) and reverse (`integrate`, for sampling) of the one ODE stand on the first page; then
 DDPM's chain, for DiT as it was published.
 
     python sample.py                                   the newest run, or the embedded base if there is none
     python sample.py --base dit-xl --classes 207 360   an official model
     python sample.py --ckpt runs/finetune-tiny-1 --cfg-scale 3 --num-steps 50 --seed 7
     python sample.py --base dc-gen-flux-1k --prompt "a lighthouse at dusk" --res 1216x832
-    python sample.py --base sana-4.8b --prompts FILE --dry-run        what it would take, without weights
-    python sample.py --base sana-4.8b --prompts FILE --out DIR --dataset       a training set, drawn by the base itself (of classes: folders)
+    python sample.py --base sana-4.8b --prompts FILE --dry-run           memory and arithmetic, without weights
+    python sample.py --base sana-4.8b --prompts FILE --out DIR --dataset a training set, drawn by the base itself
 """
 
 import argparse
@@ -18,30 +18,36 @@ import hashlib
 import json
 import math
 import os
+import signal
 import sys
 import textwrap
 import time
-from contextlib import contextmanager
-from dataclasses import replace
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageDraw, PngImagePlugin
 from torch import Tensor
-from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
-from model import (BASES, Condition, FAMILIES, FluxConfig, Text, cat_conditions, ddpm_alphas_cumprod)
+from autoencoder import ae_config, build_autoencoder
+from checkpoints import (
+    ae_folder, atomic, config_dict, export, fingerprint, load_autoencoder, load_base, load_peft, load_run,
+    newest_run, read_base_config, read_run_config, run_file, write_json)
+from data import SUFFIXES, TEXT_ENCODERS, cache_prompts, find_encoders, read_prompts, text_folder
+from fast import (
+    Hoist, attention_priority, bf16_is_fast, capture, compile_decoder, compile_layers, count_cost, example_condition,
+    hoisted_bytes, peak_gib, pixels_on_host, timed, uncompile)
 from lora import merge_lora
-from autoencoder import ae_class, ae_config
-from checkpoints import (ae_folder, atomic, config_dict, export, read_base_config, fingerprint, load_autoencoder, load_base, load_peft, load_run, newest_run, read_run_config, run_file, write_json)
+from model import BASES, FAMILIES, Sampling, Text, cat_conditions, ddpm_alphas_cumprod, to_float32
 from shapes import SHAPES
-from data import (SUFFIXES, TEXT_ENCODERS, cache_prompts, encode_prompts, find_encoders, null_prompt, read_prompts, text_folder)
-from fast import (cost, fast_bf16, peak_gib, pixels_on_host, timed)
 
 
-# ---- the path and its ODE ------------------------------------------------------------------------------------------------
+# ---- the path and its ODE ------------------------------------------------------------------------------------------
 
 def path(x0: Tensor, x1: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     """Straight path from noise to data, and its velocity. (arXiv 2509.25180, Sec. 3.3)
@@ -70,11 +76,12 @@ def resolve_shift(rule: str | float, channels: int, H: int, W: int, patch_size: 
     if rule == "flux2":
         return math.sqrt(channels * H * W / 4096)
     try:
-        if (shift := float(rule)) > 0:
-            return shift
+        shift = float(rule)
     except ValueError:
-        pass
-    raise ValueError(f"--shift {rule}: give a positive number, or one of {', '.join(SHIFTS)}")
+        shift = -1.0
+    if not shift > 0:
+        raise ValueError(f"--shift {rule}: give a positive number, or one of {', '.join(SHIFTS)}")
+    return shift
 
 
 def sample_t(n: int, generator=None, kind: str = "logit-normal", shift: float = 1.0, device="cpu") -> Tensor:
@@ -98,28 +105,33 @@ def noise(generators: list[torch.Generator], shape: tuple[int, ...]) -> Tensor:
     return torch.stack([torch.randn(shape, generator=g) for g in generators])
 
 
-def guided_velocity(model, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float, null: Tensor | None = None, call=None) -> Tensor:
+def guided_velocity(model, x: Tensor, t: Tensor, y, cfg_scale: float, null=None, call=None) -> Tensor:
     """Classifier-free guidance, v_null + s (v_cond - v_null), both halves in one batch; s = 1 is one pass, no guidance.
-    call: which function of the model to guide (default: its velocity). A learned variance is never guided."""
+    call: which function of the model to guide (default: its velocity)."""
     call = call or model
     if cfg_scale == 1.0:
         return call(x, t, y)
-    null = model.null_condition(y) if null is None else null
-    return extrapolate(model, call(torch.cat([x, x]), torch.cat([t, t]), cat_conditions([y, null])), cfg_scale)
+    if null is None:
+        null = model.null_condition(y)
+    both = call(torch.cat([x, x]), torch.cat([t, t]), cat_conditions([y, null]))          # 2B C H W
+    return extrapolate(model, both, cfg_scale)
 
 
 def extrapolate(model, both: Tensor, cfg_scale: float) -> Tensor:
-    """Outputs with and without condition, one behind the other (2B,C,H,W) -> the guided one (B,C,H,W)."""
-    cond, uncond = both.chunk(2)
+    """Outputs with and without condition, one behind the other (2B,C,H,W) -> the guided one (B,C,H,W) in float32.
+    DiT as published guides three of its four channels; a learned variance is never guided."""
+    cond, uncond = to_float32(both).chunk(2)
     out = uncond + cfg_scale * (cond - uncond)
-    k = model.cfg.guided_channels or model.cfg.in_channels           # DiT as published guides three of its four channels
+    k = model.cfg.guided_channels or model.cfg.in_channels
     return torch.cat([out[:, :k], cond[:, k:]], dim=1)
 
 
 SOLVERS = ("euler", "heun", "dpm")
+START = {"dpm": 1e-3}                   # where a solver's clock starts: log(t / (1-t)) has to be finite
 
 
-START = {"dpm": 1e-3}                                                # where a solver's clock starts: log(t / (1-t)) has to be finite
+def log_snr(t: float) -> float:
+    return math.log(t / (1 - t)) if t > 0 else -math.inf
 
 
 def integrate(velocity, x: Tensor, times: list[float], method: str = "euler", progress: bool = False, each=None) -> Tensor:
@@ -129,10 +141,12 @@ def integrate(velocity, x: Tensor, times: list[float], method: str = "euler", pr
     dpm    one, second order: DPM-Solver++(2M) (arXiv 2211.01095, Alg. 2), SANA's solver. On the straight path its step is
            Euler's towards a guess of the data that goes on as the last two guesses went, in units of log(t / (1-t));
            the last step, at whose end that is infinite, takes the guess as it is"""
-    at = lambda t: torch.full((len(x),), t, device=x.device)
-    log_snr = lambda t: math.log(t / (1 - t)) if t > 0 else -math.inf
-    guess, before = None, None                                       # the last guess of the data and its time
-    for a, b in tqdm(list(zip(times, times[1:])), desc=f"{method}", leave=False, disable=not progress):
+    def at(t: float) -> Tensor:
+        return torch.full((len(x),), t, device=x.device)
+
+    guess = None                                                     # the last guess of the data
+    before = None                                                    # and its time
+    for a, b in tqdm(list(zip(times, times[1:])), desc=method, leave=False, disable=not progress):
         v = velocity(x, at(a)).float()
         if method == "heun" and b < 1.0:
             v = 0.5 * (v + velocity(x + (b - a) * v, at(b)).float())
@@ -148,25 +162,30 @@ def integrate(velocity, x: Tensor, times: list[float], method: str = "euler", pr
     return x
 
 
-# ---- DDPM's chain, for DiT as published ------------------------------------------------------------------------------------
+# ---- DDPM's chain, for DiT as published ----------------------------------------------------------------------------
 
-class Chain:
+class DDPMChain:
     """The discrete diffusion that DiT was trained on, over a subset of its 1000 steps (arXiv 2006.11239, 2102.09672).
     steps: the kept step numbers, rising; the betas are recomputed so that alpha-bar at each kept step stays."""
 
     def __init__(self, steps: list[int] | None = None):
         full = ddpm_alphas_cumprod()
-        self.steps = list(range(len(to_float32))) if steps is None else steps
+        self.steps = list(range(len(full))) if steps is None else steps
         ab = full[self.steps]
         prev = torch.cat([torch.ones(1, dtype=ab.dtype), ab[:-1]])
         beta = 1 - ab / prev
         var = beta * (1 - prev) / (1 - ab)
-        var[0] = var[1] if len(var) > 1 else beta[0]                  # the first is 0 and has no logarithm
-        self.ab, self.prev, self.log_beta, self.log_var = ab, prev, beta.log(), var.log()
-        self.coef_x1, self.coef_x = beta * prev.sqrt() / (1 - ab), (1 - prev) * (1 - beta).sqrt() / (1 - ab)
+        # the first variance is 0 and has no logarithm
+        var[0] = var[1] if len(var) > 1 else beta[0]
+        self.ab = ab                                                 # alpha-bar at a step
+        self.prev = prev                                             # and at the step before it
+        self.log_beta = beta.log()
+        self.log_var = var.log()
+        self.coef_x1 = beta * prev.sqrt() / (1 - ab)
+        self.coef_x = (1 - prev) * (1 - beta).sqrt() / (1 - ab)
 
     @classmethod
-    def spaced(cls, n: int, ddim: bool = False) -> "Chain":
+    def spaced(cls, n: int, ddim: bool = False) -> "DDPMChain":
         """n of the 1000 steps: spread over both ends (DiT's default for sampling), or DDIM's constant stride from 0."""
         if not 1 <= n <= 1000:
             raise ValueError(f"--num-steps {n}: the chain has 1000 steps; give 1 .. 1000")
@@ -177,34 +196,32 @@ class Chain:
             raise ValueError(f"--num-steps {n}: DDIM wants a constant stride over 1000 steps; the nearest is {len(steps)}")
         return cls(steps)
 
-    def _at(self, table: Tensor, i, like: Tensor) -> Tensor:
+    def at(self, table: Tensor, i, like: Tensor) -> Tensor:
+        """Entries of a table at places i, a number or (B,), to be multiplied with (B,C,H,W)."""
         i = torch.as_tensor(i).cpu()
         return table[i].to(like.device, torch.float32).reshape(-1, 1, 1, 1)
-
-    def add_noise(self, x1: Tensor, x0: Tensor, i) -> Tensor:
-        """Data x1, noise x0 (B,C,H,W), place i (B,) in this chain -> the chain's state, sqrt(ab) x1 + sqrt(1-ab) x0."""
-        return self._at(self.ab.sqrt(), i, x1) * x1 + self._at((1 - self.ab).sqrt(), i, x1) * x0
-
-    def posterior(self, x1: Tensor, x: Tensor, i) -> tuple[Tensor, Tensor]:
-        """Mean and log variance of the previous state, given data and state."""
-        return self._at(self.coef_x1, i, x) * x1 + self._at(self.coef_x, i, x) * x, self._at(self.log_var, i, x)
 
     def predict(self, out: Tensor, x: Tensor, i) -> tuple[Tensor, Tensor, Tensor]:
         """Network output (B,2C,H,W), its state and place -> mean, log variance (both of the previous state), data."""
         eps, v = out.chunk(2, dim=1)
-        low, high = self._at(self.log_var, i, x), self._at(self.log_beta, i, x)
+        low = self.at(self.log_var, i, x)
+        high = self.at(self.log_beta, i, x)
         log_var = low + (v + 1) / 2 * (high - low)
-        x1 = self._at((1 / self.ab).sqrt(), i, x) * x - self._at((1 / self.ab - 1).sqrt(), i, x) * eps
-        return self.posterior(x1, x, i)[0], log_var, x1
+        x1 = self.at((1 / self.ab).sqrt(), i, x) * x - self.at((1 / self.ab - 1).sqrt(), i, x) * eps
+        mean = self.at(self.coef_x1, i, x) * x1 + self.at(self.coef_x, i, x) * x
+        return mean, log_var, x1
 
     def sample(self, network, x: Tensor, ddim: bool, generators=None, progress: bool = False, each=None) -> Tensor:
         """From noise to data: ancestral steps with the learned variance, drawn from one generator a picture, or DDIM's
         deterministic ones (eta 0). network(x, clock) -> (B,2C,H,W). each(x) is called after every step."""
-        for i in tqdm(range(len(self.steps) - 1, -1, -1), desc="ddim" if ddim else "ddpm", leave=False, disable=not progress):
-            out = network(x, torch.full((len(x),), float(self.steps[i]), device=x.device)).float()
+        name = "ddim" if ddim else "ddpm"
+        for i in tqdm(range(len(self.steps) - 1, -1, -1), desc=name, leave=False, disable=not progress):
+            clock = torch.full((len(x),), float(self.steps[i]), device=x.device)
+            out = network(x, clock).float()
             mean, log_var, x1 = self.predict(out, x, i)
             if ddim:
-                x = self._at(self.prev.sqrt(), i, x) * x1 + self._at((1 - self.prev).sqrt(), i, x) * out.chunk(2, dim=1)[0]
+                eps = out.chunk(2, dim=1)[0]
+                x = self.at(self.prev.sqrt(), i, x) * x1 + self.at((1 - self.prev).sqrt(), i, x) * eps
             elif i:
                 x = mean + (0.5 * log_var).exp() * noise(generators, x.shape[1:]).to(x)
             else:
@@ -214,55 +231,76 @@ class Chain:
         return x
 
 
-def gaussian_kl(mean1: Tensor, log_var1: Tensor, mean2: Tensor, log_var2: Tensor) -> Tensor:
-    """KL(N1 || N2) of every number, in nats."""
-    return 0.5 * (log_var2 - log_var1 + (log_var1 - log_var2).exp() + (mean1 - mean2).square() / log_var2.exp() - 1)
+# ---- how fast ------------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Speed:
+    """What of fast.py is put on. Attention's choice, the decoder's memory format and bytes to the host cost nothing and
+    are always taken on a GPU."""
+    hoist: bool = False                 # modulations and text once an image
+    compile: bool = False               # blocks and decoder
+    graph: bool = False                 # one captured evaluation, replayed
+    why: str = ""
 
 
-def decoder_nll(x1: Tensor, mean: Tensor, log_var: Tensor) -> Tensor:
-    """-log of the mass that a Gaussian puts on the 1/255 to either side of x1, in nats; beyond +-1 all of the tail. The bins
-    are those of 8-bit pixels (arXiv 2006.11239, Eq. 13); DiT was trained with them on latents, so they stay. The normal
-    distribution function is the tanh approximation, as in that code."""
-    cdf = lambda x: 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
-    above, below = (cdf((x1 - mean + d) * (-0.5 * log_var).exp()) for d in (1 / 255, -1 / 255))
-    mass = torch.where(x1 < -0.999, above, torch.where(x1 > 0.999, 1 - below, above - below))
-    return -mass.clamp(min=1e-12).log()
+COMPILING_PAYS = 2000                   # evaluations: a minute of compiling over the 30 ms that FLUX at 1K gains in each
+TABLE_LIMIT = 2 * 2**30                 # bytes of hoisted tables: 250 steps of a batch of 128 would take more
 
 
-def ddpm_loss(model, chain: Chain, z: Tensor, i: Tensor, y: Tensor, x0: Tensor) -> tuple[Tensor, Tensor]:
-    """DiT's own objective, to be added up: the squared error of epsilon, and the variational bound of the step in bits per
-    number, which teaches the variance (arXiv 2102.09672, Sec. 3.1: epsilon is detached in it, or its noise would drown
-    the first). z = x1 and x0 (B,C,H,W), i (B,) places in the chain, y (B,) -> (B,), (B,)"""
-    x = chain.add_noise(z, x0, i)
-    out = model.forward_native(x, torch.as_tensor(chain.steps, device=z.device)[i.to(z.device)], y).float()
-    eps, v = out.chunk(2, dim=1)
-    mean, log_var, _ = chain.predict(torch.cat([eps.detach(), v], dim=1), x, i)
-    kl = gaussian_kl(*chain.posterior(z, x, i), mean, log_var)        # B C H W
-    first = (i == 0).to(z.device).view(-1, 1, 1, 1)
-    bound = torch.where(first, decoder_nll(z, mean, log_var), kl) / math.log(2)
-    return (eps - x0).square().mean(dim=(1, 2, 3)), bound.mean(dim=(1, 2, 3))
+def choose_speed(pictures: int, sampling: Sampling, device, fast: bool | None = None, offload: bool = False) -> Speed:
+    """What pays when this many pictures are drawn, and why. fast: True compiles in any case, False never.
+    offload: the model leaves the device between its parts, so that a captured graph would replay freed memory."""
+    cuda = torch.device(device).type == "cuda"
+    evaluations = math.ceil(pictures / sampling.batch) * sampling.num_steps
+    if fast is None:
+        compiled = cuda and evaluations >= COMPILING_PAYS
+        enough = "pay" if compiled else "do not pay"
+        why = f"{evaluations:,} evaluations of the model {enough} for a minute of compiling"
+        why = why if cuda else "a CPU gains little"
+    else:
+        compiled = fast
+        why = "--fast" if fast else "--eager"
+    return Speed(hoist=cuda or compiled, compile=compiled, graph=cuda and compiled and not offload, why=why)
 
 
-# ---- noise and a condition in, pictures out ----------------------------------------------------------------------------------
+def describe_speed(speed: Speed) -> str:
+    """One line: what is taken, and why."""
+    parts = {"modulations hoisted": speed.hoist, "compiled": speed.compile, "steps captured": speed.graph}
+    taken = [name for name, on in parts.items() if on]
+    if not speed.compile:
+        taken.append("eager")
+    return f"speed: {', '.join(taken)} ({speed.why})"
+
+
+# ---- noise and a condition in, pictures out ------------------------------------------------------------------------
 
 def latent_size(cfg, ae_cfg, size: tuple[int, int]) -> tuple[int, int]:
     """Pixels (H,W) -> the latent's (H,W). Sizes must divide by f p (ValueError naming the nearest that do)."""
-    (H, W), unit = size, ae_cfg.f * cfg.patch_size
+    def written(H: int, W: int) -> str:
+        return f"{H}" if H == W else f"{W}x{H}"
+
+    H, W = size
+    unit = ae_cfg.f * cfg.patch_size
     if H % unit or W % unit:
-        name = lambda H, W: f"{H}" if H == W else f"{W}x{H}"
-        down, up = (name(*(max(unit, round_(s / unit) * unit) for s in (H, W))) for round_ in (math.floor, math.ceil))
-        raise ValueError(f"--res {name(H, W)}: {ae_cfg.name} with patch {cfg.patch_size} needs a multiple of {unit}; "
-                         f"try {up if up == down else f'{down} or {up}'}")
+        down = written(*(max(unit, side // unit * unit) for side in size))
+        up = written(*(-(-side // unit) * unit for side in size))
+        nearest = up if up == down else f"{down} or {up}"
+        raise ValueError(f"--res {written(H, W)}: {ae_cfg.name} with patch {cfg.patch_size} needs a multiple of {unit}; "
+                         f"try {nearest}")
     return H // ae_cfg.f, W // ae_cfg.f
 
 
 @contextmanager
 def on_device(module: torch.nn.Module, device):
-    """The module on the device, and where it was again afterwards. Its own tensors wait there: coming home copies nothing."""
+    """Move the module to `device` inside the context and back afterwards. Its own tensors stay where they were, so the way
+    back copies nothing."""
     if all(p.device == torch.device(device) for p in module.parameters()):
-        yield module                                                 # as it is: FSDP's parameters come and go
+        yield module                                                 # FSDP's parameters change within: leave them alone
         return
-    home = [(store, name, t, t.data) for m in module.modules() for store in (m._parameters, m._buffers) for name, t in store.items() if t is not None]
+    home = []
+    for m in module.modules():
+        for store in (m._parameters, m._buffers):
+            home += [(store, name, t, t.data) for name, t in store.items() if t is not None]
     module.to(device)
     yield module
     for store, name, t, data in home:
@@ -270,143 +308,156 @@ def on_device(module: torch.nn.Module, device):
         store[name] = t
 
 
+class Pipeline:
+    """A model, its autoencoder, how to sample, and a size: pictures for conditions and seeds, batch by batch.
+
+    size    (H,W) in pixels (default: the model's own)
+    dtype   of the arithmetic; under autocast where the weights have another
+    device  where to work; a model or autoencoder that is elsewhere is moved there for its part only (default: the model's)
+    speed   what of fast.py is put on; `close` takes it off again
+    """
+
+    def __init__(self, model, ae, sampling: Sampling, size=None, dtype=torch.float32, device=None, speed: Speed = Speed()):
+        self.size = size or (model.cfg.res, model.cfg.res)
+        height, width = latent_size(model.cfg, ae.cfg, self.size)
+        in_chain = sampling.sampler in ("ddim", "ddpm")
+        if in_chain and model.cfg.predict != "epsilon":
+            raise ValueError(f"--sampler {sampling.sampler} is for a model that predicts epsilon on DDPM's clock; this one "
+                             "predicts a velocity: use euler or heun, or dpm")
+        if sampling.num_steps < 1:
+            raise ValueError(f"--num-steps {sampling.num_steps}: at least 1")
+        self.model = model
+        self.ae = ae
+        self.sampling = sampling
+        self.dtype = dtype
+        self.home = next(model.parameters()).device
+        self.device = torch.device(device or self.home)
+        self.speed = speed
+        self.shape = (model.cfg.in_channels, height, width)
+        shift = resolve_shift(sampling.shift, *self.shape, model.cfg.patch_size)
+        self.chain = DDPMChain.spaced(sampling.num_steps, ddim=sampling.sampler == "ddim") if in_chain else None
+        self.times = time_grid(sampling.num_steps, shift, START.get(sampling.sampler, 0.0))
+        self.hoisted = None
+        self.evaluate = None
+        if self.device.type == "cuda":
+            ae.to(memory_format=torch.channels_last)
+        if speed.compile:
+            compile_layers(model.blocks)
+            compile_decoder(ae)
+
+    @torch.no_grad()
+    def __call__(self, cond, seeds: list[int], progress: bool = False, seconds: dict | None = None) -> Tensor:
+        """Pictures (B,3,H,W) float32 in [-1,1] on the device for a condition of B rows, classes or a Text, and B seeds.
+        seconds: receives the times of denoising and decoding."""
+        try:
+            return self.draw(cond, seeds, progress, {} if seconds is None else seconds)
+        except Exception as error:                                   # Inductor and Triton have errors of their own
+            if not self.speed.compile:
+                raise
+            lines = str(error).splitlines() or [""]
+            print(f"compiling failed ({type(error).__name__}: {lines[0][:200]}); drawing goes on without it")
+        self.close()
+        self.speed = replace(self.speed, compile=False, graph=False)
+        return self.draw(cond, seeds, progress, {} if seconds is None else seconds)
+
+    def draw(self, cond, seeds: list[int], progress: bool, seconds: dict) -> Tensor:
+        cond = cond.to(self.device)
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        attention = attention_priority() if self.device.type == "cuda" else nullcontext()
+        with timed(seconds, "denoising", self.device), on_device(self.model, self.device), attention:
+            with self.arithmetic(self.model):
+                z = self.denoise(cond, generators, progress)
+            if self.home != self.device:
+                self.unhoist()                                       # its tables are of a model that leaves now
+        with timed(seconds, "decoding", self.device), on_device(self.ae, self.device), attention:
+            with self.arithmetic(self.ae):
+                return self.decode(z)
+
+    def arithmetic(self, module):
+        """Autocast to the pipeline's type, unless the module's weights have it."""
+        needed = self.dtype != torch.float32 and next(module.parameters()).dtype != self.dtype
+        # a captured graph would read casts of weights that autocast has thrown away
+        return torch.autocast(self.device.type, self.dtype, enabled=needed, cache_enabled=not self.speed.graph)
+
+    def denoise(self, cond, generators, progress: bool = False) -> Tensor:
+        """Noise of the generators -> latents (B,C,H,W)."""
+        x = noise(generators, self.shape).to(self.device)
+        evaluate = self.evaluation(cond)
+        if self.chain:
+            return self.chain.sample(evaluate, x, self.sampling.sampler == "ddim", generators, progress)
+        return integrate(evaluate, x, self.times, self.sampling.sampler, progress)
+
+    def evaluation(self, cond):
+        """The guided model as a function of x and its time, hoisted and captured as `speed` has it."""
+        scale = self.sampling.cfg_scale
+        null = None if scale == 1.0 else self.model.null_condition(cond)
+        if self.hoisted and len(self.hoisted.cond) == len(cond):
+            self.hoisted.fill(cond, null)
+            return self.evaluate
+        self.unhoist()
+        rows = len(cond) if null is None else 2 * len(cond)
+        fits = hoisted_bytes(self.model, self.sampling.num_steps, rows) <= TABLE_LIMIT
+        if not (self.speed.hoist and fits):
+            return self.guided(cond, null)
+        self.hoisted = Hoist(self.model, self.clock(), cond, null)
+        self.evaluate = self.guided(self.hoisted.cond, self.hoisted.null)
+        if self.speed.graph:
+            x = torch.zeros(len(cond), *self.shape, device=self.device)
+            self.evaluate = capture(self.evaluate, x, torch.full((len(cond),), self.times[0], device=self.device))
+        return self.evaluate
+
+    def guided(self, cond, null):
+        call = self.model.forward_native if self.chain else self.model
+
+        def evaluate(x: Tensor, t: Tensor) -> Tensor:
+            return guided_velocity(self.model, x, t, cond, self.sampling.cfg_scale, null, call)
+        return evaluate
+
+    def clock(self) -> Tensor:
+        """Readings (S,) of the model's own clock at every step."""
+        if self.chain:
+            return torch.tensor(self.chain.steps, dtype=torch.float32, device=self.device)
+        t = torch.tensor(self.times[:-1], device=self.device)
+        return self.model.to_native(t.new_zeros(len(t), 1, 1, 1), t)[1]
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Latents -> pictures (B,3,H,W) in [-1,1]."""
+        z = z.to(next(self.ae.parameters()).dtype)
+        if self.device.type == "cuda":
+            z = z.contiguous(memory_format=torch.channels_last)
+        height, width = self.size
+        parts = z.split(max(1, 2**22 // (height * width)))           # pixels need more room than tokens
+        return torch.cat([self.ae.decode(part).float() for part in parts]).clamp(-1, 1)
+
+    def unhoist(self):
+        if self.hoisted:
+            self.hoisted.remove()
+        self.hoisted = None
+        self.evaluate = None
+
+    def close(self):
+        """Leave model and autoencoder as they were."""
+        self.unhoist()
+        if self.speed.compile:
+            uncompile(self.model)
+            uncompile(self.ae)
+
+
 @torch.no_grad()
-def generate(model, ae, cond, seeds: list[int], num_steps: int = 25, cfg_scale: float = 3.0, sampler: str = "euler", shift: float | str = 1.0,
-             size: tuple[int, int] | None = None, batch: int = 64, dtype: torch.dtype = torch.float32, progress: bool = False, device=None,
-             seconds: dict | None = None) -> Tensor:
-    """Pictures (B,3,H,W) in [-1,1] on the CPU for conditions, classes (B,) or a Text. size = (H,W) in pixels (default: the
-    model's own); sampler: euler, heun, dpm (flow), ddim, ddpm (DiT as published only); shift: a number or a rule of SHIFTS.
-    Sizes must divide by f p (ValueError). device: where to work; a model or autoencoder that is elsewhere comes there for
-    its part only (default: the model's). seconds: receives the times of denoising and decoding."""
-    size = size or (model.cfg.res,) * 2
-    h, w = latent_size(model.cfg, ae.cfg, size)
-    if sampler in ("ddim", "ddpm") and model.cfg.predict != "epsilon":
-        raise ValueError(f"--sampler {sampler} is for a model that predicts epsilon on DDPM's clock; this one predicts a velocity: "
-                         "use euler or heun, or dpm")
-    if num_steps < 1:
-        raise ValueError(f"--num-steps {num_steps}: at least 1")
-    shift = resolve_shift(shift, model.cfg.in_channels, h, w, model.cfg.patch_size)
-    device, seconds, images = torch.device(device or next(model.parameters()).device), {} if seconds is None else seconds, []
-    chain = Chain.spaced(num_steps, ddim=sampler == "ddim") if sampler in ("ddim", "ddpm") else None
-    for i in tqdm(range(0, len(cond), batch), desc="drawing", disable=not progress or len(cond) <= batch, leave=False):
-        rows = cond[i : i + batch].to(device)
-        generators = [torch.Generator().manual_seed(s) for s in seeds[i : i + batch]]
-        x = noise(generators, (model.cfg.in_channels, h, w)).to(device)
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            with timed(seconds, "denoising", device), on_device(model, device):
-                if chain:
-                    network = lambda x, clock: guided_velocity(model, x, clock, rows, cfg_scale, call=model.forward_native)
-                    z = chain.sample(network, x, sampler == "ddim", generators, progress)
-                else:
-                    velocity = lambda x, t: guided_velocity(model, x, t, rows, cfg_scale)
-                    z = integrate(velocity, x, time_grid(num_steps, shift, START.get(sampler, 0.0)), sampler, progress)
-            with timed(seconds, "decoding", device), on_device(ae, device):
-                parts = z.split(max(1, 2**22 // (size[0] * size[1])))  # pixels need more room than tokens
-                images += [ae.decode(part).float().cpu() for part in parts]
-    return torch.cat(images).clamp(-1, 1)
+def generate(model, ae, cond, seeds: list[int], sampling: Sampling, size: tuple[int, int] | None = None,
+             dtype: torch.dtype = torch.float32, progress: bool = False, device=None, seconds: dict | None = None) -> Tensor:
+    """Pictures (B,3,H,W) in [-1,1] on the CPU for conditions, classes (B,) or a Text, drawn plainly in batches.
+    The rest as for Pipeline. ValueError for a size that does not divide by f p, and for a sampler of another kind of model."""
+    pipeline = Pipeline(model, ae, sampling, size, dtype, device)
+    starts = range(0, len(cond), sampling.batch)
+    images = []
+    for i in tqdm(starts, desc="drawing", disable=not progress or len(starts) == 1, leave=False):
+        batch = slice(i, i + sampling.batch)
+        images.append(pipeline(cond[batch], seeds[batch], progress, seconds).cpu())
+    return torch.cat(images)
 
 
-class Steps:
-    """`integrate` by Euler over `guided`, for one model, size and batch, with all that does not read x taken out of the step:
-
-    modulations  of all steps at once, one pass over each matrix instead of one a step. They are a quarter of FLUX's weights
-                 and multiply a single vector, so reading them is all that they cost
-    context      text and position tables, once an image
-    graph        with graph=True one step is captured as a CUDA graph and replayed: the device no longer waits for Python.
-                 Nothing in a step may then come from the host: its number is a tensor that the step itself counts up
-
-    cond as for `guided`; shape (B,C,H,W) of the latent. Works in the type of the model's weights, without autocast; the
-    latent itself stays float32. Another condition of the same shape is read by `read`, without a new capture."""
-
-    @torch.no_grad()
-    def __init__(self, model, cond, shape: tuple[int, ...], times: list[float], cfg_scale: float = 1.0, null=None, graph: bool = False):
-        weight = model.embed_linear.weight
-        self.model, self.cfg_scale, self.dtype, device = model, cfg_scale, weight.dtype, weight.device
-        self.t = torch.tensor(times, device=device)                  # S+1
-        self.i = torch.zeros(1, dtype=torch.long, device=device)     # the step's number
-        self.x = torch.zeros(shape, device=device)
-        self.table = self.context = self.graph = None
-        self.read(cond, null)
-        if graph:
-            self.capture()
-
-    @torch.no_grad()
-    def read(self, cond, null=None):
-        """All that the steps need of a condition: the modulations of every step (S,rows,sum of chunks D), and the context."""
-        model, steps = self.model, self.t[:-1]
-        if self.cfg_scale != 1.0:
-            cond = cat_conditions([cond, model.null_condition(cond) if null is None else null])
-        cond = cond.to(dtype=self.dtype) if isinstance(cond, Text) else cond
-        rows = len(cond)
-        _, clock = model.to_native(self.x.new_zeros(len(steps), 1, 1, 1), steps)
-        # every row of the condition at every step: (S rows) readings of the clock. Text tokens, the bulk of a prompt, are not asked for
-        short = replace(cond, tokens=cond.tokens[:, :0], mask=None) if isinstance(cond, Text) else cond
-        mods = model.modulations(clock.repeat_interleave(rows), short[torch.arange(rows, device=cond.device).repeat(len(steps))])
-        self.sizes = [m.shape[-1] for m in mods]
-        table, context = torch.cat(mods, dim=-1).unflatten(0, (len(steps), rows)), model.context(cond, self.x.shape[-2:])
-        if self.table is None:
-            self.table, self.context = table, context
-        else:                                                        # a captured graph reads these very places
-            self.table.copy_(table)
-            tree_map(lambda old, new: old.copy_(new) if isinstance(old, Tensor) else old, self.context, context)
-
-    def step(self):
-        """x += (t[i+1] - t[i]) v(x, t[i]), i += 1"""
-        model, x, grid = self.model, self.x, self.x.shape[-2:]
-        t, t_next = self.t[self.i], self.t[self.i + 1]               # 1
-        mods = self.table[self.i][0].split(self.sizes, dim=-1)
-        if self.cfg_scale != 1.0:
-            x = torch.cat([x, x])
-        t = t.expand(len(x))
-        c, (x_in, _) = Condition(mods, self.context), model.to_native(x, t)
-        v = model.to_velocity(model.head(model.trunk(model.embed(x_in.to(self.dtype)), c), c, grid).float(), x, t)
-        v = v if self.cfg_scale == 1.0 else extrapolate(model, v, self.cfg_scale)
-        self.x.add_((t_next - t[:1]) * v)
-        self.i.add_(1)
-
-    def start(self, x0: Tensor):
-        self.x.copy_(x0)
-        self.i.zero_()
-
-    def capture(self):
-        """What compiles, tunes, or allocates a workspace at its first call has to have done so before the capture."""
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                self.start(self.x)
-                self.step()
-        torch.cuda.current_stream().wait_stream(side)
-        self.start(self.x)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.step()
-
-    @torch.no_grad()
-    def __call__(self, x0: Tensor, count: int | None = None) -> Tensor:
-        """Noise (B,C,H,W) -> latent, after `count` steps (default: all of them). The result is overwritten by the next call."""
-        self.start(x0)
-        for _ in range(len(self.t) - 1 if count is None else count):
-            self.graph.replay() if self.graph else self.step()
-        return self.x
-
-
-def estimate(cfg, ae_cfg, cond, size: tuple[int, int], num_steps: int, passes: int, dtype: torch.dtype) -> dict:
-    """What drawing one batch takes, from the configurations alone; cond on the meta device. Bytes are those of the dtype."""
-    h, w = latent_size(cfg, ae_cfg, size)
-    with torch.device("meta"):
-        model, ae = FAMILIES[type(cfg)](cfg).eval(), ae_class(ae_cfg)(ae_cfg).requires_grad_(False).eval()
-        x, t = torch.empty(len(cond), cfg.in_channels, h, w), torch.empty(len(cond))
-        step, step_bytes = cost(model, x, t, cond)
-        decode, decode_bytes = cost(ae.decode_raw, x[:1])
-    count = lambda m: sum(p.numel() for p in m.parameters())
-    return dict(parameters=count(model), decoder_parameters=count(ae.decoder), tokens=h * w // cfg.patch_size**2, latent=(cfg.in_channels, h, w),
-                step_flops=step * passes, decode_flops=decode * len(cond), total_flops=step * passes * num_steps + decode * len(cond),
-                weights_bytes=count(model) * dtype.itemsize, step_bytes=step_bytes * passes * dtype.itemsize // 4,
-                decode_bytes=decode_bytes * dtype.itemsize // 4)
-
-
-# ---- pictures on disk ----------------------------------------------------------------------------------------------------------
+# ---- pictures on disk ----------------------------------------------------------------------------------------------
 
 def to_uint8(x: Tensor) -> np.ndarray:
     """(B,3,H,W) in [-1,1] -> (B,H,W,3) bytes, rounded: truncating would darken every picture by half a step."""
@@ -415,10 +466,9 @@ def to_uint8(x: Tensor) -> np.ndarray:
 
 def save_png(path, pixels: np.ndarray, meta: dict | None = None):
     """(H,W,3) bytes as PNG, with the given facts as text fields."""
-    from PIL import Image, PngImagePlugin
     info = PngImagePlugin.PngInfo()
-    for k, v in (meta or {}).items():
-        info.add_text(k, v if isinstance(v, str) else json.dumps(v))
+    for key, value in (meta or {}).items():
+        info.add_text(key, value if isinstance(value, str) else json.dumps(value))
     with atomic(path) as tmp:
         Image.fromarray(pixels).save(tmp, "PNG", pnginfo=info)
 
@@ -426,129 +476,111 @@ def save_png(path, pixels: np.ndarray, meta: dict | None = None):
 def save_grid(path, rows: list[tuple[str, Tensor]], columns: list[str] = (), meta: dict | None = None):
     """A labelled grid: rows = (name, pictures (B,3,H,W) in [-1,1]); names to the left, column titles above, over as many
     lines as they take."""
-    from PIL import Image, ImageDraw
     H, W = rows[0][1].shape[-2:]
-    titles = [textwrap.wrap(c, max(4, W // 6)) for c in columns]     # the font's letters are 6 pixels wide
-    n, left, top = max(len(x) for _, x in rows), 10 + 7 * max(len(line) for name, _ in rows for line in name.split("\n")), 4 + 12 * max(map(len, titles)) if titles else 0
-    sheet = Image.new("RGB", (left + n * (W + 2), top + len(rows) * (H + 2)), "white")
+    titles = [textwrap.wrap(column, max(4, W // 6)) for column in columns]      # the font's letters are 6 pixels wide
+    name_lines = [line for name, _ in rows for line in name.split("\n")]
+    left = 10 + 7 * max(map(len, name_lines))
+    top = 4 + 12 * max(map(len, titles)) if titles else 0
+    pictures = max(len(x) for _, x in rows)
+    sheet = Image.new("RGB", (left + pictures * (W + 2), top + len(rows) * (H + 2)), "white")
     draw = ImageDraw.Draw(sheet)
     for j, lines in enumerate(titles):
         for k, line in enumerate(lines):
             draw.text((left + j * (W + 2) + 1, 1 + 12 * k), line, fill="black")
     for i, (name, x) in enumerate(rows):
-        draw.multiline_text((5, top + i * (H + 2) + H // 2 - 8), name, fill="black")
-        for j, p in enumerate(to_uint8(x)):
-            sheet.paste(Image.fromarray(p), (left + j * (W + 2), top + i * (H + 2)))
+        y = top + i * (H + 2)
+        draw.multiline_text((5, y + H // 2 - 8), name, fill="black")
+        for j, picture in enumerate(to_uint8(x)):
+            sheet.paste(Image.fromarray(picture), (left + j * (W + 2), y))
     save_png(path, np.asarray(sheet), meta)
 
 
-# ---- data sets: what a base draws, to train its successor on -----------------------------------------------------------------------
-# A folder of pictures as others keep them: metadata.jsonl has a line a picture, {"file_name", "text", ...}. It is written when
-# all pictures are there, so a folder without it is not finished; dataset.json says from the start what it is made of.
-
-def parse_shard(text: str | None) -> tuple[int, int]:
-    """"2/8" -> (2, 8), the third of eight shares; None -> torchrun's process and number of processes, else all of it."""
-    if text is None:
-        return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    i, _, n = text.partition("/")
-    if not (i.isdecimal() and n.isdecimal() and int(i) < int(n)):
-        raise ValueError(f"--shard {text}: give I/N, one of 0/N .. N-1/N, as 0/8")
-    return int(i), int(n)
-
-
-def claim_dataset(folder: Path, facts: dict):
-    """Note in dataset.json what the data set is made of. ValueError if another one is in the folder, or other pictures."""
-    file, facts = folder / "dataset.json", json.loads(json.dumps(facts))
-    noted = json.loads(file.read_text()) if file.exists() else {}
-    if wrong := [k for k in facts if noted.get(k, facts[k]) != facts[k]]:
-        raise ValueError(f"{folder} holds a data set of another making ({wrong[0]}: {noted[wrong[0]]}, now {facts[wrong[0]]}); give another --out")
-    if not noted and folder.is_dir() and any(p.suffix.lower() in SUFFIXES for p in folder.rglob("*")):
-        raise ValueError(f"{folder} holds pictures already; give another --out")
-    write_json(file, noted | facts)
-
-
-def finish_dataset(folder: Path, entries: list[dict]) -> int:
-    """Write metadata.jsonl if every picture is there; returns how many are missing. Whichever process comes last does it, and
-    two at a time write the same."""
-    missing = sum(not (folder / entry["file_name"]).exists() for entry in entries)
-    if not missing:
-        with atomic(folder / "metadata.jsonl") as tmp:
-            tmp.write_text("".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries), encoding="utf-8")
-    return missing
-
-
-# ---- models by name, shared flags ------------------------------------------------------------------------------------------------
-
-def add_model_args(p: argparse.ArgumentParser, res=int):
-    """The flags that choose a model; `load_base`, `load_run` and `load_ae` read them. res: what --res is read as."""
-    p.add_argument("--base", default="tiny", metavar="NAME|RUN", help=f"pretrained model: {', '.join(BASES)}, or the folder of a finished run (default tiny)")
-    p.add_argument("--weights", metavar="PATH", help="the base's weights: a file in any published layout, or a pipeline folder "
-                                                     "(default: shipped, or the model hub's cache)")
-    p.add_argument("--base-ae-weights", metavar="FILE", help="weight file of the base's own autoencoder (default: as above)")
-    p.add_argument("--res", type=res, help="pixels a side" + (", or WIDTHxHEIGHT" if res is str else "") + " (default: the base's)")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
-    p.add_argument("--dtype", default="auto", choices=("auto", "bf16", "fp32"), help="arithmetic; auto = bf16 where it is faster (default auto)")
-    p.add_argument("--seed", type=int, default=0, help="seed; picture i of a batch uses seed + i (default 0)")
-
-
-def device_here(device: str) -> str:
-    """"cuda" as torchrun means it: every process on a machine has its own."""
-    return f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and "LOCAL_RANK" in os.environ else device
-
-
-def dtype_of(args) -> torch.dtype:
-    return torch.bfloat16 if args.dtype == "bf16" or (args.dtype == "auto" and fast_bf16(args.device)) else torch.float32
-
-
-def parse_classes(text: list[str] | None, names: tuple[str, ...], count: int) -> Tensor:
-    """Class numbers or names -> (B,) indices; None -> the first classes in turn. ValueError names the valid ones."""
-    if count < 1:
-        raise ValueError(f"--count {count}: at least 1")
-    if not text:
-        return torch.arange(count) % len(names)
-    for t in text:
-        if t not in names and not (t.isdecimal() and int(t) < len(names)):
-            raise ValueError(f"--classes {t}: not a class; give 0 .. {len(names) - 1}" + (f" or {', '.join(names)}" if len(names) <= 20 else ""))
-    picked = torch.tensor([names.index(t) if t in names else int(t) for t in text])
-    return picked.repeat(-(-count // len(picked)))[: max(count, len(picked))]
-
-
 def thumbnails(images: Tensor, side: int = 512) -> Tensor:
-    """(B,3,H,W) -> no side longer than `side`: a grid is for looking."""
+    """(B,3,H,W) -> no side longer than `side`."""
     scale = side / max(images.shape[-2:])
     return images if scale >= 1 else F.interpolate(images, scale_factor=scale, mode="area")
 
 
-def reject(found, flag: str, why: str):
-    if found:
+# ---- data sets: what a base draws, to train its successor on -------------------------------------------------------
+# A folder of pictures as others keep them: metadata.jsonl has a line a picture, {"file_name", "text", ...}. It is written
+# when all pictures are there, so a folder without it is not finished; dataset.json holds the settings from the start.
+
+def note_settings(folder: Path, settings: dict):
+    """Write a data set's settings to dataset.json. ValueError if the folder holds other settings, or other pictures."""
+    file = folder / "dataset.json"
+    settings = json.loads(json.dumps(settings))                      # as they come back: tuples are lists
+    noted = json.loads(file.read_text()) if file.exists() else {}
+    for key, value in settings.items():
+        if noted.get(key, value) != value:
+            raise ValueError(f"{folder} holds a data set of another making ({key}: {noted[key]}, now {value}); "
+                             "give another --out")
+    if not noted and folder.is_dir() and any(p.suffix.lower() in SUFFIXES for p in folder.rglob("*")):
+        raise ValueError(f"{folder} holds pictures already; give another --out")
+    write_json(file, noted | settings)
+
+
+def write_captions(folder: Path, entries: list[dict]):
+    """Write metadata.jsonl, which makes the data set whole."""
+    lines = [json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries]
+    with atomic(folder / "metadata.jsonl") as tmp:
+        tmp.write_text("".join(lines), encoding="utf-8")
+
+
+def short_hash(value) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
+
+
+# ---- scripts: shared flags -----------------------------------------------------------------------------------------
+
+def add_model_args(p: argparse.ArgumentParser, res=int):
+    """The flags that choose a model; `load_base`, `load_run` and `load_autoencoder` read them. res: the type of --res."""
+    p.add_argument("--base", default="tiny", metavar="NAME|RUN",
+                   help=f"pretrained model: {', '.join(BASES)}, or the folder of a finished run (default tiny)")
+    p.add_argument("--weights", metavar="PATH", help="the base's weights: a file in any published layout, or a pipeline "
+                                                     "folder (default: shipped, or the model hub's cache)")
+    p.add_argument("--base-ae-weights", metavar="FILE", help="weight file of the base's own autoencoder (default: as above)")
+    sides = ", or WIDTHxHEIGHT" if res is str else ""
+    p.add_argument("--res", type=res, help=f"pixels a side{sides} (default: the base's)")
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+                   help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
+    p.add_argument("--dtype", default="auto", choices=("auto", "bf16", "fp32"),
+                   help="arithmetic; auto = bf16 where it is faster (default auto)")
+    p.add_argument("--seed", type=int, default=0, help="seed; picture i of a batch uses seed + i (default 0)")
+
+
+def device_here(device: str) -> str:
+    """The device of this process, made the current one, since streams, events and graphs are of the current device.
+    "cuda" as torchrun means it: every process on a machine has its own."""
+    if device == "cuda" and "LOCAL_RANK" in os.environ:
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    if torch.device(device).index is not None and torch.device(device).type == "cuda" and torch.cuda.is_available():
+        torch.cuda.set_device(device)
+    return device
+
+
+def dtype_of(args) -> torch.dtype:
+    """The type of the arithmetic that --dtype and --device stand for."""
+    bf16 = args.dtype == "bf16" or (args.dtype == "auto" and bf16_is_fast(args.device))
+    return torch.bfloat16 if bf16 else torch.float32
+
+
+def run_main(main):
+    """Run a script's main: a user's error is one line on stderr and exit code 2, an interrupt ends with code 130."""
+    try:
+        main()
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        # from here on a second Ctrl-C kills at once, whatever still waits for threads or processes
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def reject(condition, flag: str, why: str):
+    if condition:
         raise ValueError(f"{flag}: {why}")
-
-
-# ---- a model's own settings ------------------------------------------------------------------------------------------------------
-
-# How a family's authors draw with it, and what differs in an embedded model and in a base of theirs. text: where the text encoders are
-SETTINGS = {
-    "DiTConfig":  dict(num_steps=25, cfg_scale=3.0, guidance=None, sampler="euler", shift=1.0, batch=64),
-    "FluxConfig": dict(num_steps=20, cfg_scale=1.0, guidance=3.5, sampler="euler", shift="flux2", batch=1,
-                       text="black-forest-labs/FLUX.1-Krea-dev::"),
-    "SanaConfig": dict(num_steps=20, cfg_scale=4.5, guidance=None, sampler="dpm", shift=3.0, batch=1,
-                       text="Efficient-Large-Model/SANA1.5_1.6B_1024px_diffusers::"),
-    "words":      dict(num_steps=25, sampler="euler", shift=1.0, batch=64, text=None),
-    "flux-krea":      dict(num_steps=28, guidance=4.5, shift="mu"),
-    "flux-dev":       dict(num_steps=50, shift="mu", text="black-forest-labs/FLUX.1-dev::"),
-    "dc-gen-flux-1k": dict(text=BASES["dc-gen-flux-1k"].weights),
-    "dc-gen-flux-4k": dict(text=BASES["dc-gen-flux-4k"].weights, shift="mu"),
-}
-
-
-def settings(cfg, base: str | None = None, **given) -> dict:
-    """A model's settings; those given, unless None, go first."""
-    own = {**SETTINGS[type(cfg).__name__], **SETTINGS.get(cfg.encoders, {}), **SETTINGS.get(base, {}), "encoders": cfg.encoders}
-    if not getattr(cfg, "guidance_embed", True):                     # a FLUX that is not distilled is guided in two passes
-        own |= dict(cfg_scale=own["guidance"], guidance=None)
-    if cfg.predict == "epsilon":
-        own["sampler"] = "ddpm"                                      # DiT as published
-    return own | {k: v for k, v in given.items() if v is not None}
 
 
 def parse_size(text: str | None, res: int) -> tuple[int, int]:
@@ -557,6 +589,32 @@ def parse_size(text: str | None, res: int) -> tuple[int, int]:
     if len(sides) > 2 or not all(side.isdecimal() and int(side) for side in sides):
         raise ValueError(f"--res {text}: give pixels a side, or WIDTHxHEIGHT, as 1024 or 1216x832")
     return int(sides[-1]), int(sides[0])
+
+
+def class_names(cfg, info: dict) -> tuple[str, ...]:
+    """The names of a model's classes: the run's own, the embedded shapes, or numbers."""
+    if info.get("classes"):
+        return tuple(info["classes"])
+    return SHAPES if cfg.num_classes == len(SHAPES) else tuple(map(str, range(cfg.num_classes)))
+
+
+def parse_classes(text: list[str] | None, names: tuple[str, ...], count: int) -> Tensor:
+    """Class numbers or names -> (B,) indices; None -> the first classes in turn. ValueError names the valid ones."""
+    if count < 1:
+        raise ValueError(f"--count {count}: at least 1")
+    if not text:
+        return torch.arange(count) % len(names)
+    picked = []
+    for word in text:
+        if word in names:
+            picked.append(names.index(word))
+        elif word.isdecimal() and int(word) < len(names):
+            picked.append(int(word))
+        else:
+            all_names = f" or {', '.join(names)}" if len(names) <= 20 else ""
+            raise ValueError(f"--classes {word}: not a class; give 0 .. {len(names) - 1}{all_names}")
+    count = max(count, len(picked))
+    return torch.tensor(picked).repeat(-(-count // len(picked)))[:count]
 
 
 def pick_prompts(given: list[str] | None, file: str | None, count: int | None) -> list[str]:
@@ -570,187 +628,289 @@ def pick_prompts(given: list[str] | None, file: str | None, count: int | None) -
     return (prompts * -(-count // len(prompts)))[:count]
 
 
-def encode(family: str, folder, prompts: list[str], negative: str, guidance: float | None, length: int, dtype, device) -> tuple[Text, Text]:
-    """Prompts -> their Text with the guidance that a distilled model is told, and the null condition for `model.null`."""
-    kw, distinct = dict(dtype=dtype, device=device), list(dict.fromkeys(prompts))
-    text = encode_prompts(family, folder, distinct, length, **kw)[torch.tensor([distinct.index(p) for p in prompts])]
-    return with_guidance(text, guidance), null_prompt(family, folder, length, negative, **kw)
-
-
 def with_guidance(text: Text, guidance: float | None) -> Text:
     """The same number for every prompt; None: none."""
-    return replace(text, guidance=None if guidance is None else torch.full((len(text),), guidance, device=text.device))
+    if guidance is None:
+        return replace(text, guidance=None)
+    return replace(text, guidance=torch.full((len(text),), guidance, device=text.device))
 
 
-def report(cfg, own: dict, size: tuple[int, int], count: int, dtype: torch.dtype, text_tokens: int | None, offload: bool) -> str:
-    """What drawing takes, in a few lines, from the configurations alone."""
-    ae_cfg, batch = ae_config(cfg.ae), min(own["batch"], count)
+def choose_sampling(cfg, **given) -> Sampling:
+    """How the model's authors draw with it, with what is given, unless None, in its place."""
+    return replace(cfg.sampling, **{name: value for name, value in given.items() if value is not None})
+
+
+def check_flags(cfg, label: str, cfg_scale: float, flags: dict):
+    """ValueError for a flag that this kind of model does not have. flags: their values as given, by name."""
+    def given(name: str) -> bool:
+        return flags[name] not in (None, "")
+
+    if not cfg.text_encoder:
+        for name in ("prompt", "prompts", "negative", "guidance", "text_tokens"):
+            reject(given(name), f"--{name.replace('_', '-')}", f"{label} draws classes, not prompts: use --classes")
+        return
+    reject(given("classes"), "--classes", f"{label} draws prompts, not classes: use --prompt")
+    reject(given("guidance") and not getattr(cfg, "guidance_embed", False), "--guidance",
+           f"{label} is not a distilled model that reads its guidance as a number: use --cfg-scale")
+    reject(given("negative") and cfg_scale == 1, "--negative",
+           "a negative prompt acts in classifier-free guidance: give --cfg-scale above 1")
+
+
+# ---- what drawing takes, from the configurations alone -------------------------------------------------------------
+
+def report(cfg, sampling: Sampling, size: tuple[int, int], count: int, dtype: torch.dtype, text_tokens: int | None,
+           offload: bool) -> str:
+    """Parameters, arithmetic and memory of drawing `count` pictures, in a few lines, counted without weights."""
+    batch = min(sampling.batch, count)
+    ae_cfg = ae_config(cfg.ae)
+    height, width = latent_size(cfg, ae_cfg, size)
+    passes = 1 if sampling.cfg_scale == 1 else 2
     with torch.device("meta"):
-        cond = torch.zeros(batch, dtype=torch.long) if not own["encoders"] else example_text(cfg, batch, text_tokens)
-    e = estimate(cfg, ae_cfg, cond, size, own["num_steps"], 1 if own["cfg_scale"] == 1 else 2, dtype)
-    gb, encoders = lambda n: f"{n / 1e9:.2f} GB", TEXT_ENCODERS.get(own["encoders"], ())
-    model, decoder = e["weights_bytes"], e["decoder_parameters"] * 4
-    denoising, decoding = model + e["step_bytes"] + (0 if offload else decoder), decoder + e["decode_bytes"] + (0 if offload else model)
-    tera = lambda key: f"{e[key] / 1e12:,.2f}"
-    rows = [("model", f"{e['parameters'] / 1e6:,.1f}M parameters, {gb(model)} in {str(dtype).removeprefix('torch.')}"),
-            *((cls, f"{millions:,}M parameters, {gb(millions * 1e6 * dtype.itemsize)}, there before the model and freed") for *_, cls, _, millions in encoders),
-            (cfg.ae, f"decoder {e['decoder_parameters'] / 1e6:,.1f}M parameters, {gb(decoder)} in float32"),
-            ("picture", f"{size[1]}x{size[0]}, latent {'x'.join(map(str, e['latent']))}, {e['tokens']:,} tokens" + (f" and {text_tokens} of text" if encoders else "")),
-            ("arithmetic", f"{tera('step_flops')} TFLOPs a step of {batch}, {own['num_steps']} steps; {tera('decode_flops')} to decode; {tera('total_flops')} in all"),
-            ("memory", f"about {gb(denoising)} while denoising, {gb(decoding)} while decoding")]
-    return "\n".join(f"{name:22}{text}" for name, text in rows)
+        model = FAMILIES[type(cfg)](cfg).eval()
+        ae = build_autoencoder(ae_cfg).requires_grad_(False).eval()
+        x = torch.empty(batch, cfg.in_channels, height, width)
+        step = count_cost(model, x, torch.empty(batch), example_condition(cfg, batch, text_tokens))
+        decode = count_cost(ae.decode_raw, x[:1])
+    step_flops = step.flops * passes
+    decode_flops = decode.flops * batch
+    total_flops = step_flops * sampling.num_steps + decode_flops
+
+    # bytes: weights and what is alive at once, of one network or, without --offload, of both
+    parameters = sum(p.numel() for p in model.parameters())
+    decoder_parameters = sum(p.numel() for p in ae.decoder.parameters())
+    weights = parameters * dtype.itemsize
+    decoder = decoder_parameters * 4
+    denoising = weights + step.peak_bytes * passes * dtype.itemsize // 4
+    decoding = decoder + decode.peak_bytes * dtype.itemsize // 4
+    if not offload:
+        denoising += decoder
+        decoding += weights
+
+    def gb(size: float) -> str:
+        return f"{size / 1e9:.2f} GB"
+
+    def tera(flops: float) -> str:
+        return f"{flops / 1e12:,.2f}"
+
+    precision = str(dtype).removeprefix("torch.")
+    tokens = height * width // cfg.patch_size**2
+    lines = [("model", f"{parameters / 1e6:,.1f}M parameters, {gb(weights)} in {precision}")]
+    encoders = TEXT_ENCODERS.get(cfg.text_encoder, ())
+    for *_, name, _, millions in encoders:
+        lines.append((name, f"{millions:,}M parameters, {gb(millions * 1e6 * dtype.itemsize)}, "
+                            "loaded before the model and freed"))
+    text = f" and {text_tokens} of text" if encoders else ""
+    lines += [
+        (cfg.ae, f"decoder {decoder_parameters / 1e6:,.1f}M parameters, {gb(decoder)} in float32"),
+        ("picture", f"{size[1]}x{size[0]}, latent {cfg.in_channels}x{height}x{width}, {tokens:,} tokens{text}"),
+        ("arithmetic", f"{tera(step_flops)} TFLOPs a step of {batch}, {sampling.num_steps} steps; "
+                       f"{tera(decode_flops)} to decode; {tera(total_flops)} in all"),
+        ("memory", f"about {gb(denoising)} while denoising, {gb(decoding)} while decoding")]
+    return "\n".join(f"{name:22}{value}" for name, value in lines)
 
 
-def example_text(cfg, rows: int, tokens: int) -> Text:
-    """A Text of the shapes that a model reads, with nothing in it."""
-    if isinstance(cfg, FluxConfig):
-        guidance = torch.zeros(rows) if cfg.guidance_embed else None
-        return Text(torch.zeros(rows, tokens, cfg.context_in_dim), None, torch.zeros(rows, cfg.vec_in_dim), guidance)
-    return Text(torch.zeros(rows, tokens, cfg.caption_channels), torch.ones(rows, tokens, dtype=torch.bool))
+# ---- the script ----------------------------------------------------------------------------------------------------
 
-
-def run(main):
-    """A script's main with the user's errors as one line on stderr and exit code 2, without a traceback."""
-    try:
-        main()
-    except ValueError as e:
-        sys.exit(print(f"error: {e}", file=sys.stderr) or 2)
-    except KeyboardInterrupt:
-        sys.exit(print("interrupted", file=sys.stderr) or 130)
-
-
-def main(argv=None):
+def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_args(p, res=str)
     p.set_defaults(base=None)
-    p.add_argument("--ckpt", metavar="RUN", help="a run's folder or file (default without --base: the newest run in runs/, else the embedded base)")
-    p.add_argument("--ae-weights", metavar="FILE", help="weight file of the run's deep autoencoder (default: shipped, or the model hub's cache)")
-    p.add_argument("--text-encoders", metavar="DIR", help="pipeline folder with the text encoders (default: that of --weights, or the model hub's cache)")
+    p.add_argument("--ckpt", metavar="RUN", help="a run's folder or file (default without --base: the newest run in runs/, "
+                                                 "else the embedded base)")
     p.add_argument("--raw", action="store_true", help="the weights as trained, not their moving average")
+    p.add_argument("--ae-weights", metavar="FILE",
+                   help="weight file of the run's deep autoencoder (default: shipped, or the model hub's cache)")
+    p.add_argument("--text-encoders", metavar="DIR", help="pipeline folder with the text encoders (default: that of "
+                                                          "--weights, or the model hub's cache)")
+    p.add_argument("--lora", metavar="PATH",
+                   help="a LoRA of diffusers or PEFT to add, a file or a folder with its embedder and head")
+    # what to draw
     p.add_argument("--classes", nargs="+", help="class numbers or names (default: all in turn)")
     p.add_argument("--prompt", action="append", metavar="TEXT", help="what to draw; again for another")
     p.add_argument("--prompts", metavar="FILE", help="prompts, one a line, # for comments")
-    p.add_argument("--negative", default="", metavar="TEXT", help="what to keep away from, by --cfg-scale (default: the empty prompt)")
+    p.add_argument("--negative", default="", metavar="TEXT",
+                   help="what to keep away from, by --cfg-scale (default: the empty prompt)")
     p.add_argument("--count", type=int, help="pictures (default 8, or one a prompt)")
-    p.add_argument("--num-steps", type=int, help="ODE or chain steps (default: the authors' for the model; DiT 25)")
-    p.add_argument("--cfg-scale", type=float, help="classifier-free guidance in two passes; 1 = off (default: the authors'; DiT 3, FLUX 1, SANA 4.5)")
-    p.add_argument("--guidance", type=float, help="the number that a distilled model (FLUX) is told, one pass (default 3.5, flux-krea 4.5)")
-    p.add_argument("--sampler", choices=(*SOLVERS, "ddim", "ddpm"), help="default: euler; dpm for SANA; ddpm for DiT as published")
-    p.add_argument("--shift", help=f"resolution shift of the time grid: a number, 1 = off, or {' or '.join(SHIFTS)} (default: the one trained with)")
     p.add_argument("--text-tokens", type=int, help="prompt tokens kept (default: the model's; FLUX 512 or 256)")
+    # how to draw it
+    p.add_argument("--num-steps", type=int, help="ODE or chain steps (default: the authors' for the model; DiT 25)")
+    p.add_argument("--cfg-scale", type=float, help="classifier-free guidance in two passes; 1 = off (default: the authors'; "
+                                                   "DiT 3, FLUX 1, SANA 4.5)")
+    p.add_argument("--guidance", type=float,
+                   help="the number that a distilled model (FLUX) reads, one pass (default 3.5, flux-krea 4.5)")
+    p.add_argument("--sampler", choices=(*SOLVERS, "ddim", "ddpm"),
+                   help="default: euler; dpm for SANA; ddpm for DiT as published")
+    p.add_argument("--shift", help="resolution shift of the time grid: a number, 1 = off, or "
+                                   f"{' or '.join(SHIFTS)} (default: the one trained with)")
     p.add_argument("--batch", type=int, help="pictures at a time (default 64, with prompts 1)")
     p.add_argument("--offload", action="store_true", help="model and autoencoder are on the device only for their part")
-    p.add_argument("--lora", metavar="PATH", help="a LoRA of diffusers or PEFT to add, a file or a folder with its embedder and head")
-    p.add_argument("--dry-run", action="store_true", help="print what it would take, and stop; touches no weights")
-    p.add_argument("--export", metavar="DIR", help="write model and autoencoder as a diffusers folder, LoRA merged (and beside it in lora/), and stop")
-    p.add_argument("--dataset", action="store_true", help="draw a training set into --out, with captions in metadata.jsonl; the same command goes on with it")
-    p.add_argument("--shard", metavar="I/N", help="of a data set: draw share I of N, 0/N .. N-1/N (default: torchrun's, else all)")
+    speed = p.add_mutually_exclusive_group()
+    speed.add_argument("--fast", dest="fast", action="store_true", default=None,
+                       help="compile, and capture on a GPU (default: on a GPU, if enough pictures pay for that minute)")
+    speed.add_argument("--eager", dest="fast", action="store_false", help="never compile")
+    # what comes of it
+    p.add_argument("--dry-run", action="store_true", help="print memory and arithmetic, and stop; touches no weights")
+    p.add_argument("--export", metavar="DIR", help="write model and autoencoder as a diffusers folder, LoRA merged (and "
+                                                   "beside it in lora/), and stop")
+    p.add_argument("--dataset", action="store_true", help="draw a training set into --out, with captions in "
+                                                          "metadata.jsonl; the same command goes on with it")
     p.add_argument("--out", help="folder for the pictures (default: samples/ in the run, or runs/samples-BASE)")
-    args = p.parse_args(argv)
+    return p
 
+
+def load_models(ckpt, base: str, weights: str | None, ae_weights: str | None, raw: bool, lora: str | None, device,
+                dtype: torch.dtype, ae_dtype: torch.dtype):
+    """A run or a base, with a LoRA of others merged into it, and its autoencoder -> model, autoencoder."""
+    if ckpt:
+        model, info = load_run(ckpt, device, not raw, weights, dtype)
+        kind = "moving average" if Path(info["file"]).name.startswith("ema") else "weights as trained"
+        print(f"{info['file']}: {kind}, base {info['base']}, latents of {model.cfg.ae}")
+    else:
+        model, info = load_base(base, weights, device, dtype)
+    if lora:
+        left_out = load_peft(merge_lora(model), lora)
+        without = f", without {', '.join(left_out)}, which are bound to another latent space" if left_out else ""
+        print(f"{lora}: added{without}")
+    ae_weights = ae_weights or info.get("ae_weights") or (None if ckpt else ae_folder(base, weights))
+    return model, load_autoencoder(model.cfg.ae, ae_weights, ae_dtype, device)
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """What a command draws: for each picture its title (prompt or class name), seed and file name; and how."""
+    titles: list[str]
+    seeds: list[int]
+    files: list[str]
+    facts: dict                         # written into every picture
+    negative: str | None = None         # of prompts; None: the titles are classes
+
+    def __len__(self) -> int:
+        return len(self.seeds)
+
+    def meta(self, i: int) -> dict:
+        """The text fields of picture i."""
+        kind = {"class": self.titles[i]} if self.negative is None else {"prompt": self.titles[i], "negative": self.negative}
+        return kind | {"seed": str(self.seeds[i]), "dcgen": self.facts}
+
+    def caption(self, i: int) -> dict:
+        """The line of picture i in a data set's metadata.jsonl."""
+        about = dict(steps=self.facts["num_steps"], guidance=self.facts.get("guidance"), cfg_scale=self.facts["cfg_scale"])
+        return dict(file_name=self.files[i], text=self.titles[i], seed=self.seeds[i]) | about
+
+
+def write_pictures(pipeline: Pipeline, condition, batches: list[Tensor], pictures: Pictures, out: Path, seconds: dict,
+                   shown: int = 64) -> list[Tensor]:
+    """Draw batches of picture numbers and write each as it comes: 50 000 do not fit in memory. condition(rows) is theirs.
+    Returns thumbnails of the first few."""
+    small = []
+    for rows in tqdm(batches, desc="drawing", disable=len(batches) < 2, leave=False):
+        seeds = [pictures.seeds[i] for i in rows]
+        images = pipeline(condition(rows), seeds, len(batches) < 2, seconds)
+        for i, pixels in zip(rows.tolist(), to_uint8(images)):
+            save_png(out / pictures.files[i], pixels, pictures.meta(i))
+        small += list(thumbnails(images)[: shown - len(small)].cpu())
+    return small
+
+
+def main(argv=None):
+    args = parser().parse_args(argv)
     if args.ckpt and args.base:
         raise ValueError("--base and --ckpt each name a model; give one of them")
     reject(args.dataset and not args.out, "--dataset", "name its folder with --out DIR")
-    reject(args.shard and not args.dataset, "--shard", "only a data set is drawn in shares: add --dataset")
-    args.device = device_here(args.device)
-    ckpt, name, dtype, seconds = args.ckpt or (None if args.base else newest_run()), args.base or "tiny", dtype_of(args), {}
-    cfg, info = read_run_config(run_file(ckpt, not args.raw)) if ckpt else read_base_config(name)
-    label = str(ckpt or name)
-    own = settings(cfg, None if ckpt else name, num_steps=args.num_steps, cfg_scale=args.cfg_scale, guidance=args.guidance, sampler=args.sampler,
-                   shift=args.shift if args.shift is not None else info.get("shift"), batch=args.batch)
-    size, length = parse_size(args.res, cfg.res), args.text_tokens or getattr(cfg, "text_tokens", None)
-    resolve_shift(own["shift"], cfg.in_channels, *latent_size(cfg, ae_config(cfg.ae), size), cfg.patch_size)      # errors before anything is loaded
-    distilled = getattr(cfg, "guidance_embed", False)                 # told its guidance as a number
-    if own["encoders"]:
-        reject(args.classes, "--classes", f"{label} draws prompts, not classes: use --prompt")
-        reject(args.guidance is not None and not distilled, "--guidance", f"{label} is not a distilled model that is told its guidance: use --cfg-scale")
-        reject(args.negative and own["cfg_scale"] == 1, "--negative", "a negative prompt acts in classifier-free guidance: give --cfg-scale above 1")
-        draws = not args.dry_run and not args.export
-        shown_as = prompts = pick_prompts(args.prompt or ([""] if not draws and not args.prompts else None), args.prompts, args.count)
+    device = device_here(args.device)
+    dtype = dtype_of(args)
+    ckpt = args.ckpt or (None if args.base else newest_run())
+    base = args.base or "tiny"
+    run = run_file(ckpt, not args.raw) if ckpt else None
+    cfg, info = read_run_config(run) if ckpt else read_base_config(base)
+    label = str(ckpt or base)
+
+    # whatever is wrong is found here, before any weights are read
+    sampling = choose_sampling(
+        cfg, num_steps=args.num_steps, cfg_scale=args.cfg_scale, guidance=args.guidance, sampler=args.sampler,
+        shift=args.shift, batch=args.batch)
+    size = parse_size(args.res, cfg.res)
+    resolve_shift(sampling.shift, cfg.in_channels, *latent_size(cfg, ae_config(cfg.ae), size), cfg.patch_size)
+    check_flags(cfg, label, sampling.cfg_scale, vars(args))
+    text_tokens = args.text_tokens or getattr(cfg, "text_tokens", None)
+    if cfg.text_encoder:
+        any_prompt = [""] if args.dry_run or args.export else None
+        titles = pick_prompts(args.prompt or (None if args.prompts else any_prompt), args.prompts, args.count)
     else:
-        for flag in ("prompt", "prompts", "negative", "guidance", "text_tokens"):
-            reject(getattr(args, flag) not in (None, ""), f"--{flag.replace('_', '-')}", f"{label} draws classes, not prompts: use --classes")
-        classes = tuple(info.get("classes") or (SHAPES if cfg.num_classes == len(SHAPES) else [str(i) for i in range(cfg.num_classes)]))
-        cond = parse_classes(args.classes, classes, 8 if args.count is None else args.count)
-        shown_as = [classes[k] for k in cond]
+        names = class_names(cfg, info)
+        labels = parse_classes(args.classes, names, 8 if args.count is None else args.count)
+        titles = [names[k] for k in labels]
     if args.dry_run:
-        print(report(cfg, own, size, len(shown_as), dtype, length, args.offload))
+        print(report(cfg, sampling, size, len(titles), dtype, text_tokens, args.offload))
         return
-    home, weights_dtype = "cpu" if args.offload or args.export else args.device, dtype if own["encoders"] else torch.float32
 
-    def load():
-        model, info = load_run(ckpt, home, not args.raw, args.weights, weights_dtype) if ckpt else load_base(name, args.weights, home, weights_dtype)
-        if ckpt:
-            kind = "moving average" if Path(info["file"]).name.startswith("ema") else "weights as trained"
-            print(f"{info['file']}: {kind}, base {info['base']}, latents of {model.cfg.ae}")
-        if args.lora:
-            left_out = load_peft(merge_lora(model), args.lora)
-            print(f"{args.lora}: added" + (f", without {', '.join(left_out)}, which are bound to another latent space" if left_out else ""))
-        file = args.ae_weights or args.base_ae_weights or info.get("ae_weights") or (None if ckpt else ae_folder(name, args.weights))
-        return model, info, load_autoencoder(model.cfg.ae, file, device=home)
-
+    weights_dtype = dtype if cfg.text_encoder else torch.float32
+    on_gpu = torch.device(device).type == "cuda" and not args.export
+    load = partial(
+        load_models, ckpt, base, args.weights, args.ae_weights or args.base_ae_weights, args.raw, args.lora,
+        "cpu" if args.offload or args.export else device, weights_dtype, weights_dtype if on_gpu else torch.float32)
     if args.export:
-        export(*load()[::2], Path(args.export))
+        export(*load(), Path(args.export))
         return
-    seeds = [args.seed + i for i in range(len(shown_as))]
-    names = [f"{i:05d}_seed{seed}.png" for i, seed in enumerate(seeds)]
-    if args.dataset and not own["encoders"]:                          # a folder a class, as data.ImageFolder reads it
-        names = [f"{k:04d}/{file}" for k, file in zip(cond.tolist(), names)]
-    batches, null, guidance = torch.arange(len(seeds)).split(own["batch"]), None, own["guidance"] if distilled else None
-    facts = {k: own[k] for k in ("sampler", "num_steps", "cfg_scale", "shift")} | dict(model=config_dict(cfg))
-    if own["encoders"]:
-        facts |= dict(guidance=guidance, text_tokens=length)
-        folder = text_folder(label, own["encoders"], own["text"], args.text_encoders, args.weights)
-    if args.dataset:
-        shard = parse_shard(args.shard)
-        digest = lambda x: hashlib.sha256(json.dumps(x).encode()).hexdigest()[:16]
-        made_of = facts | dict(prompts=digest(shown_as), count=len(seeds), seed=args.seed, size=size, batch=own["batch"], dtype=str(dtype), negative=args.negative,
-                               encoders=digest([e[-1] for e in find_encoders(own["encoders"], folder)] if own["encoders"] else None))
-        claim_dataset(Path(args.out), made_of)
-        share = batches[shard[0] :: shard[1]]                         # whole batches, always the same: in another one the last bit may differ
-        batches = [rows for rows in share if not all((Path(args.out) / names[i]).exists() for i in rows)]
-    if own["encoders"] and len(batches):                              # before the model: 10 GB of encoders are gone when it comes
-        with timed(seconds, "text", args.device):
-            if args.dataset:                                          # read from the disk as they are needed: 4 MB each in FLUX
-                mine = torch.cat(share).tolist()
-                texts = cache_prompts(own["encoders"], folder, [prompts[i] for i in mine], length, args.negative, dtype=dtype, device=args.device)
-                place, null = {i: k for k, i in enumerate(mine)}, texts.null
-            else:
-                cond, null = encode(own["encoders"], folder, prompts, args.negative, guidance, length, dtype, args.device)
 
-    def condition(rows):
-        if not (args.dataset and own["encoders"]):
-            return cond[rows]
-        return with_guidance(texts[torch.tensor([place[int(i)] for i in rows])], guidance)
+    seeds = [args.seed + i for i in range(len(titles))]
+    files = [f"{i:05d}_seed{seed}.png" for i, seed in enumerate(seeds)]
+    facts = {key: getattr(sampling, key) for key in ("sampler", "num_steps", "cfg_scale", "shift")}
+    facts["model"] = config_dict(cfg)
+    folder = None
+    if cfg.text_encoder:
+        guidance = sampling.guidance if getattr(cfg, "guidance_embed", False) else None
+        facts |= dict(guidance=guidance, text_tokens=text_tokens)
+        folder = text_folder(label, cfg, args.text_encoders, args.weights)
+    elif args.dataset:
+        files = [f"{k:04d}/{file}" for k, file in zip(labels.tolist(), files)]      # a folder a class: data.ImageFolder
+    batches = list(torch.arange(len(titles)).split(sampling.batch))
+    if args.dataset:
+        out = Path(args.out)
+        encoders = [found[-1] for found in find_encoders(cfg.text_encoder, folder)] if cfg.text_encoder else None
+        note_settings(out, facts | dict(
+            prompts=short_hash(titles), count=len(titles), seed=args.seed, size=size, batch=sampling.batch,
+            dtype=str(dtype), negative=args.negative, encoders=short_hash(encoders)))
+        # whole batches, always the same: in another one the last bit of a picture may differ
+        batches = [rows for rows in batches if not all((out / files[i]).exists() for i in rows)]
 
-    model, info, ae = load()
+    # text before the model: 10 GB of encoders are freed when it is loaded
+    seconds = {}
+    if cfg.text_encoder and batches:
+        with timed(seconds, "text", device):
+            texts = cache_prompts(
+                cfg.text_encoder, folder, titles, text_tokens, args.negative, dtype=dtype, device=device)
+
+    def condition(rows: Tensor):
+        return with_guidance(texts[rows], guidance) if cfg.text_encoder else labels[rows]
+
+    model, ae = load()
     if args.dataset:
-        claim_dataset(Path(args.out), dict(weights=fingerprint(model), autoencoder=fingerprint(ae)))
-    if own["encoders"]:
-        model.null = null
-    facts["weights"] = str(info.get("file", name))
-    out = Path(args.out or (Path(info["file"]).parent / "samples" if ckpt else f"runs/samples-{Path(name).name}"))
-    grid = out.with_name(f"{out.name}-grid.png")                      # beside the folder, which so holds samples only
-    said = {"prompt": shown_as, "negative": [args.negative] * len(seeds)} if own["encoders"] else {"class": shown_as}
-    shown, start = [], time.perf_counter()
-    for rows in tqdm(batches, desc="data set", disable=not args.dataset):          # written as they come: 50 000 do not fit in memory
-        images = generate(model, ae, condition(rows), [seeds[i] for i in rows], own["num_steps"], own["cfg_scale"], own["sampler"], own["shift"], size,
-                          own["batch"], dtype, progress=not args.dataset, device=args.device, seconds=seconds)
-        for i, pixels in zip(rows.tolist(), to_uint8(images)):
-            save_png(out / names[i], pixels, {**{k: v[i] for k, v in said.items()}, "seed": str(seeds[i]), "dcgen": facts})
-        shown += list(thumbnails(images)[: 64 - len(shown)])
-    total, drawn = time.perf_counter() - start + seconds.get("text", 0.0), sum(map(len, batches))
+        note_settings(out, dict(weights=fingerprint(model), autoencoder=fingerprint(ae)))
+    if cfg.text_encoder and batches:
+        model.null = texts.null
+    facts["weights"] = str(run or base)
+    pictures = Pictures(titles, seeds, files, facts, args.negative if cfg.text_encoder else None)
+    out = Path(args.out or (run.parent / "samples" if run else f"runs/samples-{Path(base).name}"))
+    drawn = sum(map(len, batches))
+    speed = choose_speed(drawn, sampling, device, args.fast, args.offload)
+    print(describe_speed(speed))
+    start = time.perf_counter()
+    pipeline = Pipeline(model, ae, sampling, size, dtype, device, speed)
+    small = write_pictures(pipeline, condition, batches, pictures, out, seconds)
+    total = time.perf_counter() - start + seconds.get("text", 0.0)
     if args.dataset:
-        about = dict(steps=own["num_steps"], guidance=guidance, cfg_scale=own["cfg_scale"])
-        missing = finish_dataset(out, [dict(file_name=names[i], text=shown_as[i], seed=seeds[i], **about) for i in range(len(seeds))])
-        state = f"{missing} pictures are left to other shares" if missing else f"whole, {len(seeds)} pictures with captions in metadata.jsonl"
+        write_captions(out, [pictures.caption(i) for i in range(len(pictures))])
+        also = f"whole, {len(pictures)} pictures with captions in metadata.jsonl"
     else:
-        rows = [(f"seed {seeds[i]} +", torch.stack(shown[i : i + 8])) for i in range(0, len(shown), 8)]
-        save_grid(grid, rows, shown_as if len(seeds) <= 8 else (), {"dcgen": facts})
-        state = f"and {grid}"
-    print(f"wrote {drawn} pictures to {out}/ {state} ({total:.1f} s, {total / max(1, drawn):.2f} s each: "
-          f"{', '.join(f'{what} {s:.1f} s' for what, s in seconds.items())}; peak {peak_gib(args.device):.1f} GiB)")
+        grid = out.with_name(f"{out.name}-grid.png")                 # beside the folder, which so holds samples only
+        rows = [(f"seed {seeds[i]} +", torch.stack(small[i : i + 8])) for i in range(0, len(small), 8)]
+        save_grid(grid, rows, titles if len(titles) <= 8 else (), {"dcgen": facts})
+        also = f"and {grid}"
+    parts = ", ".join(f"{what} {s:.1f} s" for what, s in seconds.items())
+    print(f"wrote {drawn} pictures to {out}/ {also} ({total:.1f} s, {total / max(1, drawn):.2f} s each: {parts}; "
+          f"peak {peak_gib(device):.1f} GiB)")
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)
