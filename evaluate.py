@@ -1,21 +1,21 @@
-"""Scores, each with its protocol: the gap of every layer, class accuracy, Frechet distance, FID and Inception score.
+"""Scores with their protocol: layer gap, class accuracy, Frechet distance, FID, Inception score, PSNR, SSIM.
 
-    python evaluate.py                                 base, aligned, fine-tuned, not aligned: the newest run of each kind
+    python evaluate.py                          base, aligned, fine-tuned, not aligned: the newest run of each
     python evaluate.py runs/finetune-tiny-1 --count 1024
-    python evaluate.py --base tiny-flux --guidance 1 2 3.5 5                  pictures with captions, at several strengths of guidance
-    python evaluate.py --train-classifier              the small judge of the embedded pictures, again from scratch
-    python evaluate.py --train-classifier --images DIR --classifier FILE      a judge of your own pictures
-    python evaluate.py --fid DIR --reference DIR --inception FILE             real pictures, Inception features
+    python evaluate.py --base tiny-flux --guidance 1 2 3.5 5        pictures with captions, by guidance scale
+    python evaluate.py --ae tiny-dc-ae-f32c32                       reconstructions of an autoencoder
+    python evaluate.py --fid DIR --reference DIR --inception FILE   folders of pictures, Inception features
 
-On the embedded pictures a small convolutional network judges: its answers give the class accuracy, its features the
-Frechet distance. It never saw a generated picture. Pictures with captions are looked at by a program that finds every
-object, its form, colour, size and place, and compares them with the words, as GenEval does. A distance means something only beside another one made from the
-same number of pictures, the same features and the same reference; so every score prints them.
+A small convolutional network, which never saw a generated picture, scores the embedded pictures: its answers
+give the class accuracy, its features the Frechet distance. On pictures with captions shapes.py detects every
+object and compares form, colour, size and place with the words, as GenEval does. Two distances compare only
+if they come from the same number of pictures, the same features and the same reference: every table prints
+these.
 """
 
 import argparse
-import json
-import time
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -24,48 +24,60 @@ from einops import rearrange
 from torch import Tensor
 from tqdm import tqdm
 
-from autoencoder import Autoencoder
-from checkpoints import (HERE, load_autoencoder, load_base, load_run, newest_run, read_config, run_file, write_tensors)
-from shapes import (ANSWERS, CLASSIFIER, Classifier, SHAPES, accuracy, classifier_features, load_classifier, scene_scores, share_right)
-from data import (ImageFolder, cache_prompts, open_source, order, text_folder)
-from sample import (add_model_args, choose_sampling, dtype_of, generate, path, run_main, save_grid, to_uint8, with_guidance)
+from model import Text
+from autoencoder import AUTOENCODERS, Autoencoder
+from checkpoints import (atomic, load_autoencoder, load_base, load_run, newest_run, read_config, run_file,
+                         write_json)
+from shapes import (ANSWERS, SHAPES, Classifier, classifier_features, load_classifier, scene_scores,
+                    share_right)
+from data import ImageFolder, cache_prompts, open_source, order, text_folder
+from fast import peak_gib, timed
+from sample import (add_model_args, choose_sampling, dtype_of, generate, path, run_main, save_grid, save_png,
+                    to_uint8, with_guidance)
 
 
-# ---- the gap between two models' representations (Fig. 4a) ----------------------------------------------------------------------
+# ---- the gap between two models' features (Fig. 4a) ----------------------------------------------
 
 @torch.no_grad()
-def layer_gap(model, base, z_dc: Tensor, z_base: Tensor, y: Tensor, t: float = 1.0, seed: int = 0) -> list[float]:
-    """Relative distance of a converted model's features to its base's, after the embedder and after every block.
+def layer_gap(model, base, z_dc: Tensor, z_base: Tensor, y, t: float = 1.0, seed: int = 0) -> list[float]:
+    """Relative distance of a converted model's features to its base's, after the embedder and every block.
 
-    Both see the same pictures, each in its own latents, at the same t (1 = clean; below, each with noise of its own) and
-    class. The base's features h are averaged over each cell of the new grid, h' = pool(h); the gap of a layer is
-    || g - h' || / || h' - mean(h') ||, over all pictures, places and channels, the mean per channel. A model that
-    only knew the base's average feature would score 1; 0 is a perfect match.
+    Both read the same pictures, each in its own latents, at the same t (1 = clean; below, each with noise of
+    its own) and condition. The base's features h are averaged over each cell of the new grid, h' = pool(h);
+    the gap of a layer is || g - h' || / || h' - mean(h') || over all pictures, places and channels, the mean per
+    channel. 0 is a perfect match, 1 the score of the base's average feature.
 
     z_dc (B,C',H',W'), z_base (B,C,H,W) -> depth + 1 numbers."""
-    def features(m, z, i):
-        x0 = torch.randn(z.shape, generator=torch.Generator().manual_seed(seed + i)).to(z)
-        time = torch.full((len(z),), t, device=z.device)
-        tokens = token_features(m, path(x0, z, time)[0], time, y)
-        return [rearrange(h.float(), "b (h w) d -> b d h w", h=z.shape[-2] // m.cfg.patch_size) for h in tokens]
-
     gaps = []
-    for g, h in zip(features(model, z_dc, 1), features(base, z_base, 2)):
-        h = F.adaptive_avg_pool2d(h, g.shape[-2:])
-        gaps.append(float((g - h).norm() / (h - h.mean(dim=(0, 2, 3), keepdim=True)).norm()))
+    dc_layers = features_on_grid(model, z_dc, y, t, seed + 1)
+    base_layers = features_on_grid(base, z_base, y, t, seed + 2)
+    for g, h in zip(dc_layers, base_layers):
+        h = F.adaptive_avg_pool2d(h, g.shape[-2:])                   # B D H' W'
+        spread = (h - h.mean(dim=(0, 2, 3), keepdim=True)).norm()
+        gaps.append(float((g - h).norm() / spread))
     return gaps
 
 
+def features_on_grid(model, z: Tensor, y, t: float, seed: int) -> list[Tensor]:
+    """Features (B,D,H,W) float32 of every layer at x_t of the latents z, with H W cells of p x p latents."""
+    x0 = torch.randn(z.shape, generator=torch.Generator().manual_seed(seed)).to(z)
+    times = torch.full((len(z),), t, device=z.device)
+    xt, _ = path(x0, z, times)
+    height = z.shape[-2] // model.cfg.patch_size
+    layers = token_features(model, xt, times, y)
+    return [rearrange(h.float(), "b (h w) d -> b d h w", h=height) for h in layers]
+
+
 def token_features(model, x: Tensor, t: Tensor, y) -> list[Tensor]:
-    """The picture's tokens (B,N,D) after the embedder and after every block of one forward pass, by hooks."""
-    features = []
+    """Image tokens (B,N,D) after the embedder and after every block of one forward pass, by hooks."""
+    layers = []
 
     def keep_embedded(block, inputs):
-        features.append(inputs[0])                                   # the first block reads what the embedder puts out
+        layers.append(inputs[0])                        # the first block's input is the embedder's output
 
     def keep_output(block, inputs, output):
-        tokens = output[0] if isinstance(output, tuple) else output  # a double block of FLUX returns (picture, text)
-        features.append(tokens[:, -features[0].shape[1]:])           # a single block returns the text's tokens first
+        tokens = output[0] if isinstance(output, tuple) else output    # FLUX's double blocks: (image, text)
+        layers.append(tokens[:, -layers[0].shape[1]:])                  # its single blocks: text, then image
 
     hooks = [model.blocks[0].register_forward_pre_hook(keep_embedded)]
     hooks += [block.register_forward_hook(keep_output) for block in model.blocks]
@@ -74,306 +86,564 @@ def token_features(model, x: Tensor, t: Tensor, y) -> list[Tensor]:
     finally:
         for hook in hooks:
             hook.remove()
-    assert len(features) == len(model.blocks) + 1, "a compiled block passes over its hooks"
-    return features
+    assert len(layers) == len(model.blocks) + 1, "compiled blocks skip their hooks"
+    return layers
 
 
 def gap_table(stages: dict[str, list[float]]) -> str:
-    """{stage: gaps} as text, one row a layer."""
-    names = list(stages)
-    row = lambda title, cells: f"{title:<16}" + "".join(f"{c:>{max(10, len(n) + 2)}}" for n, c in zip(names, cells))
-    lines = [row("gap to the base", names)]
-    for i in range(len(stages[names[0]])):
-        lines.append(row("embedder" if i == 0 else f"block {i}", [f"{stages[n][i]:.3f}" for n in names]))
-    return "\n".join(lines + [row("mean", [f"{sum(v) / len(v):.3f}" for v in stages.values()])])
+    """{stage: gaps} as text, one row a layer, the mean last."""
+    def line(title: str, cells) -> str:
+        return f"{title:<16}" + "".join(f"{cell:>{width}}" for width, cell in zip(widths, cells))
+
+    widths = [max(10, len(name) + 2) for name in stages]
+
+    lines = [line("gap to the base", stages)]
+    for i, layer in enumerate(zip(*stages.values())):
+        lines.append(line(f"block {i}" if i else "embedder", [f"{gap:.3f}" for gap in layer]))
+    lines.append(line("mean", [f"{sum(gaps) / len(gaps):.3f}" for gaps in stages.values()]))
+    return "\n".join(lines)
 
 
-def train_classifier(out: str, source, val, steps: int = 1500, batch: int = 64, seed: int = 0) -> float:
-    """Train the judge; pictures are blurred and noised at random, so that it judges shapes and not the grain."""
-    torch.manual_seed(seed)
-    judge = Classifier(len(source.classes))
-    opt = torch.optim.AdamW(judge.parameters(), lr=2e-3, weight_decay=1e-2)
-    plan = torch.optim.lr_scheduler.OneCycleLR(opt, 2e-3, steps)
-    bar = tqdm(range(steps), desc="classifier")
-    for step in bar:
-        x, y = source.batch(torch.randint(len(source), (batch,)))
-        if step % 2:
-            x = F.avg_pool2d(x, 3, 1, 1)
-        x = x + torch.rand(batch, 1, 1, 1) * 0.15 * torch.randn_like(x)
-        loss = F.cross_entropy(judge(x), y)
-        opt.zero_grad()
-        loss.backward()
-        opt.step()
-        plan.step()
-        if step % 50 == 0:
-            bar.set_postfix(loss=f"{loss.item():.3f}")
-    features, y = judged_source(judge.eval(), val, 1024)
-    score = share_right(judge, features, y)
-    write_tensors(out, {k: v.bfloat16() for k, v in judge.state_dict().items()}, dict(classes=list(source.classes)))
-    print(f"wrote {out}; accuracy on {len(y)} unseen pictures {score:.1%}")
-    return score
-
-
-def judged_source(judge: Classifier, source, n: int) -> tuple[Tensor, Tensor]:
-    """Features (n,D) and classes (n,) of n pictures of a source, any n: a folder is sorted by class."""
-    rows = order(0, min(n, len(source)), len(source), seed=0)
-    features, labels = zip(*((classifier_features(judge, x), y) for x, y in map(source.batch, rows.split(64))))
-    return torch.cat(features), torch.cat(labels)
-
+# ---- distances between sets of features ----------------------------------------------------------
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
-    """|| m1 - m2 ||^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) of two sets of features (N,D), in float64. (arXiv 1706.08500)"""
-    a, b = a.double(), b.double()
-    s1, s2 = torch.cov(a.T), torch.cov(b.T)
-    w, u = torch.linalg.eigh(s1)
-    r1 = (u * w.clamp(min=0).sqrt()) @ u.T                           # S1 S2 has the eigenvalues of r1 S2 r1, which is symmetric
+    """|| m1 - m2 ||^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) of two sets of features (N,D), in float64.
+    (arXiv 1706.08500)"""
+    a = a.double()
+    b = b.double()
+    s1 = torch.cov(a.T)
+    s2 = torch.cov(b.T)
+    # S1 S2 has the eigenvalues of r1 S2 r1 with r1 = S1^(1/2), and that matrix is symmetric
+    values, vectors = torch.linalg.eigh(s1)
+    r1 = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
     root = torch.linalg.eigvalsh(r1 @ s2 @ r1).clamp(min=0).sqrt().sum()
     return float((a.mean(0) - b.mean(0)).square().sum() + s1.trace() + s2.trace() - 2 * root)
 
 
 def inception_score(logits: Tensor) -> float:
-    """exp E[KL(p(y|x) || p(y))] of class scores (N,K). (arXiv 1606.03498; one split, all pictures)"""
+    """exp E[KL(p(y|x) || p(y))] of class logits (N,K). (arXiv 1606.03498; one split, all pictures)"""
     p = logits.double().softmax(dim=1)
-    return float((p * (p.clamp(min=1e-12).log() - p.mean(0, keepdim=True).clamp(min=1e-12).log())).sum(1).mean().exp())
+    marginal = p.mean(0, keepdim=True)
+    kl = p * (p.clamp(min=1e-12).log() - marginal.clamp(min=1e-12).log())
+    return float(kl.sum(1).mean().exp())
 
 
-# ---- real pictures: Inception features --------------------------------------------------------------------------------------------------
-
-def inception(file: str | None, device="cpu"):
-    """Function from byte pictures (B,3,H,W) to FID's features (B,2048) and the Inception score's logits (B,1008). The
-    network is torch-fidelity's port of the original; its weights from `file`, or downloaded by it."""
-    if file and not Path(file).is_file():
-        raise ValueError(f"--inception {file}: no such file")
-    try:
-        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-        net = FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=file)
-    except ImportError:                                              # optional: only real pictures need it
-        raise ValueError("FID needs the original Inception network: pip install torch-fidelity") from None
-    except Exception as e:                                           # a download, a pickle or a state dict that failed
-        raise ValueError(f"the Inception weights {f'in {file} do not fit' if file else 'could not be downloaded'} ({type(e).__name__}); "
-                         "give weights-inception-2015-12-05-6726825d.pth of torch-fidelity with --inception FILE") from None
-    net = net.to(device).eval()
-    return lambda x: [out.float().cpu() for out in net(x.to(device))]
-
-
-@torch.no_grad()
-def folder_scores(folder: str, extract, size: int, batch: int = 32) -> tuple[Tensor, Tensor]:
-    """Inception features and logits of all pictures of a folder. A broken one is an error: N is part of the score."""
-    source = ImageFolder(folder, size, max_broken=0)
-    rows = torch.arange(len(source)).split(batch)
-    out = [extract(torch.from_numpy(to_uint8(source.batch(r)[0])).permute(0, 3, 1, 2)) for r in tqdm(rows, desc=f"features of {Path(folder).name}")]
-    return torch.cat([f for f, _ in out]), torch.cat([logits for _, logits in out])
-
-
-# ---- main ----------------------------------------------------------------------------------------------------------------------------------
-
-def unfit(judge: Classifier, info: dict, num_classes: int) -> str | None:
-    """Why this judge cannot judge a model of so many classes, with these facts, or None if it can."""
-    if num_classes != len(judge.classes):
-        return f"the classifier knows {len(judge.classes)} classes, the model {num_classes}"
-    names = info.get("classes") or (SHAPES if num_classes == len(SHAPES) else judge.classes)    # a preset's are not written down
-    if tuple(names) != judge.classes:
-        return f"the classifier knows {', '.join(judge.classes[:3])} ..., the model {', '.join(names[:3])} ..."
-
-
-def missing_runs(kinds: dict[str, dict | None], base: str) -> list[str]:
-    """The commands that make the kinds of run that are not there; {kind: facts of the newest run, or None}."""
-    equal = f" --train-steps {kinds['finetune']['steps']}" if kinds["finetune"] else ""    # as many as the aligned one has had
-    how = {"align": "python align.py", "finetune": "python finetune.py", "noalign": f"python finetune.py --init base{equal}"}
-    return [f"no {kind} run of {base} yet: {command} --base {base}" for kind, command in how.items() if kinds[kind] is None]
-
-
-# ---- how good is it? -------------------------------------------------------------------------------------------------------
+# ---- reconstruction by an autoencoder ------------------------------------------------------------
 
 def psnr(x: Tensor, y: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB of pictures (B,3,H,W) in [-1,1], one number each (B,)."""
+    """Peak signal-to-noise ratio in dB (B,) of pictures (B,3,H,W) in [-1,1]."""
     return 10 * torch.log10(4 / (x - y).square().mean(dim=(1, 2, 3)))
 
 
 def ssim(x: Tensor, y: Tensor) -> Tensor:
-    """Structural similarity (Wang et al. 2004) of pictures (B,3,H,W) in [-1,1], one number each (B,): a Gaussian window
-    of 11 pixels, sigma 1.5, every place where it fits, mean over places and channels."""
-    x, y = (x.float() + 1) / 2, (y.float() + 1) / 2
+    """Structural similarity (B,) of pictures (B,3,H,W) in [-1,1] (Wang et al. 2004): a Gaussian window of 11
+    pixels with sigma 1.5 at every place where it fits, mean over places and channels."""
+    x = (x.float() + 1) / 2
+    y = (y.float() + 1) / 2
     g = torch.exp(-((torch.arange(11, device=x.device) - 5.0) ** 2) / (2 * 1.5**2))
     window = (g[:, None] * g / g.sum() ** 2).expand(x.shape[1], 1, 11, 11)
-    mean = lambda v: F.conv2d(v, window, groups=v.shape[1])
-    mx, my = mean(x), mean(y)
-    vx, vy, cov = mean(x * x) - mx * mx, mean(y * y) - my * my, mean(x * y) - mx * my
-    c1, c2 = 0.01**2, 0.03**2                                         # of a range of 1
-    return ((2 * mx * my + c1) * (2 * cov + c2) / ((mx * mx + my * my + c1) * (vx + vy + c2))).mean(dim=(1, 2, 3))
+
+    def local_mean(v):
+        return F.conv2d(v, window, groups=v.shape[1])
+
+    mx = local_mean(x)
+    my = local_mean(y)
+    vx = local_mean(x * x) - mx * mx
+    vy = local_mean(y * y) - my * my
+    cov = local_mean(x * y) - mx * my
+    c1 = 0.01**2                                                     # of a range of 1
+    c2 = 0.03**2
+    similarity = (2 * mx * my + c1) * (2 * cov + c2) / ((mx * mx + my * my + c1) * (vx + vy + c2))
+    return similarity.mean(dim=(1, 2, 3))
 
 
 @torch.no_grad()
-def reconstruct(ae: Autoencoder, x: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, float, float]:
-    """Pictures (B,3,H,W) -> their reconstructions, float32, clamped to [-1,1], and the seconds of encode and decode."""
-    now = lambda: (torch.cuda.synchronize() if x.is_cuda else None, time.perf_counter())[1]
+def reconstruct(ae: Autoencoder, x: Tensor, dtype=torch.float32) -> tuple[Tensor, float, float]:
+    """Reconstructions of pictures (B,3,H,W), float32 in [-1,1], and the seconds of encode and decode."""
+    seconds = {}
     with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
-        start = now()
-        z = ae.encode(x)
-        middle = now()
-        y = ae.decode(z)
-    return y.float().clamp(-1, 1), middle - start, now() - middle
+        with timed(seconds, "encode", x.device):
+            z = ae.encode(x)
+        with timed(seconds, "decode", x.device):
+            y = ae.decode(z)
+    return y.float().clamp(-1, 1), seconds["encode"], seconds["decode"]
+
+
+def score_autoencoder(ae: Autoencoder, source, count: int, out: str, dtype: torch.dtype, device: str):
+    """Print PSNR and SSIM of a source's first pictures; write them above their reconstructions to `out`."""
+    n = min(count, len(source))
+    res = source.size
+    cells = res // ae.cfg.f
+    print(f"{ae.cfg.name}: {res}x{res} -> {cells}x{cells} places of {ae.cfg.channels} channels, "
+          f"{dtype} on {device}")
+    print("picture  PSNR dB    SSIM")
+    rows = []
+    pairs = []
+    for i in range(n):
+        x = source.batch(torch.tensor([i]))[0].to(device)
+        y, encode, decode = reconstruct(ae, x, dtype)
+        rows.append((psnr(x, y).item(), ssim(x, y).item(), encode, decode))
+        pairs.append(torch.cat([x, y], dim=2))                       # 1 3 2H W
+        print(f"{i:7d}  {rows[-1][0]:7.2f}  {rows[-1][1]:6.4f}")
+    psnrs, ssims, encodes, decodes = (sorted(column) for column in zip(*rows))
+    print(f"   mean  {sum(psnrs) / n:7.2f}  {sum(ssims) / n:6.4f}")
+    memory = f", peak {peak_gib(device):.2f} GiB" if torch.device(device).type == "cuda" else ""
+    print(f"a picture: encode {encodes[n // 2]:.3f} s, decode {decodes[n // 2]:.3f} s (median){memory}")
+    save_png(out, to_uint8(torch.cat(pairs, dim=3))[0])
+    print(f"wrote {out}: {n} originals above their reconstructions")
+
+
+# ---- folders of pictures: Inception features -----------------------------------------------------
+
+def load_inception(file: str | None, device="cpu"):
+    """A function from byte pictures (B,3,H,W) to FID's features (B,2048) and the Inception score's logits
+    (B,1008). The network is torch-fidelity's port of the original; its weights come from `file`, or
+    torch-fidelity downloads them."""
+    if file and not Path(file).is_file():
+        raise ValueError(f"--inception {file}: no such file")
+    try:
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+        net = FeatureExtractorInceptionV3(
+            "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=file)
+    except ImportError:
+        raise ValueError("FID needs the original Inception network: pip install torch-fidelity") from None
+    except Exception as e:                              # a download, a pickle or a state dict that failed
+        problem = f"in {file} do not fit" if file else "could not be downloaded"
+        raise ValueError(
+            f"the Inception weights {problem} ({type(e).__name__}); give "
+            "weights-inception-2015-12-05-6726825d.pth of torch-fidelity with --inception FILE") from None
+    net = net.to(device).eval()
+
+    def extract(pixels: Tensor) -> list[Tensor]:
+        return [out.float().cpu() for out in net(pixels.to(device))]
+    return extract
+
+
+@torch.no_grad()
+def folder_features(folder: str, extract, size: int, batch: int = 32) -> tuple[Tensor, Tensor]:
+    """Inception features and logits of a folder. ValueError for a broken picture: N is part of the score."""
+    source = ImageFolder(folder, size, max_broken=0)
+    features = []
+    logits = []
+    for rows in tqdm(torch.arange(len(source)).split(batch), desc=f"features of {Path(folder).name}"):
+        pixels = torch.from_numpy(to_uint8(source.batch(rows)[0]))   # B H W 3
+        f, scores = extract(rearrange(pixels, "b h w c -> b c h w"))
+        features.append(f)
+        logits.append(scores)
+    return torch.cat(features), torch.cat(logits)
+
+
+def score_folder(folder: str, reference: str, inception: str | None, size: int, device: str):
+    """Print FID and Inception score of a folder of pictures against a folder of real ones."""
+    extract = load_inception(inception, device)
+    features, logits = folder_features(folder, extract, size)
+    real, _ = folder_features(reference, extract, size)
+    print(f"FID {frechet_distance(features, real):.3f}, Inception score {inception_score(logits):.2f}   "
+          f"[N {len(features)}, reference {reference} of {len(real)}, inception-v3-compat of torch-fidelity, "
+          f"{size} px centre squares, bytes]")
+
+
+# ---- plots ---------------------------------------------------------------------------------------
+
+def plot(file: Path, columns: dict[str, list[dict]], xlabel: str, ylabel: str = "", log: bool = False):
+    """Draw columns of panels {title: [lines, ...]} to a PNG file; lines are {label: [(x, y), ...]}. log: a
+    logarithmic y axis where all values are positive. A panel without lines stays empty."""
+    from matplotlib.figure import Figure
+    height = max(len(panels) for panels in columns.values())
+    figure = Figure(figsize=(5.5 * len(columns), 3.5 * height))
+    grid = figure.subplots(height, len(columns), squeeze=False)
+    for (title, panels), axes_of_column in zip(columns.items(), grid.T):
+        axes_of_column[0].set_title(title)
+        for lines, axes in zip(panels, axes_of_column):
+            for label, points in lines.items():
+                axes.plot(*zip(*points), label=label, marker="." if len(points) <= 64 else None)
+            if not lines:
+                axes.set_axis_off()
+                continue
+            if log and all(y > 0 for points in lines.values() for _, y in points):
+                axes.set_yscale("log")
+            elif not log:
+                axes.set_ylim(bottom=0)
+            axes.set_xlabel(xlabel)
+            axes.set_ylabel(ylabel)
+            axes.grid(alpha=0.3)
+            axes.legend(fontsize=7)
+    figure.tight_layout()
+    with atomic(file) as tmp:
+        figure.savefig(tmp, dpi=80, format="png")
 
 
 def plot_curves(file: Path, logs: dict[str, list[dict]]):
-    """Loss and validation loss, gradient norm (Fig. 19), and the validation loss at each t, against the step; a column a stage."""
-    import matplotlib                                                # matplotlib: curves
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    fig, axes = plt.subplots(3, len(logs), figsize=(5 * len(logs), 9), squeeze=False)
-    for col, (stage, log) in enumerate(logs.items()):
-        times = sorted({k for r in log for k in r if k.startswith("val_t")})
-        for ax, keys in zip(axes[:, col], (("loss", "val_loss", "val_loss_ema"), ("grad_norm",), times)):
-            for key in keys:
-                if points := [(r["step"], r[key]) for r in log if key in r]:
-                    ax.plot(*zip(*points), label=key, marker="o" if key.startswith("val") else None)
-                    ax.legend(fontsize=7)
-            ax.set_yscale("log"), ax.set_xlabel("step"), ax.grid(alpha=0.3)
-        axes[0][col].set_title(stage)
-    fig.tight_layout()
-    fig.savefig(file, dpi=80)
-    plt.close(fig)
+    """Plot training logs, a column a stage: losses, gradient norm (Fig. 19), validation loss at each t."""
+    columns = {}
+    for stage, log in logs.items():
+        at_t = sorted({key for record in log for key in record if key.startswith("val_t")})
+        columns[stage] = []
+        for keys in (("loss", "val_loss", "val_loss_ema"), ("grad_norm",), at_t):
+            lines = {key: [(record["step"], record[key]) for record in log if key in record] for key in keys}
+            columns[stage].append({key: points for key, points in lines.items() if points})
+    plot(file, columns, "step", log=True)
 
 
 def plot_gap(file: Path, gaps: dict[str, list[float]]):
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    fig, ax = plt.subplots(figsize=(7, 4))
-    for name, values in gaps.items():
-        ax.plot(range(len(values)), values, marker="o", label=name)
-    ax.set_xlabel("block (0 = embedder)"), ax.set_ylabel("relative gap to the base"), ax.set_ylim(bottom=0), ax.grid(alpha=0.3), ax.legend()
-    fig.tight_layout()
-    fig.savefig(file, dpi=80)
-    plt.close(fig)
+    """Plot the gap of every layer, a line a stage (Fig. 4a)."""
+    lines = {stage: list(enumerate(values)) for stage, values in gaps.items()}
+    plot(file, {"": [lines]}, "block (0 = embedder)", "relative gap to the base")
 
 
-def main(argv=None):
+# ---- what every model of a table draws -----------------------------------------------------------
+
+@dataclass(frozen=True)
+class Task:
+    """What every model of a table draws, and how: a row of the conditions, a title and a seed a picture."""
+    conditions: Tensor | Text
+    titles: list[str]                                   # class names or captions
+    null: Text | None                                   # the encoded empty prompt
+    seeds: list[int]
+    guidance: list[float]                               # the scales to draw at
+    num_steps: int
+    dtype: torch.dtype
+
+    def describe(self, samplers: list[str], raw: bool) -> str:
+        """The task's part of the protocol, for these samplers; raw: weights without moving average."""
+        kind = "captions of unseen pictures" if isinstance(self.conditions, Text) else "all classes in turn"
+        weights = "raw weights" if raw else "moving average where there is one"
+        sampler = " or ".join(samplers) or "nothing drawn,"
+        scales = ", ".join(f"{scale:g}" for scale in self.guidance)
+        return (f"N {len(self.seeds)}, {kind}, {sampler} {self.num_steps} steps, guidance {scales}, "
+                f"seeds {self.seeds[0]}+i, {weights}")
+
+
+def own_guidance(cfg) -> float:
+    """The guidance scale that a model's authors draw with."""
+    sampling = choose_sampling(cfg)
+    return sampling.cfg_scale if sampling.guidance is None else sampling.guidance
+
+
+def class_conditions(cfg, names, count: int) -> tuple[Tensor, list[str]]:
+    """Classes in turn (count,), and their names where they have one."""
+    y = torch.arange(count) % cfg.num_classes
+    return y, [str(names[k]) if k < len(names) else str(k) for k in y.tolist()]
+
+
+def caption_conditions(cfg, source, rows: Tensor, encoders, dtype, device) -> tuple[Text, list[str], Text]:
+    """The encoded captions of these pictures of a source, the captions, and the encoded empty prompt."""
+    captions = [source.caption(int(i)) for i in rows]
+    texts = cache_prompts(cfg.text_encoder, encoders, captions, cfg.text_tokens, dtype=dtype, device=device)
+    return texts[torch.arange(len(rows))], captions, texts.null
+
+
+def draw(model, ae: Autoencoder, task: Task, side: int, guidance: float) -> tuple[Tensor, str]:
+    """Pictures (B,3,side,side) of a task, and the sampler: Euler; DDIM for a model that predicts epsilon."""
+    conditions = task.conditions
+    cfg_scale = guidance
+    if isinstance(conditions, Text):
+        model.null = task.null
+        if getattr(model.cfg, "guidance_embed", False):     # a distilled model reads the scale, in one pass
+            conditions = with_guidance(conditions, guidance)
+            cfg_scale = 1.0
+    sampler = "ddim" if model.cfg.predict == "epsilon" else "euler"
+    sampling = choose_sampling(model.cfg, num_steps=task.num_steps, cfg_scale=cfg_scale, sampler=sampler)
+    images = generate(
+        model, ae, conditions, task.seeds, sampling, size=(side, side), dtype=task.dtype, progress=True)
+    return images, sampler
+
+
+# ---- and what it is scored with ------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Metrics:
+    """Scores of pictures by a classifier, and by its features of real pictures (N,128), the reference."""
+    classifier: Classifier
+    name: str
+    reference: Tensor
+    captions: bool                                      # the conditions are captions, not classes
+
+    def __call__(self, images: Tensor, y, titles: list[str]) -> dict[str, float]:
+        features = classifier_features(self.classifier, images)
+        if self.captions:
+            scores = scene_scores(images, titles)
+        else:
+            scores = {"accuracy": share_right(self.classifier, features, y)}
+        return scores | {"frechet": frechet_distance(features, self.reference)}
+
+    def mismatch(self, info: dict, num_classes: int) -> str | None:
+        """Why a model of so many classes with these run facts cannot be scored, or None if it can."""
+        known = self.classifier.classes
+        if self.captions:
+            return None
+        if num_classes != len(known):
+            return f"the classifier knows {len(known)} classes, the model {num_classes}"
+        preset = SHAPES if num_classes == len(SHAPES) else known        # a preset's file has no class names
+        names = tuple(info.get("classes") or preset)
+        if names != known:
+            return f"the classifier knows {first_names(known)}, the model {first_names(names)}"
+        return None
+
+    def describe(self) -> str:
+        return f"features of {self.name}, reference {len(self.reference)} real pictures"
+
+
+def make_metrics(file: str | None, folder: str | None, source, count: int, captions: bool):
+    """Metrics for pictures of this source by the classifier in `file` (None: the shipped one), and None; or
+    None and the reason why that classifier cannot score them."""
+    if folder and not file:
+        return None, (
+            "the shipped classifier knows the procedural pictures only; train one: "
+            f"python experiments/make_weights.py --only classifier --images {folder} --classifier FILE")
+    classifier = load_classifier(file)
+    if not captions and classifier.classes != tuple(source.classes):
+        names = first_names(source.classes) if source.classes else "without classes"
+        return None, f"the classifier knows {first_names(classifier.classes)}, the pictures are {names}"
+    rows = order(0, min(max(2048, count), len(source)), len(source), seed=0)
+    reference = torch.cat([classifier_features(classifier, x) for x, _ in batches(source, rows)])
+    return Metrics(classifier, file or "the shipped classifier", reference, captions), None
+
+
+def first_names(names) -> str:
+    return ", ".join(names[:3]) + " ..."
+
+
+def batches(source, rows: Tensor, size: int = 64):
+    """Yield pictures (B,3,H,W) and labels (B,) of these rows of a source, B <= size."""
+    for part in rows.split(size):
+        yield source.batch(part)
+
+
+def balanced_rows(source, count: int) -> Tensor:
+    """Indices of `count` pictures of a source (or all it has) whose classes take turns, as a task's do."""
+    count = min(count, len(source))
+    if not isinstance(source, ImageFolder):
+        return torch.arange(count)                      # procedural picture i shows class i mod 8
+    rows = order(0, len(source), len(source), seed=0)   # a folder is sorted by class
+    labels = source.labels[rows]
+    turn = torch.zeros_like(rows)
+    for k in labels.unique():
+        turn[labels == k] = torch.arange(int((labels == k).sum()))
+    return rows[turn.argsort(stable=True)[:count]]
+
+
+def real_scores(metrics: Metrics, source, count: int) -> dict[str, float]:
+    """Scores of `count` real pictures: what a perfect model would reach."""
+    rows = balanced_rows(source, count)
+    images, labels = (torch.cat(parts) for parts in zip(*batches(source, rows)))
+    titles = [source.caption(int(i)) for i in rows] if metrics.captions else []
+    return metrics(images, labels, titles)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Real pictures (B,3,H,W) and their conditions, on which models are compared with their base."""
+    base: torch.nn.Module
+    base_ae: Autoencoder
+    images: Tensor
+    y: Tensor | Text
+
+    def fits(self, model) -> bool:
+        """Whether the model is the base in other latents, layer by layer, and the base knows the classes."""
+        if isinstance(self.y, Tensor) and int(self.y.max()) >= self.base.cfg.num_classes:
+            return False
+        return model.cfg.ae != self.base.cfg.ae and len(model.blocks) == len(self.base.blocks)
+
+    def describe(self, folder: str | None) -> str:
+        """The probe's part of the protocol; folder: of its pictures, None = procedural."""
+        kind = f"pictures of {folder}" if folder else "procedural pictures"
+        return f"gap: mean over layers at t = 1 on {len(self.images)} {kind}, {self.images.shape[-1]} px"
+
+    def gap(self, model, ae: Autoencoder) -> float:
+        """Mean layer gap of clean latents."""
+        z_base = self.base_ae.encode(self.images)
+        gaps = layer_gap(model, self.base, ae.encode(self.images), z_base, self.y)
+        return sum(gaps) / len(gaps)
+
+
+# ---- main ----------------------------------------------------------------------------------------
+
+@dataclass
+class Table:
+    """Rows {"name": ..., column: value}, notes, and a label and the first pictures of every drawn row."""
+    rows: list[dict] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    samples: list[tuple[str, Tensor]] = field(default_factory=list)
+
+    def add_model(self, row: dict, model, info: dict, ae: Autoencoder, task: Task, side: int, metrics):
+        """Draw a task and add the row with its scores, once for every guidance scale; or the row as it is, if
+        there are no metrics for this model."""
+        mismatch = metrics and metrics.mismatch(info, getattr(model.cfg, "num_classes", 0))
+        if mismatch:
+            self.notes.append(f"{row['name']}: no scores, no Frechet distance: {mismatch}")
+        if mismatch or not metrics:
+            self.rows.append(row)
+            return
+        for guidance in task.guidance:
+            images, sampler = draw(model, ae, task, side, guidance)
+            scores = metrics(images, task.conditions, task.titles)
+            self.rows.append({**row, "guidance": guidance, "sampler": sampler, **scores})
+            label = f"{row['name']}\n{row['tokens']} tokens"
+            if len(task.guidance) > 1:
+                label += f"\nguidance {guidance:g}"
+            self.samples.append((label, images[:8]))
+
+    def samplers(self) -> list[str]:
+        return sorted({row["sampler"] for row in self.rows if "sampler" in row})
+
+    def print(self, protocol: str):
+        """Print the rows, a dash where one has no number, the protocol and the notes."""
+        formats = {"tokens": "", "steps": "", "guidance": "g", "gap": ".3f"}
+        for key in ("accuracy", *ANSWERS):
+            if any(key in row for row in self.rows):
+                formats[key] = ".1%"
+        formats["frechet"] = ".3f"
+        print("\n" + " " * 26 + "".join(f"{key:>10}" for key in formats))
+        for row in self.rows:
+            cells = [format(row[key], form) if key in row else "-" for key, form in formats.items()]
+            print(f"{row['name']:<26}" + "".join(f"{cell or '-':>10}" for cell in cells))
+        print("\n".join([f"[{protocol}]", *self.notes]))
+
+    def write(self, out: Path, protocol: str, titles: list[str]):
+        """Write the table as JSON and the samples as a grid beside it."""
+        write_json(out, dict(protocol=protocol, notes=self.notes, rows=self.rows))
+        if not self.samples:
+            print(f"wrote {out}")
+            return
+        # pictures of several sizes do not make one grid
+        size = self.samples[0][1].shape[-2:]
+        rows = [(label, images) for label, images in self.samples if images.shape[-2:] == size]
+        grid = out.with_suffix(".png")
+        save_grid(grid, rows, titles[:8] if len(titles) >= 8 else (), {"protocol": protocol})
+        print(f"wrote {out} and {grid}")
+
+
+def pick_runs(base: str | None, runs: list[str]) -> tuple[str, list[Path]]:
+    """The base's name, and the run folders given, else the newest run of each kind of this base. Prints the
+    commands that make a missing kind."""
+    if runs:
+        folders = [Path(run) for run in runs]
+        return base or read_config(run_file(folders[0])).get("base", "tiny"), folders
+    name = base or "tiny"
+    kinds = {"align": "align.py", "finetune": "finetune.py", "noalign": "finetune.py --init base"}
+    newest = {kind: newest_run(kinds=(f"{kind}-{Path(name).name}",)) for kind in kinds}
+    # the run without alignment gets as many steps as the aligned one has had
+    if newest["finetune"]:
+        kinds["noalign"] += f" --train-steps {read_config(run_file(newest['finetune']))['steps']}"
+    for kind, command in kinds.items():
+        if newest[kind] is None:
+            print(f"no {kind} run of {name} yet: python {command} --base {name}")
+    return name, [folder for folder in newest.values() if folder]
+
+
+def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_args(p)
     p.set_defaults(base=None)
-    p.add_argument("runs", nargs="*", help="run folders (default: of --base, the newest of each kind in runs/)")
-    p.add_argument("--images", metavar="DIR", help="real pictures in class folders (default: those of the newest run, else procedural ones)")
-    p.add_argument("--classifier", metavar="FILE", help="another judge (default: the shipped one, for the procedural pictures)")
-    p.add_argument("--count", type=int, default=512, help="pictures a model (default 512)")
-    p.add_argument("--guidance", type=float, nargs="+", help="strengths of guidance: what a distilled model is told, for others the classifier-free scale, 1 = off "
-                   "(default: the model's own; DiT 3)")
-    p.add_argument("--text-encoders", metavar="DIR", help="pipeline folder with the text encoders (default: that of --weights, or the model hub's cache)")
-    p.add_argument("--num-steps", type=int, default=25, help="steps of Euler, or of DDIM for a model of epsilon (default 25)")
-    p.add_argument("--raw", action="store_true", help="the weights as trained, not their moving average")
-    p.add_argument("--out", default="runs/evaluate.json", help="where the table goes (default runs/evaluate.json)")
-    p.add_argument("--train-classifier", action="store_true", help="train a judge and write it to --classifier (default: the shipped one's place)")
-    p.add_argument("--fid", metavar="DIR", help="score a folder of generated pictures by Inception features")
-    p.add_argument("--reference", metavar="DIR", help="with --fid: the real pictures")
-    p.add_argument("--inception", metavar="FILE", help="with --fid: the Inception network's weight file (default: torch-fidelity downloads it)")
-    args = p.parse_args(argv)
+    p.add_argument(
+        "runs", nargs="*", help="run folders (default: of --base, the newest of each kind in runs/)")
+    p.add_argument(
+        "--images", metavar="DIR",
+        help="real pictures (default: those of the newest run, else procedural ones)")
+    p.add_argument(
+        "--classifier", metavar="FILE",
+        help="another classifier (default: the shipped one, for the procedural pictures)")
+    p.add_argument(
+        "--count", type=int, help="pictures a model (default 512), or an autoencoder (default 8)")
+    p.add_argument(
+        "--guidance", type=float, nargs="+",
+        help="guidance scales: what a distilled model reads, for others classifier-free guidance, 1 = off "
+             "(default: the model's own; DiT 3)")
+    p.add_argument(
+        "--text-encoders", metavar="DIR",
+        help="pipeline folder with the text encoders (default: that of --weights, or the model hub's cache)")
+    p.add_argument(
+        "--num-steps", type=int, default=25,
+        help="steps of Euler, or of DDIM for a model that predicts epsilon (default 25)")
+    p.add_argument(
+        "--raw", action="store_true", help="the weights as trained, not their moving average")
+    p.add_argument(
+        "--out", metavar="FILE",
+        help="the table (default runs/evaluate.json), or with --ae the picture (default runs/NAME.png)")
+    p.add_argument(
+        "--ae", choices=AUTOENCODERS, metavar="NAME",
+        help="score an autoencoder's reconstructions at --res (default 128); --weights: its file")
+    p.add_argument(
+        "--fid", metavar="DIR", help="score a folder of generated pictures by Inception features")
+    p.add_argument(
+        "--reference", metavar="DIR", help="with --fid: the real pictures")
+    p.add_argument(
+        "--inception", metavar="FILE",
+        help="with --fid: the Inception network's weight file (default: torch-fidelity downloads it)")
+    return p.parse_args(argv)
 
-    if args.train_classifier:
-        if args.images and not args.classifier:
-            raise ValueError("--train-classifier --images DIR needs --classifier FILE, or it would write over the shipped judge")
-        train_classifier(args.classifier or str(HERE / CLASSIFIER), open_source(args.images, 64), open_source(args.images, 64, "val"))
-        return
+
+def main(argv=None):
+    args = parse_args(argv)
+    dtype = dtype_of(args)
+    device = args.device
+    if args.ae:
+        # procedural pictures of the split that no autoencoder was trained on
+        source = open_source(args.images, args.res or 128, "all" if args.images else "val")
+        ae = load_autoencoder(args.ae, args.weights, device=device)
+        out = args.out or f"runs/{args.ae}.png"
+        return score_autoencoder(ae, source, args.count or 8, out, dtype, device)
     if args.fid:
         if not args.reference:
             raise ValueError("--fid DIR needs --reference DIR: a distance has two ends")
-        extract, size = inception(args.inception, args.device), args.res or 256
-        (f, logits), (r, _) = folder_scores(args.fid, extract, size), folder_scores(args.reference, extract, size)
-        print(f"FID {frechet_distance(f, r):.3f}, Inception score {inception_score(logits):.2f}   [N {len(f)}, reference {args.reference} of {len(r)}, "
-              f"inception-v3-compat of torch-fidelity, {size} px centre squares, bytes]")
-        return
+        return score_folder(args.fid, args.reference, args.inception, args.res or 256, device)
 
-    dtype, seeds = dtype_of(args), [args.seed + i for i in range(args.count)]
-    if found := [Path(r) for r in args.runs]:
-        name = args.base or read_config(run_file(found[0])).get("base", "tiny")
+    # the models, and the real pictures that the newest of them was trained on
+    name, runs = pick_runs(args.base, args.runs)
+    base, base_info = load_base(name, args.weights, device)
+    info = read_config(run_file(runs[-1])) if runs else base_info
+    folder = args.images or info.get("images")
+    captions = (info.get("captions") or "txt") if base.cfg.text_encoder else None
+    res = args.res or base.cfg.res
+    train = open_source(folder, res, "train", captions)
+    val = open_source(folder, res, "val", captions)
+
+    # what every model draws, and the pictures on which its features are compared with the base's
+    count = args.count or 512
+    probe_rows = order(0, min(64, len(val)), len(val), seed=0)
+    probe_images, probe_y = val.batch(probe_rows)
+    null = None
+    if captions:
+        encoders = text_folder(name, base.cfg, args.text_encoders, args.weights)
+        rows = torch.cat([torch.arange(count) % len(val), probe_rows])
+        text, titles, null = caption_conditions(base.cfg, val, rows, encoders, dtype, device)
+        y = text[:count]
+        probe_y = with_guidance(text[count:], 1.0)      # FLUX reads a guidance scale as well
     else:
-        name = args.base or "tiny"
-        kinds = {k: newest_run(kinds=(f"{k}-{Path(name).name}",)) for k in ("align", "finetune", "noalign")}
-        found = [r for r in kinds.values() if r]
-        for line in missing_runs({k: r and read_config(run_file(r)) for k, r in kinds.items()}, name):
-            print(line)
-    base, base_info = load_base(name, args.weights, args.device)
-    facts = read_config(run_file(found[-1])) if found else base_info
-    folder, encoders, res = args.images or facts.get("images"), base.cfg.encoders, args.res or base.cfg.res
-    train, val = (open_source(folder, res, split, (facts.get("captions") or "txt") if encoders else None) for split in ("train", "val"))
-    own, spaces = choose_sampling(base.cfg), {}
-    chosen = order(0, min(64, len(val)), len(val), seed=0)
-    real, labels = val.batch(chosen)
-    if encoders:
-        titles = [val.caption(i % len(val)) for i in range(args.count)]
-        text = cache_prompts(encoders, text_folder(name, encoders, own["text"], args.text_encoders, args.weights),
-                             titles + [val.caption(int(i)) for i in chosen], base.cfg.text_tokens, dtype=dtype, device=args.device)
-        asked, labels = text[torch.arange(args.count)], text[args.count + torch.arange(len(chosen))]
-        if own["guidance"] is not None:
-            labels = with_guidance(labels, 1.0)
+        y, titles = class_conditions(base.cfg, train.classes, count)
+    seeds = [args.seed + i for i in range(count)]
+    guidance = args.guidance or [own_guidance(base.cfg)]
+    task = Task(y, titles[:count], null, seeds, guidance, args.num_steps, dtype)
+
+    # models of one latent space share an autoencoder
+    load_ae = lru_cache(partial(load_autoencoder, device=device))
+    base_ae = load_ae(base.cfg.ae, args.base_ae_weights or base_info.get("ae_weights"))
+    probe = Probe(base, base_ae, probe_images.to(device), probe_y.to(device))
+
+    table = Table()
+    metrics, reason = make_metrics(args.classifier, folder, train, count, bool(captions))
+    if metrics:
+        table.rows.append({"name": "real pictures", **real_scores(metrics, val, count)})
     else:
-        asked = torch.arange(args.count) % base.cfg.num_classes
-        titles = [str(train.classes[k]) if k < len(train.classes) else str(k) for k in asked.tolist()]
-    real, labels = real.to(args.device), labels.to(args.device)
+        table.notes.append(f"no scores, no Frechet distance: {reason}")
+    for run in [None, *runs]:
+        model, info = load_run(run, device, not args.raw, args.weights) if run else (base, base_info)
+        ae_weights = args.base_ae_weights if model.cfg.ae == base.cfg.ae else None
+        ae = load_ae(model.cfg.ae, ae_weights or info.get("ae_weights"))
+        side = args.res or model.cfg.res
+        row = {"name": run.name if run else f"base {Path(name).name}", "steps": str(info.get("steps", ""))}
+        row["tokens"] = (side // ae.cfg.f // model.cfg.patch_size) ** 2
+        if side == res and probe.fits(model):
+            row["gap"] = probe.gap(model, ae)
+        table.add_model(row, model, info, ae, task, side, metrics)
 
-    def ae_of(model, info):                                          # loaded once for all the models in its space
-        own = args.base_ae_weights if model.cfg.ae == base.cfg.ae else None
-        if model.cfg.ae not in spaces:
-            spaces[model.cfg.ae] = load_autoencoder(model.cfg.ae, own or info.get("ae_weights"), device=args.device)
-        return spaces[model.cfg.ae]
-
-    def draw(model, ae, side, guidance, sampler, shift):
-        told = getattr(model.cfg, "guidance_embed", False)
-        cond, cfg_scale = (with_guidance(asked, guidance), 1.0) if told else (asked, guidance)
-        if encoders:
-            model.null = text.null
-        return generate(model, ae, cond, seeds, args.num_steps, cfg_scale, sampler, shift, (side, side), dtype=dtype, progress=True)
-
-    judge, no_judge = load_classifier(args.classifier) if args.classifier or not folder else None, None
-    if judge is None:
-        no_judge = f"the shipped classifier knows the procedural pictures only; train one: python evaluate.py --train-classifier --images {folder} --classifier FILE"
-    elif not encoders and judge.classes != tuple(train.classes):
-        no_judge = f"the classifier knows {', '.join(judge.classes[:3])} ..., the pictures are {', '.join(train.classes[:3]) or 'without classes'} ..."
-    scored = (lambda images: scene_scores(images, titles)) if encoders else lambda images: {"accuracy": accuracy(judge, images, asked)}
-    strengths = args.guidance or [own["cfg_scale"] if own["guidance"] is None else own["guidance"]]
-    rows, drawn, notes = [], [], [f"no scores, no Frechet distance: {no_judge}"] if no_judge else []
-    if not no_judge:
-        reference = judged_source(judge, train, max(2048, args.count))[0]
-        some = [val.batch(r)[0] for r in (torch.arange(args.count) % len(val)).split(64)]
-        f, y = judged_source(judge, val, args.count)
-        scores = scene_scores(torch.cat(some), titles) if encoders else dict(accuracy=share_right(judge, f, y))
-        rows.append(dict(name="real pictures", **scores, frechet=frechet_distance(f, reference)))
-    for r in [None, *found]:
-        model, info = load_run(r, args.device, not args.raw, args.weights) if r else (base, base_info)
-        ae, side = ae_of(model, info), args.res or model.cfg.res
-        row = dict(name=r.name if r else f"base {Path(name).name}", tokens=(side // ae.cfg.f // model.cfg.patch_size) ** 2, steps=str(info.get("steps", "")))
-        known = encoders or int(labels.max()) < base.cfg.num_classes
-        if r and side == res and model.cfg.ae != base.cfg.ae and len(model.blocks) == len(base.blocks) and known:
-            gaps = layer_gap(model, base, ae.encode(real), ae_of(base, base_info).encode(real), labels)
-            row["gap"] = sum(gaps) / len(gaps)
-        why = None if no_judge or encoders else unfit(judge, info, model.cfg.num_classes)
-        if why:
-            notes.append(f"{row['name']}: no scores, no Frechet distance: {why}")
-        if why or no_judge:
-            rows.append(row)
-        for guidance in () if why or no_judge else strengths:
-            sampler = "ddim" if model.cfg.predict == "epsilon" else "euler"
-            images = draw(model, ae, side, guidance, sampler, info.get("shift", 1.0))
-            drawn.append((f"{row['name']}\n{row['tokens']} tokens" + f"\nguidance {guidance:g}" * (len(strengths) > 1), images[:8]))
-            rows.append(row | dict(guidance=guidance, sampler=sampler, **scored(images), frechet=frechet_distance(classifier_features(judge, images), reference)))
-
-    shares = list(dict.fromkeys(key for row in rows for key in ("accuracy", *ANSWERS) if key in row))
-    columns = {"tokens": "", "steps": "", "guidance": "g", "gap": ".3f"} | dict.fromkeys(shares, ".1%") | {"frechet": ".3f"}
-    print("\n" + " " * 26 + "".join(f"{key:>10}" for key in columns))
-    for row in rows:
-        print(f"{row['name']:<26}" + "".join(f"{format(row[key], form) if row.get(key) not in (None, '') else '-':>10}" for key, form in columns.items()))
-    samplers = " or ".join(sorted({row["sampler"] for row in rows if "sampler" in row})) or "nothing drawn,"
-    protocol = (f"N {args.count}, {'captions of unseen pictures' if encoders else 'all classes in turn'}, {samplers} {args.num_steps} steps, guidance {', '.join(f'{g:g}' for g in strengths)}, "
-                f"seeds {args.seed}+i, {'raw weights' if args.raw else 'moving average where there is one'}; "
-                + ("" if no_judge else f"features of {args.classifier or 'the shipped classifier'}, reference {len(reference)} real pictures; ")
-                + f"gap: mean over layers at t = 1 on {len(real)} {'pictures of ' + str(folder) if folder else 'procedural pictures'}, {res} px; {dtype}, {args.device}")
-    print(f"[{protocol}]" + "".join(f"\n{note}" for note in notes))
-    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-    Path(args.out).write_text(json.dumps(dict(protocol=protocol, notes=notes, rows=rows), indent=1))
-    if drawn:                                                        # pictures of several sizes do not make one grid
-        size = drawn[0][1].shape[-2:]
-        save_grid(Path(args.out).with_suffix(".png"), [(n, x) for n, x in drawn if x.shape[-2:] == size],
-                  titles[:8] if len(titles) >= 8 else (), {"protocol": protocol})
-    print(f"wrote {args.out}" + (f" and {Path(args.out).with_suffix('.png')}" if drawn else ""))
+    parts = [task.describe(table.samplers(), args.raw), probe.describe(folder), f"{dtype}, {device}"]
+    if metrics:
+        parts.insert(1, metrics.describe())
+    protocol = "; ".join(parts)
+    table.print(protocol)
+    table.write(Path(args.out or "runs/evaluate.json"), protocol, task.titles)
 
 
 if __name__ == "__main__":
