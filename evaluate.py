@@ -14,6 +14,7 @@ these.
 """
 
 import argparse
+import math
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
@@ -44,23 +45,25 @@ def layer_gap(model, base, z_dc: Tensor, z_base: Tensor, y, t: float = 1.0, seed
 
     Both read the same pictures, each in its own latents, at the same t (1 = clean; below, each with noise of
     its own) and condition. The base's features h are averaged over each cell of the new grid, h' = pool(h);
-    the gap of a layer is || g - h' || / || h' - mean(h') || over all pictures, places and channels, the mean per
-    channel. 0 is a perfect match, 1 the score of the base's average feature.
+    the gap of a layer is || g - h' || / || h' - mean(h') || over all pictures, places and channels, the mean
+    per channel. 0 is a perfect match, 1 the score of the base's average feature.
 
     z_dc (B,C',H',W'), z_base (B,C,H,W) -> depth + 1 numbers."""
     gaps = []
     dc_layers = features_on_grid(model, z_dc, y, t, seed + 1)
     base_layers = features_on_grid(base, z_base, y, t, seed + 2)
     for g, h in zip(dc_layers, base_layers):
-        h = F.adaptive_avg_pool2d(h, g.shape[-2:])                   # B D H' W'
-        spread = (h - h.mean(dim=(0, 2, 3), keepdim=True)).norm()
-        gaps.append(float((g - h).norm() / spread))
+        h = F.adaptive_avg_pool2d(h, g.shape[-2:])      # B D H' W'
+        average = h.mean(dim=(0, 2, 3), keepdim=True)
+        gap = (g - h).norm() / (h - average).norm()
+        gaps.append(float(gap))
     return gaps
 
 
 def features_on_grid(model, z: Tensor, y, t: float, seed: int) -> list[Tensor]:
     """Features (B,D,H,W) float32 of every layer at x_t of the latents z, with H W cells of p x p latents."""
-    x0 = torch.randn(z.shape, generator=torch.Generator().manual_seed(seed)).to(z)
+    generator = torch.Generator().manual_seed(seed)
+    x0 = torch.randn(z.shape, generator=generator).to(z)
     times = torch.full((len(z),), t, device=z.device)
     xt, _ = path(x0, z, times)
     height = z.shape[-2] // model.cfg.patch_size
@@ -73,12 +76,15 @@ def token_features(model, x: Tensor, t: Tensor, y) -> list[Tensor]:
     layers = []
 
     def keep_embedded(block, inputs):
-        layers.append(inputs[0])                        # the first block's input is the embedder's output
+        layers.append(inputs[0])
 
     def keep_output(block, inputs, output):
-        tokens = output[0] if isinstance(output, tuple) else output    # FLUX's double blocks: (image, text)
-        layers.append(tokens[:, -layers[0].shape[1]:])                  # its single blocks: text, then image
+        # FLUX's double blocks return (image, text), its single blocks the text's tokens before the image's
+        tokens = output[0] if isinstance(output, tuple) else output
+        N = layers[0].shape[1]
+        layers.append(tokens[:, -N:])
 
+    # the first block's input is the embedder's output, positions included
     hooks = [model.blocks[0].register_forward_pre_hook(keep_embedded)]
     hooks += [block.register_forward_hook(keep_output) for block in model.blocks]
     try:
@@ -117,22 +123,27 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     values, vectors = torch.linalg.eigh(s1)
     r1 = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
     root = torch.linalg.eigvalsh(r1 @ s2 @ r1).clamp(min=0).sqrt().sum()
-    return float((a.mean(0) - b.mean(0)).square().sum() + s1.trace() + s2.trace() - 2 * root)
+    means = (a.mean(0) - b.mean(0)).square().sum()
+    return float(means + s1.trace() + s2.trace() - 2 * root)
 
 
 def inception_score(logits: Tensor) -> float:
     """exp E[KL(p(y|x) || p(y))] of class logits (N,K). (arXiv 1606.03498; one split, all pictures)"""
     p = logits.double().softmax(dim=1)
     marginal = p.mean(0, keepdim=True)
-    kl = p * (p.clamp(min=1e-12).log() - marginal.clamp(min=1e-12).log())
-    return float(kl.sum(1).mean().exp())
+    # a probability of 0 has no logarithm, and adds nothing to the sum
+    log_p = p.clamp(min=1e-12).log()
+    log_marginal = marginal.clamp(min=1e-12).log()
+    kl = (p * (log_p - log_marginal)).sum(1)
+    return float(kl.mean().exp())
 
 
 # ---- reconstruction by an autoencoder ------------------------------------------------------------
 
 def psnr(x: Tensor, y: Tensor) -> Tensor:
     """Peak signal-to-noise ratio in dB (B,) of pictures (B,3,H,W) in [-1,1]."""
-    return 10 * torch.log10(4 / (x - y).square().mean(dim=(1, 2, 3)))
+    mse = (x - y).square().mean(dim=(1, 2, 3))
+    return 10 * torch.log10(4 / mse)                    # the range of values is 2
 
 
 def ssim(x: Tensor, y: Tensor) -> Tensor:
@@ -140,8 +151,10 @@ def ssim(x: Tensor, y: Tensor) -> Tensor:
     pixels with sigma 1.5 at every place where it fits, mean over places and channels."""
     x = (x.float() + 1) / 2
     y = (y.float() + 1) / 2
-    g = torch.exp(-((torch.arange(11, device=x.device) - 5.0) ** 2) / (2 * 1.5**2))
-    window = (g[:, None] * g / g.sum() ** 2).expand(x.shape[1], 1, 11, 11)
+    distance = torch.arange(11, device=x.device) - 5.0
+    g = torch.exp(-(distance**2) / (2 * 1.5**2))
+    window = g[:, None] * g / g.sum() ** 2              # 11 11, sums to 1
+    window = window.expand(x.shape[1], 1, 11, 11)
 
     def local_mean(v):
         return F.conv2d(v, window, groups=v.shape[1])
@@ -151,10 +164,12 @@ def ssim(x: Tensor, y: Tensor) -> Tensor:
     vx = local_mean(x * x) - mx * mx
     vy = local_mean(y * y) - my * my
     cov = local_mean(x * y) - mx * my
-    c1 = 0.01**2                                                     # of a range of 1
+    # the paper's constants, for a range of 1: both ratios stay finite where a picture is black or flat
+    c1 = 0.01**2
     c2 = 0.03**2
-    similarity = (2 * mx * my + c1) * (2 * cov + c2) / ((mx * mx + my * my + c1) * (vx + vy + c2))
-    return similarity.mean(dim=(1, 2, 3))
+    luminance = (2 * mx * my + c1) / (mx * mx + my * my + c1)
+    structure = (2 * cov + c2) / (vx + vy + c2)
+    return (luminance * structure).mean(dim=(1, 2, 3))
 
 
 @torch.no_grad()
@@ -180,11 +195,15 @@ def score_autoencoder(ae: Autoencoder, source, count: int, out: str, dtype: torc
     rows = []
     pairs = []
     for i in range(n):
-        x = source.batch(torch.tensor([i]))[0].to(device)
+        x, _ = source.batch(torch.tensor([i]))
+        x = x.to(device)
         y, encode, decode = reconstruct(ae, x, dtype)
-        rows.append((psnr(x, y).item(), ssim(x, y).item(), encode, decode))
-        pairs.append(torch.cat([x, y], dim=2))                       # 1 3 2H W
-        print(f"{i:7d}  {rows[-1][0]:7.2f}  {rows[-1][1]:6.4f}")
+        quality = psnr(x, y).item()
+        similarity = ssim(x, y).item()
+        rows.append((quality, similarity, encode, decode))
+        pairs.append(torch.cat([x, y], dim=2))          # 1 3 2H W
+        print(f"{i:7d}  {quality:7.2f}  {similarity:6.4f}")
+    # means of the scores, medians of the times: the first picture also warms up
     psnrs, ssims, encodes, decodes = (sorted(column) for column in zip(*rows))
     print(f"   mean  {sum(psnrs) / n:7.2f}  {sum(ssims) / n:6.4f}")
     memory = f", peak {peak_gib(device):.2f} GiB" if torch.device(device).type == "cuda" else ""
@@ -245,7 +264,7 @@ def score_folder(folder: str, reference: str, inception: str | None, size: int, 
 
 # ---- plots ---------------------------------------------------------------------------------------
 
-def plot(file: Path, columns: dict[str, list[dict]], xlabel: str, ylabel: str = "", log: bool = False):
+def plot(file: Path, columns: dict[str, list[dict]], xlabel: str, ylabel: str = "", log=False):
     """Draw columns of panels {title: [lines, ...]} to a PNG file; lines are {label: [(x, y), ...]}. log: a
     logarithmic y axis where all values are positive. A panel without lines stays empty."""
     from matplotlib.figure import Figure
@@ -255,14 +274,17 @@ def plot(file: Path, columns: dict[str, list[dict]], xlabel: str, ylabel: str = 
     for (title, panels), axes_of_column in zip(columns.items(), grid.T):
         axes_of_column[0].set_title(title)
         for lines, axes in zip(panels, axes_of_column):
-            for label, points in lines.items():
-                axes.plot(*zip(*points), label=label, marker="." if len(points) <= 64 else None)
             if not lines:
                 axes.set_axis_off()
                 continue
-            if log and all(y > 0 for points in lines.values() for _, y in points):
+            lowest = math.inf
+            for label, points in lines.items():
+                x, y = zip(*points)
+                axes.plot(x, y, label=label, marker="." if len(points) <= 64 else None)
+                lowest = min(lowest, *y)
+            if log and lowest > 0:
                 axes.set_yscale("log")
-            elif not log:
+            if not log:
                 axes.set_ylim(bottom=0)
             axes.set_xlabel(xlabel)
             axes.set_ylabel(ylabel)
@@ -277,12 +299,19 @@ def plot_curves(file: Path, logs: dict[str, list[dict]]):
     """Plot training logs, a column a stage: losses, gradient norm (Fig. 19), validation loss at each t."""
     columns = {}
     for stage, log in logs.items():
-        at_t = sorted({key for record in log for key in record if key.startswith("val_t")})
-        columns[stage] = []
-        for keys in (("loss", "val_loss", "val_loss_ema"), ("grad_norm",), at_t):
-            lines = {key: [(record["step"], record[key]) for record in log if key in record] for key in keys}
-            columns[stage].append({key: points for key, points in lines.items() if points})
+        names = {key for record in log for key in record}
+        at_t = sorted(name for name in names if name.startswith("val_t"))
+        groups = [["loss", "val_loss", "val_loss_ema"], ["grad_norm"], at_t]
+        columns[stage] = [curves(log, [name for name in group if name in names]) for group in groups]
     plot(file, columns, "step", log=True)
+
+
+def curves(log: list[dict], names: list[str]) -> dict[str, list[tuple[float, float]]]:
+    """{name: [(step, value), ...]} of a training log, whose records do not all hold every name."""
+    lines = {}
+    for name in names:
+        lines[name] = [(record["step"], record[name]) for record in log if name in record]
+    return lines
 
 
 def plot_gap(file: Path, gaps: dict[str, list[float]]):
@@ -323,13 +352,15 @@ def own_guidance(cfg) -> float:
 def class_conditions(cfg, names, count: int) -> tuple[Tensor, list[str]]:
     """Classes in turn (count,), and their names where they have one."""
     y = torch.arange(count) % cfg.num_classes
-    return y, [str(names[k]) if k < len(names) else str(k) for k in y.tolist()]
+    names = dict(enumerate(names))
+    return y, [str(names.get(k, k)) for k in y.tolist()]
 
 
 def caption_conditions(cfg, source, rows: Tensor, encoders, dtype, device) -> tuple[Text, list[str], Text]:
     """The encoded captions of these pictures of a source, the captions, and the encoded empty prompt."""
-    captions = [source.caption(int(i)) for i in rows]
-    texts = cache_prompts(cfg.text_encoder, encoders, captions, cfg.text_tokens, dtype=dtype, device=device)
+    captions = [source.caption(i) for i in rows.tolist()]
+    texts = cache_prompts(
+        cfg.text_encoder, encoders, captions, cfg.text_tokens, dtype=dtype, device=device)
     return texts[torch.arange(len(rows))], captions, texts.null
 
 
@@ -367,14 +398,15 @@ class Metrics:
             scores = {"accuracy": share_right(self.classifier, features, y)}
         return scores | {"frechet": frechet_distance(features, self.reference)}
 
-    def mismatch(self, info: dict, num_classes: int) -> str | None:
-        """Why a model of so many classes with these run facts cannot be scored, or None if it can."""
-        known = self.classifier.classes
+    def mismatch(self, info: dict, cfg) -> str | None:
+        """Why a model with these run facts and this config cannot be scored, or None if it can."""
         if self.captions:
             return None
-        if num_classes != len(known):
-            return f"the classifier knows {len(known)} classes, the model {num_classes}"
-        preset = SHAPES if num_classes == len(SHAPES) else known        # a preset's file has no class names
+        known = self.classifier.classes
+        if cfg.num_classes != len(known):
+            return f"the classifier knows {len(known)} classes, the model {cfg.num_classes}"
+        # a preset's file has no class names; those of the embedded base are known
+        preset = SHAPES if cfg.num_classes == len(SHAPES) else known
         names = tuple(info.get("classes") or preset)
         if names != known:
             return f"the classifier knows {first_names(known)}, the model {first_names(names)}"
@@ -395,8 +427,11 @@ def make_metrics(file: str | None, folder: str | None, source, count: int, capti
     if not captions and classifier.classes != tuple(source.classes):
         names = first_names(source.classes) if source.classes else "without classes"
         return None, f"the classifier knows {first_names(classifier.classes)}, the pictures are {names}"
-    rows = order(0, min(max(2048, count), len(source)), len(source), seed=0)
-    reference = torch.cat([classifier_features(classifier, x) for x, _ in batches(source, rows)])
+    # a reference of few pictures is a noisy one
+    size = min(max(2048, count), len(source))
+    rows = order(0, size, len(source), seed=0)
+    features = [classifier_features(classifier, images) for images, _ in batches(source, rows)]
+    reference = torch.cat(features)
     return Metrics(classifier, file or "the shipped classifier", reference, captions), None
 
 
@@ -413,13 +448,16 @@ def batches(source, rows: Tensor, size: int = 64):
 def balanced_rows(source, count: int) -> Tensor:
     """Indices of `count` pictures of a source (or all it has) whose classes take turns, as a task's do."""
     count = min(count, len(source))
-    if not isinstance(source, ImageFolder):
-        return torch.arange(count)                      # procedural picture i shows class i mod 8
-    rows = order(0, len(source), len(source), seed=0)   # a folder is sorted by class
+    # procedural picture i shows class i mod 8; pictures with captions are scored in the order of the captions
+    if not isinstance(source, ImageFolder) or not source.classes:
+        return torch.arange(count)
+    # a folder is sorted by class: shuffle it, number the pictures of each class, take all first ones first
+    rows = order(0, len(source), len(source), seed=0)
     labels = source.labels[rows]
     turn = torch.zeros_like(rows)
     for k in labels.unique():
-        turn[labels == k] = torch.arange(int((labels == k).sum()))
+        of_class = (labels == k).nonzero().flatten()
+        turn[of_class] = torch.arange(len(of_class))
     return rows[turn.argsort(stable=True)[:count]]
 
 
@@ -427,8 +465,8 @@ def real_scores(metrics: Metrics, source, count: int) -> dict[str, float]:
     """Scores of `count` real pictures: what a perfect model would reach."""
     rows = balanced_rows(source, count)
     images, labels = (torch.cat(parts) for parts in zip(*batches(source, rows)))
-    titles = [source.caption(int(i)) for i in rows] if metrics.captions else []
-    return metrics(images, labels, titles)
+    captions = [source.caption(i) for i in rows.tolist()] if metrics.captions else []
+    return metrics(images, labels, captions)
 
 
 @dataclass(frozen=True)
@@ -441,9 +479,10 @@ class Probe:
 
     def fits(self, model) -> bool:
         """Whether the model is the base in other latents, layer by layer, and the base knows the classes."""
-        if isinstance(self.y, Tensor) and int(self.y.max()) >= self.base.cfg.num_classes:
+        base = self.base
+        if isinstance(self.y, Tensor) and int(self.y.max()) >= base.cfg.num_classes:
             return False
-        return model.cfg.ae != self.base.cfg.ae and len(model.blocks) == len(self.base.blocks)
+        return model.cfg.ae != base.cfg.ae and len(model.blocks) == len(base.blocks)
 
     def describe(self, folder: str | None) -> str:
         """The probe's part of the protocol; folder: of its pictures, None = procedural."""
@@ -452,8 +491,9 @@ class Probe:
 
     def gap(self, model, ae: Autoencoder) -> float:
         """Mean layer gap of clean latents."""
+        z_dc = ae.encode(self.images)
         z_base = self.base_ae.encode(self.images)
-        gaps = layer_gap(model, self.base, ae.encode(self.images), z_base, self.y)
+        gaps = layer_gap(model, self.base, z_dc, z_base, self.y)
         return sum(gaps) / len(gaps)
 
 
@@ -469,7 +509,8 @@ class Table:
     def add_model(self, row: dict, model, info: dict, ae: Autoencoder, task: Task, side: int, metrics):
         """Draw a task and add the row with its scores, once for every guidance scale; or the row as it is, if
         there are no metrics for this model."""
-        mismatch = metrics and metrics.mismatch(info, getattr(model.cfg, "num_classes", 0))
+        # accuracy means nothing for a model of other classes
+        mismatch = metrics and metrics.mismatch(info, model.cfg)
         if mismatch:
             self.notes.append(f"{row['name']}: no scores, no Frechet distance: {mismatch}")
         if mismatch or not metrics:
@@ -496,8 +537,11 @@ class Table:
         formats["frechet"] = ".3f"
         print("\n" + " " * 26 + "".join(f"{key:>10}" for key in formats))
         for row in self.rows:
-            cells = [format(row[key], form) if key in row else "-" for key, form in formats.items()]
-            print(f"{row['name']:<26}" + "".join(f"{cell or '-':>10}" for cell in cells))
+            line = f"{row['name']:<26}"
+            for key, form in formats.items():
+                cell = format(row[key], form) if key in row else ""
+                line += f"{cell or '-':>10}"
+            print(line)
         print("\n".join([f"[{protocol}]", *self.notes]))
 
     def write(self, out: Path, protocol: str, titles: list[str]):
@@ -510,7 +554,8 @@ class Table:
         size = self.samples[0][1].shape[-2:]
         rows = [(label, images) for label, images in self.samples if images.shape[-2:] == size]
         grid = out.with_suffix(".png")
-        save_grid(grid, rows, titles[:8] if len(titles) >= 8 else (), {"protocol": protocol})
+        columns = titles[:8] if len(titles) >= 8 else ()
+        save_grid(grid, rows, columns, {"protocol": protocol})
         print(f"wrote {out} and {grid}")
 
 
@@ -621,19 +666,24 @@ def main(argv=None):
     base_ae = load_ae(base.cfg.ae, args.base_ae_weights or base_info.get("ae_weights"))
     probe = Probe(base, base_ae, probe_images.to(device), probe_y.to(device))
 
+    # real pictures are the bound for every model
     table = Table()
     metrics, reason = make_metrics(args.classifier, folder, train, count, bool(captions))
     if metrics:
         table.rows.append({"name": "real pictures", **real_scores(metrics, val, count)})
     else:
         table.notes.append(f"no scores, no Frechet distance: {reason}")
+    # the base first, then its runs
     for run in [None, *runs]:
-        model, info = load_run(run, device, not args.raw, args.weights) if run else (base, base_info)
+        model, info = base, base_info
+        if run:
+            model, info = load_run(run, device, not args.raw, args.weights)
         ae_weights = args.base_ae_weights if model.cfg.ae == base.cfg.ae else None
         ae = load_ae(model.cfg.ae, ae_weights or info.get("ae_weights"))
         side = args.res or model.cfg.res
-        row = {"name": run.name if run else f"base {Path(name).name}", "steps": str(info.get("steps", ""))}
-        row["tokens"] = (side // ae.cfg.f // model.cfg.patch_size) ** 2
+        title = run.name if run else f"base {Path(name).name}"
+        tokens = (side // ae.cfg.f // model.cfg.patch_size) ** 2
+        row = {"name": title, "tokens": tokens, "steps": str(info.get("steps", ""))}
         if side == res and probe.fits(model):
             row["gap"] = probe.gap(model, ae)
         table.add_model(row, model, info, ae, task, side, metrics)
