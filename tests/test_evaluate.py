@@ -1,146 +1,353 @@
-from common import *
+import json
+import re
+import sys
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import evaluate
+from autoencoder import AUTOENCODERS, build_autoencoder
+from checkpoints import config_dict, write_tensors
+from data import ImageFolder
+from evaluate import (balanced_rows, frechet_distance, gap_table, inception_score, layer_gap, plot_curves, plot_gap,
+                      psnr, ssim, token_features)
+from helpers import DEEP_DIT, TINY_DIT, deep_model, random_condition, scramble, tiny_base, tiny_model, words_base
+from model import DiT, to_deep_model
+from shapes import ANSWERS, SHAPES, Classifier, ShapesSource, accuracy, load_classifier
+
+FAMILIES = ["dit", "flux", "sana"]
+QUICK = ["--count", "16", "--num-steps", "1", "--device", "cpu", "--dtype", "fp32"]
 
 
-def test_the_gap_of_a_model_to_itself_is_0_and_of_a_random_embedder_about_1(tiny):
-    z, y = torch.randn(16, 4, 8, 8), torch.arange(16) % 8
-    assert layer_gap(tiny, tiny, z, z, y) == [0, 0, 0, 0]
-    same = layer_gap(tiny, tiny, z, z, y, t=0.5)                     # each with noise of its own
-    assert all(0.1 < g < 2 for g in same)
-    other = to_deep_model(tiny, TINY_DIT)
-    other.x_embedder.proj.weight.copy_(scramble(DiT(TINY_DIT), seed=7).x_embedder.proj.weight)
-    assert layer_gap(other, tiny, z, z, y)[0] > 0.9
-    half = to_deep_model(tiny, replace(TINY_DIT, patch_size=1))             # on half the grid
-    gaps = layer_gap(half, tiny, F.avg_pool2d(z, 4), z, y)
-    assert len(gaps) == 4 and all(g > 0.5 for g in gaps)
-    half.embed = lambda _: F.avg_pool2d(tiny.embed(z).transpose(1, 2).unflatten(2, (4, 4)), 2).flatten(2).transpose(1, 2)
-    assert layer_gap(half, tiny, F.avg_pool2d(z, 4), z, y)[0] < 1e-6  # what stage 1 aims at
-    table = gap_table({"base": [0.0] * 4, "new": gaps}).splitlines()
-    assert len(table) == 6 and table[1].startswith("embedder") and table[4].startswith("block 3") and f"{sum(gaps) / 4:.3f}" in table[5]
+def random_latents(model, n=4):
+    return torch.randn(n, model.cfg.in_channels, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
-def test_the_gap_of_the_average_feature_is_1(tiny):
-    z, y = torch.randn(64, 4, 8, 8), torch.zeros(64, dtype=torch.long)
-    flat = to_deep_model(tiny, TINY_DIT)
-    flat.x_embedder.proj.weight.zero_()
-    mean = tiny.embed(z).mean(dim=(0, 1))
-    flat.x_embedder.proj.bias.copy_(mean)
-    flat.embed = lambda z: mean.expand(len(z), 16, -1)
-    assert layer_gap(flat, tiny, z, z, y)[0] == pytest.approx(1, abs=1e-4)
+# ---- the layer gap -------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_gap_of_a_model_to_itself_is_0_in_every_layer(family):
+    model = tiny_model(family)
+    z = random_latents(model)
+    gaps = layer_gap(model, model, z, z, random_condition(model.cfg, 4))
+    assert gaps == [0] * (1 + len(model.blocks))
 
 
-def test_frechet_distance_of_gaussians_is_the_closed_form():
-    g = torch.Generator().manual_seed(0)
-    a = torch.randn(20000, 3, generator=g, dtype=torch.float64)
-    a = (a - a.mean(0)) @ torch.linalg.inv(torch.linalg.cholesky(torch.cov(a.T))).T                    # mean 0, covariance 1, exactly
+@pytest.mark.parametrize("family", FAMILIES)
+def test_features_are_what_the_embedder_gives_and_what_the_head_reads(family):
+    model = tiny_model(family)
+    z = random_latents(model)
+    read = []
+    model.final_layer.register_forward_pre_hook(lambda layer, inputs: read.append(inputs[0]))
+    layers = token_features(model, z, torch.ones(4), random_condition(model.cfg, 4))
+    torch.testing.assert_close(layers[0], model.embed(z), rtol=0, atol=0)
+    torch.testing.assert_close(layers[-1], read[0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_gap_of_the_average_feature_is_1(family):
+    model = tiny_model(family)
+    base = tiny_model(family)
+    z = random_latents(model)
+    features = base.embed(z)
+    model.embed = lambda z: features.mean(dim=(0, 1)).expand_as(features)
+    gaps = layer_gap(model, base, z, z, random_condition(model.cfg, 4))
+    assert gaps[0] == pytest.approx(1, abs=1e-5)
+
+
+def test_models_with_noise_of_their_own_differ():
+    model = tiny_model("dit")
+    z = random_latents(model, 16)
+    gaps = layer_gap(model, model, z, z, torch.arange(16) % 8, t=0.5)
+    assert all(0.1 < gap < 2 for gap in gaps)
+
+
+def test_a_random_embedder_is_no_better_than_the_average_feature():
+    base = tiny_model("dit")
+    other = to_deep_model(base, TINY_DIT)
+    z = random_latents(base, 16)
+    assert layer_gap(other, base, z, z, torch.arange(16) % 8)[0] > 0.9
+
+
+def test_the_base_is_averaged_over_each_cell_of_the_new_grid():
+    base = tiny_model("dit")
+    deep = to_deep_model(base, replace(TINY_DIT, patch_size=1))
+    z = random_latents(base)
+    grid = base.embed(z).transpose(1, 2).unflatten(2, (4, 4))
+    pooled = F.avg_pool2d(grid, 2).flatten(2).transpose(1, 2)
+    deep.embed = lambda z: pooled
+    gaps = layer_gap(deep, base, F.avg_pool2d(z, 4), z, torch.arange(4))
+    assert gaps[0] < 1e-6
+
+
+def test_the_gap_table_has_a_row_a_layer_and_their_mean():
+    table = gap_table({"base": [0.0, 0.0, 0.0], "stage 1": [0.1, 0.2, 0.6]}).splitlines()
+    rows = [re.split(r" {2,}", line) for line in table[1:]]
+    assert rows == [["embedder", "0.000", "0.100"], ["block 1", "0.000", "0.200"], ["block 2", "0.000", "0.600"],
+                    ["mean", "0.000", "0.300"]]
+
+
+# ---- scores --------------------------------------------------------------------------------------
+
+def whitened(n=20000, dim=3):
+    """Samples with mean 0 and covariance 1, exactly."""
+    a = torch.randn(n, dim, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    a = a - a.mean(0)
+    return a @ torch.linalg.inv(torch.linalg.cholesky(torch.cov(a.T))).T
+
+
+def test_the_frechet_distance_of_gaussians_is_the_closed_form_in_any_basis():
+    a = whitened()
     b = a * torch.tensor([1.0, 2.0, 0.5]) + torch.tensor([1.0, 0.0, -2.0])
-    assert abs(frechet_distance(a, a)) < 1e-8
-    assert frechet_distance(a, b) == pytest.approx(5 + 1 + 0.25, abs=1e-6) == frechet_distance(b, a)   # |m|^2 + sum (s - 1)^2
-    turn = torch.linalg.qr(torch.randn(3, 3, generator=g, dtype=torch.float64))[0]
-    assert frechet_distance(a @ turn, b @ turn) == pytest.approx(6.25, abs=1e-6)
-    few = torch.randn(10, 64, generator=g)                           # fewer pictures than features
-    assert abs(frechet_distance(few, few)) < 1e-3
+    turn = torch.linalg.qr(torch.randn(3, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64))[0]
+    expected = pytest.approx(5 + 1 + 0.25, abs=1e-6)                 # |m|^2 + sum (s - 1)^2
+    assert [frechet_distance(a, b), frechet_distance(b, a), frechet_distance(a @ turn, b @ turn)] == [expected] * 3
 
 
-def test_inception_score_is_1_without_variety_and_the_number_of_classes_at_best():
-    assert inception_score(torch.zeros(40, 8)) == pytest.approx(1)
-    assert inception_score(100 * F.one_hot(torch.arange(40) % 8, 8).float()) == pytest.approx(8)
-    assert inception_score(100 * F.one_hot(torch.zeros(40, dtype=torch.long), 8).float()) == pytest.approx(1)       # sure, and all the same
+@pytest.mark.parametrize("features", [whitened(200), torch.randn(10, 64)], ids=["many", "fewer than dimensions"])
+def test_the_frechet_distance_of_a_set_to_itself_is_0(features):
+    assert abs(frechet_distance(features, features)) < 1e-3
 
 
-def test_the_shipped_judge_knows_unseen_shapes_and_not_noise():
-    judge, val = load_classifier(), ShapesSource(128, split="val")
-    assert judge.classes == SHAPES
-    f, y = judged_source(judge, val, 400)
-    assert f.shape == (400, 128) and set(y.tolist()) == set(range(8)) and share_right(judge, f, y) > 0.95
-    images, y = val.batch(torch.arange(80))
-    assert accuracy(judge, images, y) > 0.95 and accuracy(judge, torch.rand(80, 3, 64, 64) * 2 - 1, y) < 0.4
+@pytest.mark.parametrize("logits, score", [
+    (torch.zeros(40, 8), 1),
+    (100 * F.one_hot(torch.zeros(40, dtype=torch.long), 8), 1),
+    (100 * F.one_hot(torch.arange(40) % 8, 8), 8),
+], ids=["undecided", "all of one class", "all classes"])
+def test_the_inception_score_is_1_without_variety_and_the_number_of_classes_at_best(logits, score):
+    assert inception_score(logits.float()) == pytest.approx(score)
 
 
-def test_a_file_that_is_no_judge_is_one_clear_error(tmp_path):
+def test_psnr_and_ssim_by_hand():
+    x = torch.rand(2, 3, 24, 30, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    torch.testing.assert_close(psnr(x, x + 0.02), torch.full((2,), 40.0), atol=1e-3, rtol=0)   # 20 log10(2 / 0.02)
+    torch.testing.assert_close(ssim(x, x), torch.ones(2))
+    assert (ssim(x, -x) < 0).all()
+    a = torch.full((1, 3, 16, 16), 0.2)                              # 0.6 of a range of 1
+    b = torch.full((1, 3, 16, 16), -0.6)                             # 0.2
+    expected = (2 * 0.6 * 0.2 + 1e-4) / (0.36 + 0.04 + 1e-4)
+    torch.testing.assert_close(ssim(a, b), torch.tensor([expected]), atol=1e-4, rtol=0)
+
+
+def test_the_shipped_classifier_knows_unseen_shapes_and_not_noise():
+    classifier = load_classifier()
+    images, y = ShapesSource(128, split="val").batch(torch.arange(200))
+    assert classifier.classes == SHAPES
+    assert accuracy(classifier, images, y) > 0.95
+    assert accuracy(classifier, torch.rand(200, 3, 64, 64) * 2 - 1, y) < 0.3
+
+
+def test_a_file_that_is_no_classifier_is_one_clear_error(tmp_path):
     write_tensors(tmp_path / "w.safetensors", {"x": torch.zeros(1)})
     with pytest.raises(ValueError, match="w.safetensors is not a classifier"):
         load_classifier(str(tmp_path / "w.safetensors"))
     with pytest.raises(ValueError, match="no such file"):
         load_classifier(str(tmp_path / "gone.safetensors"))
-    with pytest.raises(ValueError, match="write over the shipped judge"):
-        evaluate.main(["--train-classifier", "--images", str(tmp_path)])
 
 
-def test_evaluate_compares_the_newest_runs_and_says_how_to_make_the_missing(tiny, capsys, monkeypatch):
-    write_run("align-test-1", deep(tiny, 1), trained_part, steps=400)
-    write_run("finetune-test-1", scramble(DiT(DEEP), seed=2), lambda k: True, kind="finetune", steps=1600)
-    evaluate.main(["--base", "test", *QUICK])
-    rows, said = table_of(capsys.readouterr().out)
-    assert said[0] == "no noalign run of test yet: python finetune.py --init base --train-steps 1600 --base test"
+# ---- plots ---------------------------------------------------------------------------------------
+
+def test_plots_are_drawn_without_a_warning(tmp_path):
+    """Logarithmic axes warned of logs without a positive value."""
+    log = [{"step": i, "loss": 1.0 / (i + 1), "grad_norm": 0.0, "val_t0.5": float(i)} for i in range(3)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plot_curves(tmp_path / "curves.png", {"stage 1": log, "stage 2": log[:1]})
+        plot_gap(tmp_path / "gap.png", {"stage 1": [0.1, 0.2], "stage 2": [0.0, 0.0]})
+    assert Image.open(tmp_path / "curves.png").width > Image.open(tmp_path / "gap.png").width
+
+
+# ---- python evaluate.py --------------------------------------------------------------------------
+
+def write_run(name, model, **info):
+    """A run's folder with the tensors that a stage of this kind trains."""
+    info = dict(base="test", base_weights=None, kind="align", steps=400, classes=list(SHAPES)) | info
+    trained = (model.EMBEDDER, model.HEAD) if info["kind"] == "align" else ""
+    tensors = {key: value for key, value in model.state_dict().items() if key.startswith(trained)}
+    write_tensors(Path("runs", name, "model.safetensors"), tensors, info | dict(model=config_dict(model.cfg)))
+
+
+def write_pictures(folder, levels):
+    """A grey picture a level."""
+    folder.mkdir(parents=True)
+    for i, level in enumerate(levels):
+        Image.fromarray(np.full((20, 24, 3), level, np.uint8)).save(folder / f"{i:03d}.png")
+
+
+def evaluated(capsys, *flags):
+    """Rows by name, and the printed lines."""
+    evaluate.main([*flags, *QUICK])
+    rows = json.loads(Path("runs/evaluate.json").read_text())["rows"]
+    return {row["name"]: row for row in rows}, capsys.readouterr().out.splitlines()
+
+
+def test_evaluate_compares_the_newest_runs_and_gives_the_commands_of_the_missing(tiny_base, capsys):
+    write_run("align-test-1", deep_model(tiny_base))
+    write_run("finetune-test-1", scramble(DiT(DEEP_DIT), seed=2), kind="finetune", steps=1600)
+    rows, lines = evaluated(capsys, "--base", "test")
+    assert lines[0] == "no noalign run of test yet: python finetune.py --init base --train-steps 1600 --base test"
     assert list(rows) == ["real pictures", "base test", "align-test-1", "finetune-test-1"]
-    assert rows["real pictures"]["accuracy"] > 0.9 and rows["base test"]["tokens"] == 16 and rows["align-test-1"]["tokens"] == 4
-    assert rows["real pictures"]["frechet"] < rows["base test"]["frechet"] and "gap" not in rows["base test"] and rows["align-test-1"]["gap"] > 0.5
+    assert [rows[name]["tokens"] for name in ("base test", "align-test-1")] == [16, 4]
     assert rows["finetune-test-1"]["steps"] == "1600"
-    protocol = next(line for line in said if line.startswith("["))
-    for fact in ("N 16", "euler 1 steps", "guidance 3,", "shipped classifier", "2048 real pictures", "64 procedural pictures, 64 px", "float32"):
-        assert fact in protocol, fact
-    evaluate.main(["runs/finetune-test-1", *QUICK])                   # its base is written in it
-    assert list(table_of(capsys.readouterr().out)[0]) == ["real pictures", "base test", "finetune-test-1"]
+    assert rows["real pictures"]["accuracy"] > 0.9
+    assert rows["real pictures"]["frechet"] < rows["base test"]["frechet"]
+    assert "gap" not in rows["base test"]
+    assert rows["align-test-1"]["gap"] > 0.5
+    protocol = next(line for line in lines if line.startswith("["))
+    for fact in ("N 16", "euler 1 steps", "guidance 3,", "shipped classifier", "2048 real pictures",
+                 "64 procedural pictures, 64 px", "float32"):
+        assert fact in protocol
 
 
-def test_evaluate_leaves_out_what_its_judge_cannot_judge(tiny, capsys, monkeypatch):
+def test_the_base_of_a_run_is_written_in_it(tiny_base, capsys):
+    write_run("finetune-test-1", scramble(DiT(DEEP_DIT), seed=2), kind="finetune")
+    rows, _ = evaluated(capsys, "runs/finetune-test-1")
+    assert list(rows) == ["real pictures", "base test", "finetune-test-1"]
+
+
+def test_captioned_pictures_are_scored_by_every_question_at_every_guidance_scale(words_base, capsys):
+    rows, lines = evaluated(capsys, "--base", "test-words", "--guidance", "1", "3")
+    assert set(ANSWERS) <= set(rows["real pictures"])
+    assert rows["real pictures"]["object"] > 0.9
+    drawn = [re.split(r" {2,}", line)[3] for line in lines if line.startswith("base test-words")]
+    assert drawn == ["1", "3"]
+
+
+def test_evaluate_leaves_out_scores_of_pictures_that_the_shipped_classifier_does_not_know(tiny_base, capsys):
     for name in ("cat", "dog"):
-        flat_folder(Path("pictures") / name, 30, text=False)
-    write_run("align-test-1", deep(tiny, 1), trained_part, images="pictures", classes=["cat", "dog"])
-    evaluate.main(["--base", "test", *QUICK])
-    rows, said = table_of(capsys.readouterr().out)
-    assert list(rows) == ["base test", "align-test-1"] and "accuracy" not in rows["align-test-1"] and rows["align-test-1"]["gap"] > 0.5
-    assert said[-2].startswith("no scores, no Frechet distance: the shipped classifier knows the procedural pictures only; train one: python evaluate.py --train-classifier --images pictures")
-    assert "3 pictures of pictures" in "".join(said)
-    # a judge of these classes, for a base of eight: the number differs
-    judge = Classifier(2)
-    write_tensors("judge.safetensors", judge.state_dict(), dict(classes=["cat", "dog"]))
-    evaluate.main(["--base", "test", "--classifier", "judge.safetensors", *QUICK])
-    rows, said = table_of(capsys.readouterr().out)
-    assert "accuracy" in rows["real pictures"] and "accuracy" not in rows["align-test-1"]
-    assert "align-test-1: no scores, no Frechet distance: the classifier knows 2 classes, the model 8" in said
-    # eight classes of other names
-    write_tensors("judge.safetensors", Classifier(8).state_dict(), dict(classes=list("abcdefgh")))
-    evaluate.main(["--base", "test", "--classifier", "judge.safetensors", *QUICK])
-    assert "the classifier knows a, b, c ..., the pictures are cat, dog ..." in capsys.readouterr().out
-    assert evaluate.unfit(load_classifier("judge.safetensors"), {}, 8) and not evaluate.unfit(load_classifier(), {}, 8)
-    assert evaluate.unfit(load_classifier(), {"classes": list("abcdefgh")}, 8)
+        write_pictures(Path("pictures", name), range(0, 240, 8))
+    write_run("align-test-1", deep_model(tiny_base), images="pictures", classes=["cat", "dog"])
+    rows, lines = evaluated(capsys, "--base", "test")
+    assert list(rows) == ["base test", "align-test-1"]
+    assert "accuracy" not in rows["align-test-1"]
+    assert rows["align-test-1"]["gap"] > 0.5
+    assert lines[-2] == ("no scores, no Frechet distance: the shipped classifier knows the procedural pictures only; "
+                         "train one: python experiments/make_weights.py --only classifier --images pictures "
+                         "--classifier FILE")
+    assert any("3 pictures of pictures" in line for line in lines)
 
 
-def test_a_judge_can_be_trained(tmp_path, capsys):
-    for level, name in ((40, "dark"), (220, "light")):
-        for i in range(20):
-            save(np.full((8, 8, 3), level + i, np.uint8), tmp_path / "pictures" / name / f"{i}.png")
-    source = ImageFolder(tmp_path / "pictures", 64)
-    score = evaluate.train_classifier(str(tmp_path / "j.safetensors"), source, source, steps=12, batch=8)
-    judge = load_classifier(str(tmp_path / "j.safetensors"))
-    assert judge.classes == ("dark", "light") and f"{score:.1%}" in capsys.readouterr().out and score > 0.9
+@pytest.mark.parametrize("known, pictures, model, reason", [
+    (SHAPES, SHAPES, SHAPES, None),
+    (SHAPES, SHAPES, None, None),
+    (SHAPES, SHAPES, "abcdefgh", "the classifier knows circle, square, triangle ..., the model a, b, c ..."),
+    (("cat", "dog"), ("cat", "dog"), None, "the classifier knows 2 classes, the model 8"),
+    ("abcdefgh", SHAPES, None, "the classifier knows a, b, c ..., the pictures are circle, square, triangle ..."),
+    ("abcdefgh", (), None, "the classifier knows a, b, c ..., the pictures are without classes"),
+])
+def test_a_classifier_scores_pictures_and_models_of_its_own_classes_only(known, pictures, model, reason, tmp_path):
+    file = str(tmp_path / "classifier.safetensors")
+    write_tensors(file, Classifier(len(known)).state_dict(), dict(classes=list(known)))
+    source = ShapesSource(16, length=64)
+    source.classes = tuple(pictures)
+    metrics, why = evaluate.make_metrics(file, None, source, 8, captions=False)
+    if metrics:
+        why = metrics.mismatch({"classes": model} if model else {}, TINY_DIT)
+    assert why == reason
 
 
-def test_fid_of_a_folder_with_itself_is_0_and_the_protocol_is_printed(tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", SimpleNamespace(FeatureExtractorInceptionV3=FakeInception))
+@pytest.mark.parametrize("count, expected", [(9, [3, 3, 3]), (16, [6, 7, 3]), (90, [30, 10, 3])])
+def test_real_pictures_are_balanced_over_classes_as_far_as_there_are_some(count, expected, tmp_path):
+    """They were drawn at random, so few of them scored worse than as many of a model, which draws classes in turn."""
+    for name, levels in dict(dark=range(30), grey=range(100, 110), light=range(250, 253)).items():
+        write_pictures(tmp_path / name, levels)
+    source = ImageFolder(tmp_path, 8)
+    rows = balanced_rows(source, count)
+    assert len(rows.unique()) == len(rows)
+    assert source.labels[rows].bincount().tolist() == pytest.approx(expected, abs=1 if count == 16 else 0)
+
+
+def test_procedural_pictures_are_balanced_over_classes():
+    source = ShapesSource(16, split="val")
+    _, y = source.batch(balanced_rows(source, 24))
+    assert y.bincount().tolist() == [3] * 8
+
+
+# ---- python evaluate.py --ae, --fid --------------------------------------------------------------
+
+@pytest.mark.parametrize("name", ["tiny-kl-f8c4", "tiny-dc-ae-f32c32"])
+def test_reconstructions_are_drawn_and_measured(name, tmp_path, capsys):
+    cfg = AUTOENCODERS[name]
+    weights = str(tmp_path / "w.safetensors")
+    out = tmp_path / "v1.0.png"
+    write_tensors(weights, scramble(build_autoencoder(cfg)).state_dict(), {"scale": 0.5, "widths": list(cfg.widths)})
+    evaluate.main(["--ae", name, "--weights", weights, "--count", "3", "--res", "64", "--out", str(out),
+                   "--device", "cpu", "--dtype", "fp32"])
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(bool(re.match(r" +\d +-?\d+\.\d\d +-?\d\.\d{4}$", line)) for line in lines) == 3
+    assert lines[-1] == f"wrote {out}: 3 originals above their reconstructions"
+    assert Image.open(out).size == (192, 128)
+
+
+class FakeInception:
+    """Three features and two logits of a picture, in the place of the real network."""
+
+    def __init__(self, name, features_list, feature_extractor_weights_path=None):
+        assert features_list == ["2048", "logits_unbiased"]
+        if feature_extractor_weights_path:
+            torch.load(feature_extractor_weights_path, weights_only=True)
+
+    def to(self, device):
+        return self
+
+    def eval(self):
+        return self
+
+    def __call__(self, x):
+        assert x.dtype == torch.uint8 and x.shape[1:] == (3, 16, 16)
+        means = x.float().mean(dim=(2, 3))
+        return means, means[:, :2]
+
+
+@pytest.fixture
+def fake_inception(monkeypatch):
+    fake = SimpleNamespace(FeatureExtractorInceptionV3=FakeInception)
     monkeypatch.setitem(sys.modules, "torch_fidelity", SimpleNamespace())
-    folder = str(flat_folder(tmp_path / "a", 30, text=False))        # samples have no captions
-    evaluate.main(["--fid", folder, "--reference", folder, "--res", "16", "--device", "cpu"])
-    said = capsys.readouterr().out
-    assert re.match(r"FID -?0\.000, Inception score \d+\.\d\d   \[N 30, reference .* of 30, inception-v3-compat of torch-fidelity, 16 px centre squares, bytes\]", said)
+    monkeypatch.setitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", fake)
+
+
+def score_folders(folder, reference, *flags):
+    evaluate.main(["--fid", str(folder), "--reference", str(reference), "--res", "16", "--device", "cpu", *flags])
+
+
+def test_the_fid_of_a_folder_with_itself_is_0_and_the_protocol_is_printed(tmp_path, capsys, fake_inception):
+    write_pictures(tmp_path / "a", range(0, 240, 8))
+    score_folders(tmp_path / "a", tmp_path / "a")
+    assert re.match(r"FID -?0\.000, Inception score \d+\.\d\d   \[N 30, reference .* of 30, inception-v3-compat of "
+                    r"torch-fidelity, 16 px centre squares, bytes\]", capsys.readouterr().out)
+
+
+def test_a_broken_picture_is_an_error_because_their_number_is_part_of_the_score(tmp_path, fake_inception):
+    write_pictures(tmp_path / "a", range(0, 240, 8))
     (tmp_path / "a/000.png").write_bytes(b"")
     with pytest.raises(ValueError, match="1 of 30 pictures are broken"):
-        evaluate.main(["--fid", folder, "--reference", folder, "--res", "16"])
+        score_folders(tmp_path / "a", tmp_path / "a")
+
+
+def test_a_distance_needs_a_reference():
     with pytest.raises(ValueError, match="needs --reference"):
-        evaluate.main(["--fid", folder])
+        evaluate.main(["--fid", "a"])
 
 
-def test_inception_that_cannot_be_had_is_one_clear_error(tmp_path, monkeypatch):
-    ask = lambda *more: evaluate.main(["--fid", "a", "--reference", "b", *more])
-    monkeypatch.setitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", None)
-    monkeypatch.setitem(sys.modules, "torch_fidelity", None)         # not installed
-    with pytest.raises(ValueError, match="pip install torch-fidelity"):
-        ask()
+def test_inception_weights_that_are_missing_or_wrong_are_one_clear_error(tmp_path, fake_inception):
+    wrong = tmp_path / "wrong.pth"
+    wrong.write_bytes(b"rubbish")
+    fitting = "weights-inception-2015-12-05-6726825d.pth"
     with pytest.raises(ValueError, match="--inception gone.pth: no such file"):
-        ask("--inception", "gone.pth")
-    monkeypatch.setitem(sys.modules, "torch_fidelity", SimpleNamespace())
-    monkeypatch.setitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", SimpleNamespace(FeatureExtractorInceptionV3=FakeInception))
-    (tmp_path / "wrong.pth").write_bytes(b"rubbish")
-    with pytest.raises(ValueError, match="the Inception weights in .*wrong.pth do not fit .*weights-inception-2015-12-05-6726825d.pth"):
-        ask("--inception", str(tmp_path / "wrong.pth"))
+        score_folders("a", "b", "--inception", "gone.pth")
+    with pytest.raises(ValueError, match=f"the Inception weights in .*wrong.pth do not fit .*{fitting}"):
+        score_folders("a", "b", "--inception", str(wrong))
+
+
+def test_torch_fidelity_that_is_not_installed_is_one_clear_error(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch_fidelity", None)
+    monkeypatch.setitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", None)
+    with pytest.raises(ValueError, match="pip install torch-fidelity"):
+        score_folders("a", "b")
