@@ -24,13 +24,13 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from model import Text
 from autoencoder import KLConfig
-from checkpoints import find_weights, fingerprint, write_json, write_tensors
+from checkpoints import atomic, find_weights, fingerprint, write_json
 from shapes import ScenesSource, ShapesSource, encode_words
 
 
@@ -716,7 +716,9 @@ def cache_prompts(kind: str, folder, prompts: list[str], length: int, negative: 
         title = f"encoding prompts ({part.encoder.class_name})"
         for prompt, plain in tqdm(missing, desc=title, leave=False, disable=len(missing) < 4):
             encoded = part.encoder.encode(tokenizer, model, prompt, length, plain)
-            write_tensors(file_of(part, prompt, plain), encoded)
+            encoded = {name: value.cpu().contiguous() for name, value in encoded.items()}
+            with atomic(file_of(part, prompt, plain)) as tmp:
+                save_file(encoded, tmp)
         # the next encoder, and the model after it, need the memory
         del tokenizer, model
         if torch.cuda.is_available():

@@ -1,84 +1,226 @@
-from common import *
+import re
+import shutil
+import sys
+from inspect import signature
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import data
+from data import SANA_INSTRUCTION, cache_prompts, find_encoders, read_prompts, text_folder
+from helpers import PROMPTS, assert_near, encoders, relative_error  # noqa: F401
+from model import BASES
+from shapes import encode_words
+
+
+def official_pipeline(kind: str, root):
+    """diffusers' pipeline around the same encoders, nothing else in it."""
+    import diffusers
+    import transformers
+
+    def part(cls, name):
+        return getattr(transformers, cls).from_pretrained(root / kind / name)
+
+    tokenizer = part("AutoTokenizer", "tokenizer")
+    if kind == "sana":
+        return diffusers.SanaPipeline(tokenizer, part("Gemma2Model", "text_encoder"), None, None, None)
+    clip = part("CLIPTextModel", "text_encoder")
+    t5 = part("T5EncoderModel", "text_encoder_2")
+    return diffusers.FluxPipeline(None, None, clip, tokenizer, t5, part("AutoTokenizer", "tokenizer_2"), None)
+
+
+def encode(kind, root, prompts, length, cache, **options):
+    return cache_prompts(kind, root / kind, prompts, length, cache=cache, **options)
 
 
 @pytest.mark.parametrize("length", [16, 40])
 def test_flux_prompts_match_diffusers(length, encoders, tmp_path):
-    got = encode_prompts("flux", encoders / "flux", PROMPTS, length, cache=tmp_path)
-    tokens, pooled, _ = official_pipeline("flux", encoders).encode_prompt(PROMPTS, device="cpu", max_sequence_length=length)
-    assert got.tokens.shape == (3, length, 64) and got.mask is None and got.guidance is None
-    close(got.tokens, tokens), close(got.pooled, pooled)
+    got = encode("flux", encoders, PROMPTS, length, tmp_path)[:]
+    pipeline = official_pipeline("flux", encoders)
+    tokens, pooled, _ = pipeline.encode_prompt(PROMPTS, device="cpu", max_sequence_length=length)
+    assert got.tokens.shape == (3, length, 64)
+    assert got.mask is None
+    assert got.guidance is None
+    assert_near(got.tokens, tokens)
+    assert_near(got.pooled, pooled)
 
 
-def test_sana_prompts_match_diffusers(encoders, tmp_path):
-    """The instruction is the official text, the first token and the last length - 1 are kept, and nothing is cleaned."""
-    from inspect import signature
-    from diffusers import SanaPipeline
-    official, instruction = official_pipeline("sana", encoders), signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default
+@pytest.mark.parametrize("length", [12, 300])
+def test_sana_prompts_match_diffusers(length, encoders, tmp_path):
+    """The instruction is the official text; the first token and the last length - 1 are kept."""
+    pipeline = official_pipeline("sana", encoders)
+    instruction = signature(type(pipeline).__call__).parameters["complex_human_instruction"].default
     assert SANA_INSTRUCTION == "\n".join(instruction)
-    for length in (12, 300):
-        tokens, mask, null, null_mask = official.encode_prompt(PROMPTS[:2], device="cpu", negative_prompt="", max_sequence_length=length, complex_human_instruction=instruction)
-        got, plain = encode_prompts("sana", encoders / "sana", PROMPTS[:2], length, cache=tmp_path), encode_prompts("sana", encoders / "sana", [""], length, True, tmp_path)
-        assert got.tokens.shape == (2, length, 64) and torch.equal(got.mask, mask.bool()) and torch.equal(plain.mask, null_mask[:1].bool()) and got.mask.sum() > 10
-        close(got.tokens, tokens), close(plain.tokens, null[:1])
-    upper = [encode_prompts("sana", encoders / "sana", [p], 40, cache=tmp_path).tokens for p in ("a CAT", "a cat", " a cat ")]
-    assert off(upper[0], upper[1]) > 1e-3 and torch.equal(upper[1], upper[2])       # capitals are kept, unlike in diffusers, spaces at the ends are not
+    tokens, mask, null, null_mask = pipeline.encode_prompt(
+        PROMPTS[:2], device="cpu", negative_prompt="two dogs", max_sequence_length=length,
+        complex_human_instruction=instruction)
+    texts = encode("sana", encoders, PROMPTS[:2], length, tmp_path, negative="two dogs")
+    got = texts[:]
+    assert got.tokens.shape == (2, length, 64)
+    assert got.mask.sum() > 10
+    assert torch.equal(got.mask, mask.bool())
+    assert torch.equal(texts.null.mask, null_mask[:1].bool())
+    assert_near(got.tokens, tokens)
+    assert_near(texts.null.tokens, null[:1])
 
 
-def test_prompts_are_read_once_and_by_themselves(encoders, tmp_path, monkeypatch):
-    loads, load = [], data._load_encoder
-    monkeypatch.setattr(data, "_load_encoder", lambda cls, *args: (loads.append(cls), load(cls, *args))[1])
-    read = lambda prompts, folder=encoders / "flux", **kw: encode_prompts("flux", folder, prompts, cache=tmp_path / "cache", **{"length": 16} | kw)
-    three = read(PROMPTS)
-    assert loads == ["T5EncoderModel", "CLIPTextModel"]              # one after the other
-    again = read([PROMPTS[1], PROMPTS[1], PROMPTS[0]])
-    assert len(loads) == 2 and torch.equal(again.tokens, three.tokens[[1, 1, 0]]) and torch.equal(again.pooled, three.pooled[[1, 1, 0]])
-    alone = encode_prompts("flux", encoders / "flux", [PROMPTS[1]], 16, cache=tmp_path / "other")
-    assert torch.equal(alone.tokens, three.tokens[1:2]) and torch.equal(alone.pooled, three.pooled[1:2])
-    for n, change in ((4, dict(length=17)), (6, dict(length=16, dtype=torch.bfloat16)), (8, dict(plain=True))):          # each is another file
-        read(PROMPTS[:1], **change)
-        assert len(loads) > n
-    moved = tmp_path / "moved"
-    shutil.copytree(encoders / "flux", moved)
-    count = len(loads)
-    assert torch.equal(read(PROMPTS, moved).tokens, three.tokens) and len(loads) == count                             # the same encoder elsewhere
-    weights = load_file(moved / "text_encoder_2/model.safetensors")
-    save_file({k: v * 1.5 if "final_layer_norm" in k else v for k, v in weights.items()}, moved / "text_encoder_2/model.safetensors", {"format": "pt"})
-    assert off(read(PROMPTS, moved).tokens, three.tokens) > 0.1 and len(loads) == count + 1                           # a fine-tuned one
-    assert all(f.suffix == ".safetensors" for f in (tmp_path / "cache").iterdir())
+def test_sana_prompts_keep_capitals_but_not_the_spaces_around_them(encoders, tmp_path):
+    tokens = encode("sana", encoders, ["a CAT", "a cat", " a cat "], 40, tmp_path)[:].tokens
+    assert relative_error(tokens[0], tokens[1]) > 1e-3               # diffusers lowers them
+    assert torch.equal(tokens[1], tokens[2])
+
+
+@pytest.fixture
+def loads(monkeypatch) -> list[str]:
+    """The classes of the text encoders that were loaded."""
+    classes = []
+    load = data.load_encoder
+
+    def counting(found, *args):
+        classes.append(found.encoder.class_name)
+        return load(found, *args)
+
+    monkeypatch.setattr(data, "load_encoder", counting)
+    return classes
+
+
+def test_encoders_are_loaded_one_after_the_other_and_only_for_new_prompts(encoders, tmp_path, loads):
+    three = encode("flux", encoders, PROMPTS, 16, tmp_path)[:]
+    assert loads == ["T5EncoderModel", "CLIPTextModel"]
+    texts = encode("flux", encoders, [PROMPTS[1], PROMPTS[1], PROMPTS[0]], 16, tmp_path)
+    again = texts[torch.tensor([0, 1, 2])]
+    assert len(loads) == 2
+    assert len(texts) == 3
+    assert torch.equal(again.tokens, three.tokens[[1, 1, 0]])
+    assert torch.equal(again.pooled, three.pooled[[1, 1, 0]])
+    assert torch.equal(texts[torch.tensor([2])].tokens, three.tokens[:1])
+    assert all(file.suffix == ".safetensors" for file in tmp_path.iterdir())
+
+
+def test_a_prompt_is_the_same_whatever_it_is_encoded_with(encoders, tmp_path):
+    three = encode("flux", encoders, PROMPTS, 16, tmp_path / "together")[:]
+    alone = encode("flux", encoders, PROMPTS[1:2], 16, tmp_path / "alone")[:]
+    assert torch.equal(alone.tokens, three.tokens[1:2])
+    assert torch.equal(alone.pooled, three.pooled[1:2])
+
+
+@pytest.mark.parametrize("change", [
+    dict(length=17), dict(dtype=torch.bfloat16), dict(negative=PROMPTS[0]), dict(prompts=["a dog"])])
+def test_everything_that_changes_the_numbers_is_another_file(change, encoders, tmp_path, loads):
+    given = dict(prompts=PROMPTS[:1], length=16, cache=tmp_path)
+    cache_prompts("flux", encoders / "flux", **given)
+    assert len(loads) == 2
+    texts = cache_prompts("flux", encoders / "flux", **{**given, **change})
+    assert len(loads) == 4
+    assert texts[:].tokens.dtype == texts[:].pooled.dtype == change.get("dtype", torch.float32)
+
+
+def test_prompts_belong_to_the_encoder_wherever_it_lies(encoders, tmp_path, loads):
+    cache = tmp_path / "cache"
+    before = encode("flux", encoders, PROMPTS, 16, cache)[:].tokens
+    shutil.copytree(encoders / "flux", tmp_path / "flux")
+    assert torch.equal(encode("flux", tmp_path, PROMPTS, 16, cache)[:].tokens, before)
+    assert len(loads) == 2
+    # a fine-tuned T5
+    file = tmp_path / "flux/text_encoder_2/model.safetensors"
+    weights = {key: 1.5 * value if "final_layer_norm" in key else value for key, value in load_file(file).items()}
+    save_file(weights, file, {"format": "pt"})
+    after = encode("flux", tmp_path, PROMPTS, 16, cache)[:].tokens
+    assert relative_error(after, before) > 0.1
+    assert loads[2:] == ["T5EncoderModel"]
+
+
+@pytest.mark.parametrize("damage", ["short", "gone"])
+def test_a_damaged_encoded_prompt_is_refused_with_the_reason(damage, encoders, tmp_path):
+    texts = encode("sana", encoders, PROMPTS, 16, tmp_path)
+    for file in tmp_path.iterdir():
+        if damage == "short":
+            file.write_bytes(file.read_bytes()[:-8])
+        else:
+            file.unlink()
+    with pytest.raises(ValueError, match="text-.*safetensors is missing or damaged .*delete it and run again"):
+        texts[:]
 
 
 def test_the_null_prompt_is_the_encoded_empty_one(encoders, tmp_path):
-    """SANA dropped captions but kept their masks when it was trained; a negative prompt has tokens of its own to show."""
-    read = lambda family, text: null_prompt(family, encoders / family, 20, text, cache=tmp_path)
-    null, negative = read("sana", ""), read("sana", "two blue squares")
-    assert len(null) == 1 and null.mask is None and negative.mask.sum() > 3 and off(null.tokens, negative.tokens) > 0.1
-    close(null.tokens, encode_prompts("sana", encoders / "sana", [""], 20, True, tmp_path).tokens)
-    flux = read("flux", "")
-    assert flux.mask is None and flux.guidance is None and flux.pooled.abs().max() > 0.1 and flux.tokens.abs().max() > 0.1      # not zeros
+    """SANA dropped captions but kept their masks when it was trained; a negative prompt has its own mask."""
+    null = encode("sana", encoders, PROMPTS, 20, tmp_path).null
+    negative = encode("sana", encoders, PROMPTS, 20, tmp_path, negative="two blue squares").null
+    assert len(null) == 1
+    assert null.mask is None
+    assert negative.mask.sum() > 3
+    assert relative_error(null.tokens, negative.tokens) > 0.1
+    official = official_pipeline("sana", encoders).encode_prompt("x", device="cpu", max_sequence_length=20)
+    assert_near(null.tokens, official[2])
+    flux = encode("flux", encoders, PROMPTS, 20, tmp_path).null
+    assert flux.mask is None
+    assert flux.guidance is None
+    assert flux.pooled.abs().max() > 0.1                             # not zeros
+    assert flux.tokens.abs().max() > 0.1
+
+
+def test_words_are_encoded_at_once_behind_the_same_interface(tmp_path):
+    texts = cache_prompts("words", None, ["a red ring", "a blue cross"], 8, cache=tmp_path)
+    assert len(texts) == 2
+    assert torch.equal(texts[torch.tensor([1])].tokens, encode_words(["a blue cross"], 8).tokens)
+    assert len(texts.null) == 1
+    assert texts.null.mask is None
+    assert not any(tmp_path.iterdir())
 
 
 def test_long_prompts_are_cut_with_a_note(encoders, tmp_path, capsys):
-    encode_prompts("flux", encoders / "flux", ["a cat " * 30], 16, cache=tmp_path)
-    assert re.search(r"note: a prompt of \d+ tokens is cut to 16; its end is lost: ... '.*cat ", capsys.readouterr().out)
+    encode("flux", encoders, ["a cat " * 30], 16, tmp_path)
+    note = r"note: a prompt of \d+ tokens is cut to 16; its end is lost: ... '.*cat "
+    assert re.search(note, capsys.readouterr().out)
 
 
-def test_text_encoders_that_cannot_be_had_are_one_clear_error(encoders, tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match="gone.text_encoder_2: no such folder; the text encoders are text_encoder_2, tokenizer_2, text_encoder, tokenizer of a diffusers pipeline.*--text-encoders"):
-        encode_prompts("flux", tmp_path / "gone", ["x"], 16, cache=tmp_path)
+def test_text_encoders_that_are_missing_or_damaged_are_one_clear_error(encoders, tmp_path, monkeypatch):
+    parts = "text_encoder_2, tokenizer_2, text_encoder, tokenizer"
+    with pytest.raises(ValueError, match=f"flux.text_encoder_2: no such folder; the text encoders are {parts} of "
+                                         "a diffusers pipeline.*--text-encoders"):
+        encode("flux", tmp_path, ["x"], 16, tmp_path)
     shutil.copytree(encoders / "sana", tmp_path / "sana")
     (tmp_path / "sana/text_encoder/model.safetensors").write_bytes(b"half")
-    with pytest.raises(ValueError, match="text_encoder and tokenizer are not a whole Gemma2Model with its tokenizer"):
-        encode_prompts("sana", tmp_path / "sana", ["x"], 16, cache=tmp_path)
+    with pytest.raises(ValueError, match="text_encoder and tokenizer are not a whole Gemma2Model with its tok"):
+        encode("sana", tmp_path, ["x"], 16, tmp_path)
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ValueError, match="pip install transformers"):
-        encode_prompts("sana", encoders / "sana", ["never read before"], 16, cache=tmp_path)
+        encode("sana", encoders, ["never encoded before"], 16, tmp_path)
+
+
+def test_a_folder_may_be_the_only_encoder_itself(encoders, tmp_path):
+    shutil.copytree(encoders / "sana/text_encoder", tmp_path / "gemma")
+    shutil.copytree(encoders / "sana/tokenizer", tmp_path / "gemma", dirs_exist_ok=True)
+    (found,) = find_encoders("sana", tmp_path / "gemma")
+    assert found.model_folder == found.tokenizer_folder == tmp_path / "gemma"
+    texts = cache_prompts("sana", tmp_path / "gemma", PROMPTS, 16, cache=tmp_path / "cache")
+    assert_near(texts[:].tokens, encode("sana", encoders, PROMPTS, 16, tmp_path / "cache")[:].tokens)
+
+
+def test_text_encoders_are_looked_for_where_the_weights_came_from(encoders, tmp_path):
+    flux = BASES["flux-krea"]
+    assert text_folder("test", BASES["tiny-flux"], None, None) is None
+    assert text_folder("test", BASES["dit-xl"], None, None) is None
+    assert text_folder("test", flux, None, str(encoders / "flux")) == encoders / "flux"
+    assert text_folder("test", flux, str(tmp_path), str(encoders / "flux")) == tmp_path
+    with pytest.raises(ValueError, match="--text-encoders .*gone: no such file"):
+        text_folder("test", flux, str(tmp_path / "gone"), None)
 
 
 def test_prompt_files_have_a_prompt_a_line(tmp_path):
-    (tmp_path / "p.txt").write_text("# mine\n a cat \n\nein Hündchen\n", encoding="utf-8")
-    assert read_prompts(tmp_path / "p.txt") == ["a cat", "ein Hündchen"]
-    (tmp_path / "empty.txt").write_text("# nothing\n")
-    (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\xff")
-    for name, said in (("empty.txt", "no prompts in it"), ("bytes.txt", "not a readable text file"), ("gone.txt", "not a readable text file .FileNotFound")):
-        with pytest.raises(ValueError, match=f"--prompts .*{name}: {said}"):
-            read_prompts(tmp_path / name)
+    file = tmp_path / "p.txt"
+    file.write_text("# mine\n a cat \n\nein Hündchen\n", encoding="utf-8")
+    assert read_prompts(file) == ["a cat", "ein Hündchen"]
+
+
+@pytest.mark.parametrize("content, error", [
+    (b"# nothing\n", "no prompts in it"),
+    (b"\xff\xfe\xff", "not a readable text file"),
+    (None, "not a readable text file .FileNotFound")])
+def test_prompt_files_without_prompts_are_one_clear_error(content, error, tmp_path):
+    file = tmp_path / "p.txt"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(ValueError, match=f"--prompts .*p.txt: {error}"):
+        read_prompts(file)
