@@ -1,16 +1,16 @@
 """What makes the models fast, put on from outside: model.py stays the page that one reads.
 
-    hoisting     what depends on the step and the condition alone leaves the steps: modulations, clock and text are
-                 computed for all steps of an image at once and looked up afterwards (`Hoist`)
+    hoisting     what depends on the step and the condition alone leaves the steps: modulations, clock and
+                 text are computed for all steps of an image at once and looked up afterwards (`Hoist`)
     capturing    one evaluation as a CUDA graph: the GPU no longer waits for Python (`capture`)
     compiling    layer by layer, of the transformer and of the decoder (`compile_layers`, `compile_decoder`)
     attention    cuDNN's first (`attention_priority`)
     bytes        pictures cross the bus as bytes (`pixels_on_host`)
 
-sample.py draws with these and bench.py times them, so that what is timed is what users run. Below: the one way to time
-and to count.
+sample.py draws with these and bench.py times them, so that what is timed is what users run. Below: the one
+way to time and to count.
 
-    hoisted = Hoist(model, clock, cond)         # model(x, t, y) as ever, for the steps and the condition given
+    hoisted = Hoist(model, clock, cond)         # model(x, t, y) as ever, for these steps and this condition
     hoisted.fill(other_cond)                    # another condition of the same shape, in the same memory
     hoisted.remove()                            # the model as it was
 """
@@ -36,7 +36,7 @@ from autoencoder import KLResBlock, KLUp, MultiscaleAttention, ResBlock, Up
 from model import ChannelRMSNorm, DiTConfig, FluxConfig, GLUMBConv, Text, cat_conditions
 
 
-# ---- hoisting ------------------------------------------------------------------------------------------------------
+# ---- hoisting ------------------------------------------------------------------------------------
 
 # names of the layers that map the condition c to shifts, scales and gates: DiT, FLUX, SANA
 MODULATIONS = ("adaLN_modulation", "img_mod", "txt_mod", "modulation", "t_block")
@@ -46,18 +46,9 @@ def modulation_layers(model) -> dict[str, nn.Module]:
     return {name: m for name, m in model.named_modules() if name.rpartition(".")[2] in MODULATIONS}
 
 
-def hoisted_bytes(model, num_steps: int, rows: int) -> int:
-    """Bytes of the table that Hoist makes for this many steps and rows of the condition, in the weights' type."""
-    outputs = model.cfg.hidden_size
-    for layer in modulation_layers(model).values():
-        biases = [p for name, p in layer.named_parameters() if name.endswith("bias")]
-        outputs += biases[-1].numel()
-    return outputs * num_steps * rows * model.embed_linear.weight.element_size()
-
-
 def without_tokens(cond):
     """The condition without its text tokens, the bulk of it: a hoisted model reads them no more."""
-    return cond if isinstance(cond, Tensor) else replace(cond, tokens=cond.tokens[:, :0])
+    return replace(cond, tokens=cond.tokens[:, :0]) if isinstance(cond, Text) else cond
 
 
 def overwrite(old, new):
@@ -65,12 +56,12 @@ def overwrite(old, new):
     if isinstance(old, Text):
         old.map(overwrite, new)
     elif old is not None:
-        assert old.shape == new.shape, f"made for {tuple(old.shape)}, not {tuple(new.shape)}: make another Hoist"
+        assert old.shape == new.shape, f"made for {tuple(old.shape)}, not for {tuple(new.shape)}"
         old.copy_(new)
 
 
 class Stored(nn.Module):
-    """Takes the place of a modulation layer and returns its output at the current step, a view of Hoist's row."""
+    """Replaces a modulation layer and returns its output at the current step, a view of Hoist.row."""
 
     def __init__(self, out: Tensor):
         super().__init__()
@@ -81,17 +72,16 @@ class Stored(nn.Module):
 
 
 class Hoist:
-    """Takes out of a model's steps what does not read x. One pass over each modulation matrix an image instead of one a
-    step: they are a quarter of FLUX's weights and multiply a single vector, so reading them is all that they cost.
+    """Takes out of a model's steps what does not read x. One pass over each modulation matrix an image, not one
+    a step: they are a quarter of FLUX's weights and multiply a single vector, so reading them is all they cost.
 
-    clock       (S,) readings of the model's own clock, one a step; the whole batch is at one of them
+    clock       (S,) readings of the model's own clock, one a step; a whole batch is at one of them
     cond, null  conditions of B rows; null only for guidance in two passes, which then has 2B rows
 
-    `model.condition` looks up the row of its clock reading, on the device and so also within a captured graph; modulation
-    layers return their part of that row, `model.read_text` what it returned once. Call the model with `hoisted.cond` and
-    `hoisted.null`, which lie at fixed places and carry no text tokens. Tables are in the types that a forward pass in the
-    surrounding autocast would have.
-    """
+    `model.condition` looks up the row of its clock reading, on the device and so within a captured graph too;
+    modulation layers return their part of that row, `model.read_text` what it returned once. Call the model
+    with `hoisted.cond` and `hoisted.null`, which lie at fixed places and carry no text tokens. Tables have the
+    types that a forward pass under the surrounding autocast has."""
 
     def __init__(self, model, clock: Tensor, cond, null=None):
         self.model = model
@@ -115,9 +105,9 @@ class Hoist:
         rows = len(both)
         # every row at every step, as one batch of S R rows
         row = torch.arange(rows, device=self.clock.device).repeat(steps)
-        c = self.condition(self.clock.repeat_interleave(rows), without_tokens(both)[row])          # S R, D
+        c = self.condition(self.clock.repeat_interleave(rows), without_tokens(both)[row])           # S R, D
         outputs = [c]
-        outputs += [layer(c) for layer in self.layers.values()]                                   # S R, chunks D
+        outputs += [layer(c) for layer in self.layers.values()]                                     # S R, k D
         # as bytes, because under autocast types differ: whatever they are, a step copies one row
         table = torch.cat([out.reshape(steps, -1).view(torch.uint8) for out in outputs], dim=1)
         text = self.read_text(both) if self.read_text else None
@@ -147,7 +137,7 @@ class Hoist:
         return views
 
     def look_up(self, step: Tensor, y) -> Tensor:
-        """In the place of model.condition: make the row of this clock reading the current one, and return its c."""
+        """In the place of model.condition: make the row of this clock reading the current one. Its c"""
         nearest = (self.clock - step[:1]).abs().argmin(dim=0, keepdim=True)
         self.row.copy_(self.table.index_select(0, nearest))
         return self.stored[0](None)
@@ -170,11 +160,12 @@ def clone(cond):
     return None if cond is None else cond.clone()
 
 
-# ---- capturing -----------------------------------------------------------------------------------------------------
+# ---- capturing -----------------------------------------------------------------------------------
 
 @torch.no_grad()
 def capture(f, *example: Tensor):
-    """f as a CUDA graph -> a function of tensors of the same shapes that replays it. Nothing in f may come from the host."""
+    """f as a CUDA graph -> a function of tensors of the same shapes that replays it. Nothing in f may come
+    from the host."""
     inputs = [x.clone() for x in example]
     # what compiles, tunes, or allocates a workspace at its first call has to have done so before the capture
     side = torch.cuda.Stream()
@@ -196,11 +187,11 @@ def capture(f, *example: Tensor):
     return replay
 
 
-# ---- compiling -----------------------------------------------------------------------------------------------------
+# ---- compiling -----------------------------------------------------------------------------------
 
 def compile_layers(layers, **options):
-    """torch.compile layer by layer, for fixed shapes: the same speed as the whole model at once, and layers of one class and
-    size share one program. A graph break is an error. options: torch.compile's."""
+    """torch.compile layer by layer, for fixed shapes: the same speed as the whole model at once, and layers
+    of one class and size share one program. A graph break is an error. options: torch.compile's."""
     # the programs of all layers lie in one cache
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 256)
     for layer in layers:
@@ -208,8 +199,8 @@ def compile_layers(layers, **options):
 
 
 def compile_decoder(ae, **options):
-    """Compile the decoder's layers one by one. Convolutions stay cuDNN's; what gains is what lies between them, norms,
-    activations, shortcuts and folding: each is a pass over memory otherwise."""
+    """Compile the decoder's layers one by one. Convolutions stay cuDNN's; what gains is what lies between
+    them: norms, activations, shortcuts and folding: each is a pass over memory otherwise."""
     kinds = (KLResBlock, KLUp, ResBlock, Up, MultiscaleAttention, GLUMBConv)
     layers = [m for m in ae.decoder.modules() if isinstance(m, kinds)]
     layers += [m for m in ae.decoder.children() if isinstance(m, ChannelRMSNorm)]
@@ -222,37 +213,39 @@ def uncompile(module: nn.Module):
         m._compiled_call_impl = None
 
 
-# ---- attention, precision, pixels ----------------------------------------------------------------------------------
+# ---- attention, precision, pixels ----------------------------------------------------------------
 
-ATTENTION = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+ATTENTION = [
+    SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 def attention_priority():
-    """A context in which softmax attention is the first of ATTENTION that takes the shapes at hand. cuDNN's is the fastest
-    on an H100, and torch passes over it silently in several cases: a profile shows which one ran. Compiled blocks keep the
-    choice they were traced with, so the context has to surround their first call."""
+    """A context in which softmax attention is the first of ATTENTION that takes the shapes at hand. cuDNN's
+    is the fastest on an H100, and torch passes over it silently in several cases: a profile shows which one ran.
+    Compiled blocks keep the choice they were traced with, so the context has to surround their first call."""
     return sdpa_kernel(ATTENTION, set_priority=True)
 
 
 def bf16_is_fast(device) -> bool:
-    """Whether bf16 products are faster than fp32's on this device: on GPUs, and on CPUs that have the instructions."""
+    """Whether bf16 products are faster than fp32's here: on GPUs, and on CPUs that have the instructions."""
     if torch.device(device).type == "cpu":
         return bool(getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)())
     return True
 
 
 def pixels_on_host(x: Tensor) -> Tensor:
-    """(B,3,H,W) in [-1,1] -> (B,H,W,3) bytes on the CPU, complete when this returns. Rounded on the device and copied once:
-    floats would be four times the bytes over the bus, and most of a decode's time on the CPU."""
+    """(B,3,H,W) in [-1,1] -> (B,H,W,3) bytes on the CPU, complete when this returns. Rounded on the
+    device and copied once: floats would be four times the bytes, and most of a decode's time on the CPU."""
     pixels = ((x.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).contiguous()
     if not x.is_cuda:
         return pixels
-    host = torch.empty(pixels.shape, dtype=torch.uint8, pin_memory=True).copy_(pixels, non_blocking=True)
+    host = torch.empty(pixels.shape, dtype=torch.uint8, pin_memory=True)
+    host.copy_(pixels, non_blocking=True)
     torch.cuda.current_stream().synchronize()
     return host
 
 
-# ---- time and memory -----------------------------------------------------------------------------------------------
+# ---- time and memory -----------------------------------------------------------------------------
 
 def synchronized_time(device) -> float:
     """The host's clock in seconds, once the device has done all its work."""
@@ -276,7 +269,7 @@ def peak_gib(device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20            # kilobytes on Linux
 
 
-# ---- cost, counted on the meta device without a single weight ------------------------------------------------------
+# ---- cost, counted on the meta device without a single weight ------------------------------------
 
 @dataclass(frozen=True)
 class Cost:
@@ -348,6 +341,8 @@ def example_condition(cfg, batch: int, text_tokens: int | None = None):
         return torch.zeros(batch, dtype=torch.long)
     length = text_tokens or cfg.text_tokens
     if isinstance(cfg, FluxConfig):
+        tokens = torch.zeros(batch, length, cfg.context_in_dim)
         guidance = torch.zeros(batch) if cfg.guidance_embed else None
-        return Text(torch.zeros(batch, length, cfg.context_in_dim), None, torch.zeros(batch, cfg.vec_in_dim), guidance)
-    return Text(torch.zeros(batch, length, cfg.caption_channels), torch.ones(batch, length, dtype=torch.bool))
+        return Text(tokens, pooled=torch.zeros(batch, cfg.vec_in_dim), guidance=guidance)
+    tokens = torch.zeros(batch, length, cfg.caption_channels)
+    return Text(tokens, mask=torch.ones(batch, length, dtype=torch.bool))
