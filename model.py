@@ -769,7 +769,7 @@ def rotary_table(
     """Cosines and sines (L+N,1,hd) float32 that turn q and k, text first; see rotate.
 
     An axis of dim numbers turns its pair i by position * theta^(-2i/dim); the axes are (nothing, row, col).
-    Text stands at (0,0,0), and a grid of any shape counts its own tokens. Computed in float64, once a grid."""
+    Text stands at (0,0,0); a grid of any shape counts its own tokens. Computed in float64, once a grid."""
     rows, cols = grid_positions(height, width, step)
     image = torch.stack([torch.zeros_like(rows), rows, cols], dim=-1).flatten(0, 1)    # N 3
     text = torch.zeros(text_tokens, 3, dtype=torch.float64, device="cpu")              # L 3

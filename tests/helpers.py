@@ -1,7 +1,7 @@
-"""What several test files share: stored cases of the official code, comparisons, small models and small worlds.
+"""What several test files share: stored cases of the official code, comparisons, small models and bases.
 
-Stored cases lie outside of this repository, in ../shared/parity, or where DCGEN_PARITY=DIR says; a case is a pair of
-files <kind>.<letter>.json and .safetensors, and every size is read from it. Without them their tests are skipped.
+Stored cases lie outside of this repository, in ../shared/parity or in the folder DCGEN_PARITY. A case is a
+pair of files <kind>.<letter>.json and .safetensors. Tests read every size from it; without it they skip.
 """
 
 import hashlib
@@ -17,20 +17,23 @@ from torch import Tensor, nn
 
 from autoencoder import AUTOENCODERS, DCAEConfig, KLConfig
 from checkpoints import write_tensors
-from model import BASES, FAMILIES, DiT, DiTConfig, Flux, FluxConfig, SanaConfig, Sampling, Text, to_deep_latent, to_deep_model
+from model import (BASES, FAMILIES, DiT, DiTConfig, Flux, FluxConfig, Sampling, SanaConfig, Text,
+                   to_deep_latent, to_deep_model)
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
 PARITY = Path(os.environ.get("DCGEN_PARITY", SHARED / "parity"))
 
+NOT_INCLUDED = "which are not part of this repository"
+
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
-# ---- stored cases of the official code -----------------------------------------------------------------------------
+# ---- stored cases of the official code -----------------------------------------------------------
 
 @dataclass(frozen=True)
 class Case:
-    """One stored case: its whole JSON, and weights, inputs and outputs by name. `rest` holds other tensors (LoRA)."""
+    """A stored case: its JSON, and weights, inputs and outputs by name; `rest` holds other tensors (LoRA)."""
     info: dict
     weights: dict[str, Tensor]
     inputs: dict[str, Tensor]
@@ -43,43 +46,52 @@ class Case:
 
 
 def parity_cases(*kinds: str) -> list:
-    """All stored cases of these kinds, as ["dit.a", "dit.b", ...], for parametrize; one skipped entry if there are none."""
-    found = [file.stem for kind in kinds for file in sorted(PARITY.glob(f"{kind}.*.json"))]
-    reason = f"needs stored outputs of the official code ({', '.join(kinds)}), which are not part of this repository"
-    return found or [pytest.param(None, marks=pytest.mark.skip(reason=reason))]
+    """Names of all stored cases of these kinds, as ["dit.a", "dit.b", ...], for parametrize; a skipped entry
+    if there are none."""
+    found = []
+    for kind in kinds:
+        found += [file.stem for file in sorted(PARITY.glob(f"{kind}.*.json"))]
+    if found:
+        return found
+    reason = f"needs stored outputs of the official code ({', '.join(kinds)}), {NOT_INCLUDED}"
+    return [pytest.param(None, marks=pytest.mark.skip(reason=reason))]
 
 
 def parity(case: str) -> Case:
     """The stored case of this name; the test is skipped if it is not there."""
     file = PARITY / f"{case}.json"
     if not file.is_file():
-        pytest.skip(f"needs {case} of the stored outputs of the official code, which are not part of this repository")
+        pytest.skip(f"needs {case} of the stored outputs of the official code, {NOT_INCLUDED}")
+    info = json.loads(file.read_text())
     parts = {"w": {}, "in": {}, "out": {}}
     rest = {}
-    if file.with_suffix(".safetensors").is_file():
-        for key, value in load_file(file.with_suffix(".safetensors")).items():
+    # a case of numbers alone has no tensors
+    tensors = file.with_suffix(".safetensors")
+    if tensors.is_file():
+        for key, value in load_file(tensors).items():
             prefix, _, name = key.partition(".")
             if prefix in parts:
                 parts[prefix][name] = value
             else:
                 rest[key] = value
-    return Case(json.loads(file.read_text()), parts["w"], parts["in"], parts["out"], rest)
+    return Case(info, parts["w"], parts["in"], parts["out"], rest)
 
 
 def manifest(name: str) -> dict:
     """Key names and shapes of a published file; the test is skipped if the manifests are not there."""
     file = SHARED / f"manifests/{name}.json"
     if not file.is_file():
-        pytest.skip("needs ../shared/manifests, key lists of the published files, which are not part of this repository")
+        pytest.skip(f"needs ../shared/manifests, key lists of the published files, {NOT_INCLUDED}")
     return json.loads(file.read_text())
 
 
-# ---- comparisons ---------------------------------------------------------------------------------------------------
+# ---- comparisons ---------------------------------------------------------------------------------
 
 def assert_near(a: Tensor, b: Tensor, rel: float = 1e-5):
     """a equals b within rel of b's largest absolute value."""
     assert a.shape == b.shape, f"{tuple(a.shape)} instead of {tuple(b.shape)}"
-    error = ((a.double() - b.double()).abs().max() / b.double().abs().max()).item()
+    difference = (a.double() - b.double()).abs().max()
+    error = (difference / b.double().abs().max()).item()
     assert error <= rel, f"differs by {error:.2e} of the largest value, {rel:.0e} allowed"
 
 
@@ -92,14 +104,17 @@ def digest(tensors: dict[str, Tensor]) -> str:
     """A hash of all bytes of all tensors."""
     h = hashlib.sha256()
     for key, value in sorted(tensors.items()):
-        h.update(key.encode() + value.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        flat = value.detach().contiguous().reshape(-1)
+        h.update(key.encode())
+        h.update(flat.view(torch.uint8).numpy().tobytes())
     return h.hexdigest()
 
 
-# ---- small models --------------------------------------------------------------------------------------------------
+# ---- small models --------------------------------------------------------------------------------
 
 def scramble(module: nn.Module, seed: int = 0) -> nn.Module:
-    """Random values of a healthy size in every parameter and statistic: nothing stays zero, one or symmetric."""
+    """The module with random values of a healthy size in every parameter and statistic, frozen, in eval mode:
+    nothing stays zero, one or symmetric."""
     g = torch.Generator().manual_seed(seed)
     for key, value in module.state_dict().items():
         if not value.is_floating_point():
@@ -121,14 +136,16 @@ def on_meta(cls, cfg) -> nn.Module:
 
 
 TINY_DIT = DiTConfig(
-    hidden_size=48, depth=3, num_heads=4, patch_size=2, in_channels=4, ae="tiny-kl-f8c4", res=64, num_classes=8)
+    hidden_size=48, depth=3, num_heads=4,
+    patch_size=2, in_channels=4, ae="tiny-kl-f8c4", res=64, num_classes=8)
 DDPM_DIT = replace(TINY_DIT, clock="ddpm", predict="epsilon", sampling=Sampling(sampler="ddpm"))
 TINY_FLUX = FluxConfig(
-    in_channels=4, patch_size=2, ae="tiny-kl-f8c4", res=64, hidden_size=48, depth=2, depth_single=2, num_heads=3,
+    in_channels=4, patch_size=2, ae="tiny-kl-f8c4", res=64,
+    hidden_size=48, depth=2, depth_single=2, num_heads=3,
     axes_dim=(4, 6, 6), context_in_dim=24, vec_in_dim=12)
 TINY_SANA = SanaConfig(
-    in_channels=8, patch_size=1, ae="tiny-dc-ae-f32c32", res=64, hidden_size=64, depth=2, num_heads=4,
-    caption_channels=24)
+    in_channels=8, patch_size=1, ae="tiny-dc-ae-f32c32", res=64,
+    hidden_size=64, depth=2, num_heads=4, caption_channels=24)
 TINIES = {"dit": TINY_DIT, "flux": TINY_FLUX, "sana": TINY_SANA}
 EVERY = {**TINIES, "ddpm": DDPM_DIT}
 
@@ -136,29 +153,36 @@ TINY_KL = KLConfig("test-kl", 4, 0.5, 0.25, widths=(16, 32, 32), depth=1, groups
 # the four kinds of published DC-AE, small: widths and depths differ everywhere, so that a mix-up shows
 DCAE_STYLES = {
     "in": DCAEConfig(
-        "test-in", 8, widths=(8, 16, 32, 64), encoder_depths=(0, 1, 2, 1), decoder_depths=(0, 2, 1, 2),
+        "test-in", 8, widths=(8, 16, 32, 64),
+        encoder_depths=(0, 1, 2, 1), decoder_depths=(0, 2, 1, 2),
         decoder_batch_norm=True),
     "sana": DCAEConfig(
-        "test-sana", 8, widths=(16, 32, 64), encoder_depths=(1, 2, 1), decoder_depths=(2, 1, 1),
-        encoder_attention_from=2, decoder_attention_from=2, multiscale=True, strided=True, interpolate=True),
+        "test-sana", 8, widths=(16, 32, 64),
+        encoder_depths=(1, 2, 1), decoder_depths=(2, 1, 1),
+        encoder_attention_from=2, decoder_attention_from=2,
+        multiscale=True, strided=True, interpolate=True),
     "lite": DCAEConfig(
-        "test-lite", 8, widths=(16, 32, 64), encoder_depths=(1, 1, 2), decoder_depths=(0, 2, 1),
-        encoder_attention_from=2, decoder_attention_from=99, multiscale=True, strided=True, out_act="silu"),
+        "test-lite", 8, widths=(16, 32, 64),
+        encoder_depths=(1, 1, 2), decoder_depths=(0, 2, 1),
+        encoder_attention_from=2, decoder_attention_from=99,
+        multiscale=True, strided=True, out_act="silu"),
     "v15": DCAEConfig(
-        "test-v15", 16, widths=(16, 16, 32, 64), encoder_depths=(0, 1, 2, 1), decoder_depths=(0, 2, 1, 1),
-        encoder_attention_from=99, decoder_attention_from=99, latent_shortcut=False, out_act="silu"),
+        "test-v15", 16, widths=(16, 16, 32, 64),
+        encoder_depths=(0, 1, 2, 1), decoder_depths=(0, 2, 1, 1),
+        encoder_attention_from=99, decoder_attention_from=99,
+        latent_shortcut=False, out_act="silu"),
 }
 
 
 def random_text(cfg, n: int = 2, length: int = 5, seed: int = 0) -> Text:
-    """Random encoded prompts of different lengths for a text model."""
+    """Random encoded prompts for a text model; SANA's mask gives each a length of its own."""
     g = torch.Generator().manual_seed(seed)
     if isinstance(cfg, FluxConfig):
         tokens = torch.randn(n, length, cfg.context_in_dim, generator=g)
         pooled = torch.randn(n, cfg.vec_in_dim, generator=g)
         return Text(tokens, None, pooled, 1.0 + 2.5 * torch.arange(n))
     tokens = torch.randn(n, length, cfg.caption_channels, generator=g)
-    lengths = torch.arange(length, length - n, -1)
+    lengths = length - torch.arange(n) % length                      # never 0: attention to nothing is nan
     return Text(tokens, torch.arange(length) < lengths[:, None])
 
 
@@ -168,7 +192,7 @@ def random_condition(cfg, n: int = 2):
 
 
 def tiny_model(name: str, seed: int = 0) -> nn.Module:
-    """A scrambled small model of TINIES, EVERY included; a text model with its null prompt."""
+    """A scrambled small model of EVERY; a text model has its null prompt."""
     cfg = EVERY[name]
     net = scramble(FAMILIES[type(cfg)](cfg), seed)
     if cfg.text_encoder:
@@ -180,7 +204,8 @@ def fixed_forward(net: nn.Module, n: int = 2) -> Tensor:
     """A forward pass with fixed inputs, on the project's clock."""
     g = torch.Generator().manual_seed(5)
     x = torch.randn(n, net.cfg.in_channels, 4, 6, generator=g)
-    return net(x, torch.tensor([0.2, 0.7])[:n], random_condition(net.cfg, n))
+    t = torch.tensor([0.2, 0.7])[:n]
+    return net(x, t, random_condition(net.cfg, n))
 
 
 DEEP_DIT = to_deep_latent(TINY_DIT, AUTOENCODERS["tiny-dc-ae-f32c32"])
@@ -196,11 +221,11 @@ def deep_model(base: nn.Module, seed: int = 1) -> nn.Module:
     return model
 
 
-# ---- small worlds: bases with files of their own, in a working folder -----------------------------------------------
+# ---- small worlds: bases with files of their own, in a working folder ----------------------------
 
 @pytest.fixture
 def tiny_base(tmp_path, monkeypatch):
-    """A scrambled class base called "test" with a file of its own, and a working folder."""
+    """A scrambled class base; BASES names its file "test", and the test runs in a folder of its own."""
     monkeypatch.chdir(tmp_path)
     base = scramble(DiT(TINY_DIT))
     file = tmp_path / "base.safetensors"
@@ -210,14 +235,17 @@ def tiny_base(tmp_path, monkeypatch):
 
 
 WORDS_BASE = replace(
-    BASES["tiny-flux"], res=64, hidden_size=96, num_heads=3, depth=1, depth_single=1,
+    BASES["tiny-flux"], res=64,
+    hidden_size=96, num_heads=3, depth=1, depth_single=1,
     sampling=replace(BASES["tiny-flux"].sampling, num_steps=2))
-WORDS_FLAGS = ["--base", "test-words", "--ae", "tiny-dc-ae-f32c32", "--pictures", "32", "--batch", "8", "--shift", "1",
-               "--device", "cpu", "--dtype", "fp32"]
+WORDS_FLAGS = [
+    "--base", "test-words", "--ae", "tiny-dc-ae-f32c32", "--pictures", "32", "--batch", "8", "--shift", "1",
+    "--device", "cpu", "--dtype", "fp32",
+]
 
 
 def make_words_base(root: Path):
-    """Put a scrambled distilled base "test-words", which reads words, into BASES; its file is in root."""
+    """Add a scrambled distilled base "test-words", which reads words, to BASES; its file is in root."""
     cfg = replace(WORDS_BASE, weights=str(root / "words.safetensors"))
     if not Path(cfg.weights).exists():
         write_tensors(cfg.weights, scramble(Flux(cfg)).state_dict())
@@ -227,7 +255,7 @@ def make_words_base(root: Path):
 
 @pytest.fixture
 def words_base(tmp_path, monkeypatch):
-    """make_words_base in a working folder; BASES is as before afterwards."""
+    """The config of make_words_base's base, in a folder of its own; BASES is restored afterwards."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(BASES, "test-words", None)
     return make_words_base(tmp_path)
@@ -235,20 +263,20 @@ def words_base(tmp_path, monkeypatch):
 
 @pytest.fixture
 def fresh_compiler():
-    """torch.compile's counters, with nothing compiled before or after."""
+    """The counters of torch.compile, with nothing compiled before or after the test."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     yield torch._dynamo.utils.counters
     torch._dynamo.reset()
 
 
-# ---- tiny text encoders of the real classes -------------------------------------------------------------------------
+# ---- tiny text encoders of the real classes ------------------------------------------------------
 
 PROMPTS = ["a red cat on a mat", "two blue squares, a ring and nothing else", ""]
 
 
 def small_tokenizer(kind: str, folder: Path):
-    """A byte-level tokenizer trained here, with the special tokens and the ends of T5's, CLIP's or Gemma's."""
+    """Write a byte-level tokenizer, trained here, with the special tokens and ends of T5, CLIP or Gemma."""
     tokenizers = pytest.importorskip("tokenizers")
     transformers = pytest.importorskip("transformers")
     pad, eos, ends, special = {
@@ -272,13 +300,16 @@ def small_tokenizer(kind: str, folder: Path):
 
 @pytest.fixture(scope="session")
 def encoders(tmp_path_factory) -> Path:
-    """Two pipeline folders, "flux" and "sana", with tiny random text encoders of the real classes and their tokenizers."""
+    """A folder of two pipelines, "flux" and "sana", with tiny random text encoders of the real classes and
+    their tokenizers."""
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("diffusers")
     root = tmp_path_factory.mktemp("encoders")
-    size = dict(vocab_size=300, num_hidden_layers=2, num_attention_heads=4, hidden_size=64, intermediate_size=96)
+    size = dict(
+        vocab_size=300, num_hidden_layers=2, num_attention_heads=4, hidden_size=64, intermediate_size=96)
     t5 = transformers.T5Config(
-        vocab_size=300, d_model=64, d_kv=16, d_ff=96, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu")
+        vocab_size=300, num_layers=2, num_heads=4,
+        d_model=64, d_kv=16, d_ff=96, feed_forward_proj="gated-gelu")
     clip = transformers.CLIPTextConfig(
         **size, max_position_embeddings=24, bos_token_id=0, eos_token_id=1, pad_token_id=1)
     gemma = transformers.Gemma2Config(**size, num_key_value_heads=2, head_dim=16)
