@@ -22,7 +22,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
-import torch._dynamo
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
@@ -72,16 +71,16 @@ class Stored(nn.Module):
 
 
 class Hoist:
-    """Takes out of a model's steps what does not read x. One pass over each modulation matrix an image, not one
-    a step: they are a quarter of FLUX's weights and multiply a single vector, so reading them is all they cost.
+    """Takes out of a model's steps what does not read x. One pass over each modulation matrix an image, not
+    one a step: a quarter of FLUX's weights multiply a single vector, so that reading them is all they cost.
 
     clock       (S,) readings of the model's own clock, one a step; a whole batch is at one of them
     cond, null  conditions of B rows; null only for guidance in two passes, which then has 2B rows
 
     `model.condition` looks up the row of its clock reading, on the device and so within a captured graph too;
     modulation layers return their part of that row, `model.read_text` what it returned once. Call the model
-    with `hoisted.cond` and `hoisted.null`, which lie at fixed places and carry no text tokens. Tables have the
-    types that a forward pass under the surrounding autocast has."""
+    with `hoisted.cond` and `hoisted.null`, which lie at fixed places and carry no text tokens. Tables have
+    the types that a forward pass under the surrounding autocast has."""
 
     def __init__(self, model, clock: Tensor, cond, null=None):
         self.model = model
@@ -192,6 +191,7 @@ def capture(f, *example: Tensor):
 def compile_layers(layers, **options):
     """torch.compile layer by layer, for fixed shapes: the same speed as the whole model at once, and layers
     of one class and size share one program. A graph break is an error. options: torch.compile's."""
+    import torch._dynamo                                             # seconds: only where something is compiled
     # the programs of all layers lie in one cache
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 256)
     for layer in layers:
@@ -221,7 +221,7 @@ ATTENTION = [
 
 def attention_priority():
     """A context in which softmax attention is the first of ATTENTION that takes the shapes at hand. cuDNN's
-    is the fastest on an H100, and torch passes over it silently in several cases: a profile shows which one ran.
+    is the fastest on an H100, and torch passes over it silently in several cases; a profile shows which ran.
     Compiled blocks keep the choice they were traced with, so the context has to surround their first call."""
     return sdpa_kernel(ATTENTION, set_priority=True)
 

@@ -2,13 +2,14 @@
 
     y = W x + b   ->   y = s_x s_w (Q_w q_x) + b,   q_x = e4m3(x / s_x),   Q_w = e4m3(W / s_w)
 
-e4m3 has 4 bits of exponent and 3 of mantissa: steps of 1/16 to 1/8 of a value, up to 448. One scale a row of the
-weight and, computed anew at every call, one a token: no calibration, and an outlier spoils its own token only. The
-sums are wider.
+e4m3 has 4 bits of exponent and 3 of mantissa: steps of 1/16 to 1/8 of a value, up to 448. One scale a row of
+the weight and, computed anew at every call, one a token: no calibration, and an outlier spoils its own token
+only. The sums are wider.
 
-What reads or writes latents, time, text and modulation stays as it is: it is a percent of the work, and the part of
-a transformer that 8 bits hurt (everything in FP8: LPIPS 0.74 to the picture in bf16; without those: 0.07, vllm-omni
-PR 2795). The order is fixed: merge a LoRA first, then quantise. A delta of a LoRA is smaller than e4m3's steps.
+What reads or writes latents, time, text and modulation stays as it is: it is a percent of the work, and the
+part of a transformer that 8 bits hurt (everything in FP8: LPIPS 0.74 to the picture in bf16; without those: 0.07,
+vllm-omni PR 2795). The order is fixed: merge a LoRA first, then quantise. A delta of a LoRA is smaller than
+e4m3's steps.
 """
 
 import re
@@ -38,7 +39,7 @@ class FP8Linear(nn.Module):
     def __init__(self, layer: nn.Linear):
         super().__init__()
         codes, scale = e4m3_rows(layer.weight.detach())
-        self.register_buffer("weight", codes)                        # N K: its transpose is what the hardware wants
+        self.register_buffer("weight", codes)                        # N K, multiplied transposed
         self.register_buffer("scale", scale.t().contiguous())        # 1 N
         self.bias = layer.bias
 
@@ -59,13 +60,13 @@ class FP8Linear(nn.Module):
 
 
 def fp8_linears(model: nn.Module, targets: str = TARGETS, made: dict | None = None) -> list[str]:
-    """Put an FP8Linear in the place of every linear map whose name matches; returns the names. Sizes must divide
-    by 16, as the hardware wants. made: FP8Linears by the address of their weight, for models that share a trunk.
-    ValueError if there is a LoRA, if nothing matches, or if the GPU has no FP8."""
+    """Put an FP8Linear in the place of every linear map whose name matches; returns the names. Sizes must
+    divide by 16, as the hardware wants. made: FP8Linears by the address of their weight, for models that
+    share a trunk. ValueError if there is a LoRA, if nothing matches, or if the GPU has no FP8."""
     device = next(model.parameters()).device
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
-        raise ValueError(f"{torch.cuda.get_device_name(device)} does not multiply FP8; that takes compute capability "
-                         "8.9 or more (Ada, Hopper)")
+        raise ValueError(f"{torch.cuda.get_device_name(device)} does not multiply FP8; that takes compute "
+                         "capability 8.9 or more (Ada, Hopper)")
     if any(key.endswith(".base.weight") for key in model.state_dict()):
         raise ValueError("this model carries a LoRA; merge it before it is quantised (lora.merge_lora)")
     layers = {}
