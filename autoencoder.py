@@ -734,7 +734,3 @@ def in_tiles(fn, x: Tensor, tile: int, unit: int, ratio: float, overlap: float =
             out[..., rows, cols] += y * weight
             total[rows, cols] += weight
     return out / total
-
-
-def ae_class(cfg):
-    return KLVAE if isinstance(cfg, KLConfig) else DCAE
