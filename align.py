@@ -113,10 +113,14 @@ RECIPES = {
 }
 
 
+def recipe_of(cfg) -> Recipe:
+    return RECIPES[cfg.recipe]
+
+
 def next_autoencoder(asked: str | None, cfg, base: str):
     """The configuration of the autoencoder to move a base to: the one asked for, else the recipe's next one
     that is deeper than the base's own. ValueError where the recipe ends, and for the base's own."""
-    recipe = RECIPES[cfg.recipe]
+    recipe = recipe_of(cfg)
     own = ae_config(cfg.ae)
     deeper = [name for name, ae in AUTOENCODERS.items() if ae.f > own.f]
     if asked == own.name:
@@ -559,7 +563,7 @@ def main(argv=None):
     # a finished model, and the same trunk on the latents of a deeper autoencoder (Sec. 3.1)
     base, info = load_base(args.base, args.weights, device, dtype=None)
     prepare_for_training(base, [], device)
-    recipe = RECIPES[base.cfg.recipe]
+    recipe = recipe_of(base.cfg)
     pos_step = (args.pos_step or recipe.pos_step) * getattr(base.cfg, "pos_step", 1.0)
     ae = next_autoencoder(args.ae, base.cfg, args.base)
     cfg = to_deep_latent(base.cfg, ae, pos_step, args.shift or recipe.shift)
@@ -598,7 +602,8 @@ def main(argv=None):
 
     # stage 2: embedder and head learn the flow in the new latent space, the trunk frozen (Eq. 2)
     stage2 = planned(recipe.stage2, steps=args.stage2_steps, lr=args.lr2, batch=args.batch, betas=args.betas,
-                     warmup=args.warmup, schedule=args.schedule, clip=args.clip, save_every=args.save_every)
+                     warmup=args.warmup, schedule=args.schedule, clip=args.clip, accumulate=args.accumulate,
+                     save_every=args.save_every)
     if args.solver == "closed-form" and args.head_samples:
         align_head_exactly(a, args.head_samples)
         report.add("head in closed form", model)

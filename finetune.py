@@ -26,7 +26,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from align import RECIPES, next_autoencoder, pick_objective
+from align import next_autoencoder, pick_objective, recipe_of
 from autoencoder import ae_config
 from checkpoints import build, config_dict, load_base, load_run, newest_run, read_tensors, run_file
 from evaluate import plot_curves
@@ -82,7 +82,7 @@ def start_from_base(base: str, weights: str | None, ae: str | None, pos_step: fl
                     seed: int) -> Start:
     """A base with a new embedder and head that are not aligned."""
     model, info = load_base(base, weights, dtype=None)
-    recipe = RECIPES[model.cfg.recipe]
+    recipe = recipe_of(model.cfg)
     step = (pos_step or recipe.pos_step) * getattr(model.cfg, "pos_step", 1.0)
     cfg = to_deep_latent(model.cfg, next_autoencoder(ae, model.cfg, base), step, recipe.shift)
     torch.manual_seed(seed)
@@ -160,7 +160,7 @@ def parse_args(argv=None):
         "--save-dtype", default="fp32", choices=("fp32", "bf16"), help="of the finished files (default fp32)")
     p.add_argument(
         "--parallel", choices=("ddp", "fsdp"),
-        help="under torchrun: the whole model on every GPU, or a shard (default: fsdp from 1e9 parameters on)")
+        help="under torchrun: the whole model on every GPU, or a shard (default: fsdp from 1e9 parameters)")
     p.add_argument(
         "--compile", action="store_true", help="torch.compile every block: a minute, then a third faster")
     plan = add_plan_args(p, "stage 3")
@@ -168,7 +168,6 @@ def parse_args(argv=None):
     plan.add_argument("--lr", type=float, help="learning rate")
     plan.add_argument("--weight-decay", type=float, help="on matrices only")
     plan.add_argument("--ema", type=float, help="decay of the moving average; 0 = none")
-    plan.add_argument("--accumulate", type=int, help="microbatches that a batch is split into")
     add_data_args(p)
     return p.parse_args(argv)
 
@@ -191,7 +190,7 @@ def main(argv=None, hooks=None):
     if args.shift:
         cfg = replace(cfg, sampling=replace(cfg.sampling, shift=args.shift))
     model.cfg = cfg
-    recipe = RECIPES[cfg.recipe]
+    recipe = recipe_of(cfg)
     objective = pick_objective(cfg, recipe, args)
     plan = planned(recipe.stage3, steps=args.train_steps, lr=args.lr, batch=args.batch, betas=args.betas,
                    warmup=args.warmup, schedule=args.schedule, clip=args.clip, weight_decay=args.weight_decay,

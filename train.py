@@ -554,7 +554,8 @@ def write_run(out: Path, info: dict, named, log: list[dict], averaged=nullcontex
     carried: parameters that an earlier run has trained and this one left alone; no base has them, so they
     travel on."""
     def weights() -> dict[str, Tensor]:
-        return {name: full_tensor(p).to(dtype) for name, p in (*carried, *named)}
+        # copies: inside averaged() the parameters hold other values
+        return {name: full_tensor(p).to("cpu", dtype, copy=True) for name, p in (*carried, *named)}
 
     trained = weights()
     with averaged():
@@ -689,7 +690,7 @@ def add_data_args(p: argparse.ArgumentParser):
     deep = p.add_argument_group("the new latent space")
     deep.add_argument(
         "--ae", metavar="NAME",
-        help=f"autoencoder to move to (default: the recipe's or the aligned run's): {', '.join(AUTOENCODERS)}")
+        help=f"autoencoder to move to (default: the recipe's, or the run's): {', '.join(AUTOENCODERS)}")
     deep.add_argument(
         "--ae-weights", metavar="FILE", help="its weight file (default: shipped, or the model hub's cache)")
     deep.add_argument(
@@ -732,6 +733,7 @@ def add_plan_args(p: argparse.ArgumentParser, stage: str):
     """The flags that change a stage's Plan; see planned."""
     plan = p.add_argument_group(f"AdamW in {stage} (defaults: the recipe's)")
     plan.add_argument("--batch", type=int, help="samples a step, over all GPUs")
+    plan.add_argument("--accumulate", type=int, help="microbatches that a batch is split into (default 1)")
     plan.add_argument(
         "--betas", type=float, nargs=2, metavar="B", help="0.9 0.999; the authors' guides use 0.9 0.95")
     plan.add_argument("--warmup", type=int, help="steps of linear warm-up")
