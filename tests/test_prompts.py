@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import data
-from data import SANA_INSTRUCTION, cache_prompts, find_encoders, read_prompts, text_folder
+from data import SANA_INSTRUCTION, cache_prompts, read_prompts, text_folder
 from helpers import PROMPTS, assert_near, encoders, relative_error  # noqa: F401
 from model import BASES
 from shapes import encode_words
@@ -124,7 +124,8 @@ def test_prompts_belong_to_the_encoder_wherever_it_lies(encoders, tmp_path, load
     assert len(loads) == 2
     # a fine-tuned T5
     file = tmp_path / "flux/text_encoder_2/model.safetensors"
-    weights = {key: 1.5 * value if "final_layer_norm" in key else value for key, value in load_file(file).items()}
+    weights = load_file(file)
+    weights["encoder.final_layer_norm.weight"] *= 1.5
     save_file(weights, file, {"format": "pt"})
     after = encode("flux", tmp_path, PROMPTS, 16, cache)[:].tokens
     assert relative_error(after, before) > 0.1
@@ -139,7 +140,7 @@ def test_a_damaged_encoded_prompt_is_refused_with_the_reason(damage, encoders, t
             file.write_bytes(file.read_bytes()[:-8])
         else:
             file.unlink()
-    with pytest.raises(ValueError, match="text-.*safetensors is missing or damaged .*delete it and run again"):
+    with pytest.raises(ValueError, match="text-.*safetensors is missing or damaged .*delete it and run"):
         texts[:]
 
 
@@ -177,25 +178,16 @@ def test_long_prompts_are_cut_with_a_note(encoders, tmp_path, capsys):
 
 def test_text_encoders_that_are_missing_or_damaged_are_one_clear_error(encoders, tmp_path, monkeypatch):
     parts = "text_encoder_2, tokenizer_2, text_encoder, tokenizer"
-    with pytest.raises(ValueError, match=f"flux.text_encoder_2: no such folder; the text encoders are {parts} of "
-                                         "a diffusers pipeline.*--text-encoders"):
+    missing = f"flux.text_encoder_2: no such folder; the text encoders are {parts} of a diff.*--text-encoders"
+    with pytest.raises(ValueError, match=missing):
         encode("flux", tmp_path, ["x"], 16, tmp_path)
     shutil.copytree(encoders / "sana", tmp_path / "sana")
     (tmp_path / "sana/text_encoder/model.safetensors").write_bytes(b"half")
-    with pytest.raises(ValueError, match="text_encoder and tokenizer are not a whole Gemma2Model with its tok"):
+    with pytest.raises(ValueError, match="text_encoder and tokenizer are not a whole Gemma2Model"):
         encode("sana", tmp_path, ["x"], 16, tmp_path)
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ValueError, match="pip install transformers"):
         encode("sana", encoders, ["never encoded before"], 16, tmp_path)
-
-
-def test_a_folder_may_be_the_only_encoder_itself(encoders, tmp_path):
-    shutil.copytree(encoders / "sana/text_encoder", tmp_path / "gemma")
-    shutil.copytree(encoders / "sana/tokenizer", tmp_path / "gemma", dirs_exist_ok=True)
-    (found,) = find_encoders("sana", tmp_path / "gemma")
-    assert found.model_folder == found.tokenizer_folder == tmp_path / "gemma"
-    texts = cache_prompts("sana", tmp_path / "gemma", PROMPTS, 16, cache=tmp_path / "cache")
-    assert_near(texts[:].tokens, encode("sana", encoders, PROMPTS, 16, tmp_path / "cache")[:].tokens)
 
 
 def test_text_encoders_are_looked_for_where_the_weights_came_from(encoders, tmp_path):
