@@ -191,7 +191,7 @@ def capture(f, *example: Tensor):
 def compile_layers(layers, **options):
     """torch.compile layer by layer, for fixed shapes: the same speed as the whole model at once, and layers
     of one class and size share one program. A graph break is an error. options: torch.compile's."""
-    import torch._dynamo                                             # seconds: only where something is compiled
+    import torch._dynamo                                             # takes seconds: only where needed
     # the programs of all layers lie in one cache
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 256)
     for layer in layers:

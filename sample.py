@@ -766,12 +766,12 @@ def report(request: Request, offload: bool) -> str:
 
 def undrawn(request: Request, out: Path, encoders: Path | None) -> list[Tensor]:
     """Batches of picture numbers; of a data set those that are not in its folder yet. ValueError if the
-    folder holds another data set. encoders: the folder of the text encoders."""
+    folder holds another data set. encoders: the folder of the text encoders, if it has any."""
     batches = torch.arange(len(request)).split(request.sampling.batch)
     if not request.dataset:
         return list(batches)
     digests = []
-    if request.cfg.text_encoder:
+    if encoders:
         digests = [found.digest for found in find_encoders(request.cfg.text_encoder, encoders)]
     note_settings(out, request.facts() | dict(
         prompts=short_hash(request.titles), count=len(request), seed=request.seed, size=request.size,
