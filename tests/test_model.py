@@ -103,7 +103,7 @@ def stored_inputs(net, case) -> tuple:
 
 
 def assert_sinusoids(ours, theirs, reading):
-    """Sines and cosines (rows,...) of arguments up to reading (rows,) equal theirs, up to the arguments' error."""
+    """Sines and cosines (rows,...) are equal but for the error of their arguments, up to reading (rows,)."""
     # frequencies are exponentials in float32, whose last bit depends on the machine: an argument s is off by
     # about s * 2^-23, and so are its sine and cosine
     assert ours.shape == theirs.shape
