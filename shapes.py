@@ -42,10 +42,11 @@ def uniform(index: Tensor, column: int, seed: int) -> Tensor:
     return torch.from_numpy(bits.astype(np.float32) * np.float32(2.0**-24))
 
 
-def hsv_to_rgb(h: Tensor, s: Tensor, v: Tensor) -> Tensor:
+def hsv_to_rgb(h, s, v):
     """HSV, each (B,) in [0,1] -> RGB (B,3) in [0,1]."""
     k = (torch.tensor([5.0, 3.0, 1.0]) + 6 * h[:, None]) % 6
-    return v[:, None] * (1 - s[:, None] * torch.minimum(k, 4 - k).clamp(0, 1))
+    depth = torch.minimum(k, 4 - k).clamp(0, 1)
+    return v[:, None] * (1 - s[:, None] * depth)
 
 
 def triangle(x, y):
@@ -70,11 +71,19 @@ def star(x, y):
     valley = 0.5
     ex = valley * math.cos(side / 2) - tip
     ey = valley * math.sin(side / 2)
-    return ((r * a.cos() - tip) * ey - r * a.sin() * ex) / math.hypot(ex, ey)
+    along = r * a.cos() - tip
+    return (along * ey - r * a.sin() * ex) / math.hypot(ex, ey)
 
 
 def bars(x, y):
-    return torch.maximum(y.abs() - 0.9, torch.minimum((x - 0.55).abs(), (x + 0.55).abs()) - 0.3)
+    to_left = (x + 0.55).abs()
+    to_right = (x - 0.55).abs()
+    return torch.maximum(y.abs() - 0.9, torch.minimum(to_right, to_left) - 0.3)
+
+
+def crescent(x, y):
+    bite = 0.80 - torch.hypot(x - 0.45, y)
+    return torch.maximum(torch.hypot(x, y) - 1.0, bite)
 
 
 # signed distance of a point to the outline, < 0 inside; x and y (downwards) in radii
@@ -85,7 +94,7 @@ OUTLINES = {
     "ring": lambda x, y: (torch.hypot(x, y) - 0.72).abs() - 0.24,
     "cross": cross,
     "star": star,
-    "crescent": lambda x, y: torch.maximum(torch.hypot(x, y) - 1.0, 0.80 - torch.hypot(x - 0.45, y)),
+    "crescent": crescent,
     "bars": bars,
 }
 SHAPES = tuple(OUTLINES)
@@ -100,13 +109,13 @@ def per_picture(v):
     return v.view(-1, 1, 1)                                          # (B,) beside (B,H,W)
 
 
-def pixel_centres(size: int) -> tuple[Tensor, Tensor]:
+def pixel_centres(size):
     """x (1,1,size) and y (1,size,1) of the pixels' centres."""
     axis = (torch.arange(size) + 0.5) / size
     return axis.view(1, 1, -1), axis.view(1, -1, 1)
 
 
-def gradient(angle: Tensor, size: int) -> Tensor:
+def gradient(angle, size):
     """Positions of the pixels along a direction, angle (B,) -> (B,size,size), 0 at the centre."""
     px, py = pixel_centres(size)
     return (px - 0.5) * per_picture(angle.cos()) + (py - 0.5) * per_picture(angle.sin())
@@ -210,8 +219,8 @@ SIZES = ("small", "large")
 RADII = (0.15, 0.21)                                                 # in picture sides, give or take 4 %
 NUMBERS = ("a", "two", "three", "four")
 RELATIONS = ("above", "below", "left of", "right of")                # of the first object to the second
-DIRECTIONS = torch.tensor([[0.0, -1.0], [0.0, 1.0], [-1.0, 0.0], [1.0, 0.0]])      # (x, y) of the relations
-CORNERS = torch.tensor([[-1.0, -1.0], [1.0, -1.0], [1.0, 1.0], [-1.0, 1.0]])
+DIRECTIONS = torch.tensor([(0.0, -1), (0, 1), (-1, 0), (1, 0)])      # (x, y) of the relations
+CORNERS = torch.tensor([(-1.0, -1), (1, -1), (1, 1), (-1, 1)])
 
 
 class Group(NamedTuple):
@@ -230,11 +239,14 @@ class Scene(NamedTuple):
 
 
 def caption(scene: Scene) -> str:
-    """"a large red ring above a small blue square on green", "three small pink crosses on yellow"."""
+    """The scene in words, as "a large red ring above a small blue square on green" or "three small pink
+    crosses on yellow"."""
     phrases = []
     for group in scene.groups:
-        plural = "" if group.number == 1 else "es" if group.form == "cross" else "s"
-        phrases.append(f"{NUMBERS[group.number - 1]} {group.size} {group.colour} {group.form}{plural}")
+        form = group.form
+        if group.number > 1:
+            form += "es" if form == "cross" else "s"
+        phrases.append(f"{NUMBERS[group.number - 1]} {group.size} {group.colour} {form}")
     return f" {scene.relation} ".join(phrases) + f" on {scene.background}"
 
 
@@ -282,16 +294,19 @@ def scene_facts(index: Tensor, seed: int = 0) -> dict[str, Tensor]:
     # from the background's, which no object has
     form = pick(4, len(FORMS))
     colour = pick(5, len(COLOURS) - 1)
+    size = pick(6, 2)
     second_form = (form + 1 + pick(7, len(FORMS) - 1)) % len(FORMS)
     second_colour = (colour + 1 + pick(8, len(COLOURS) - 2)) % (len(COLOURS) - 1)
+    second_size = pick(9, 2)
     is_second = pair[:, None] & (torch.arange(4) == 1)               # B 4
     form = torch.where(is_second, second_form[:, None], form[:, None])
     colour = torch.where(is_second, second_colour[:, None], colour[:, None])
-    size = torch.where(is_second, pick(9, 2)[:, None], pick(6, 2)[:, None])
+    size = torch.where(is_second, second_size[:, None], size[:, None])
     radius = torch.tensor(RADII)[size] * (0.96 + 0.08 * of_each(10))
 
     # the centre of each object's room: opposite sides for a pair, corners for alike ones, else the middle
-    pair, alike = pair[:, None, None], alike[:, None, None]          # B 1 1
+    pair = pair[:, None, None]                                       # B 1 1
+    alike = alike[:, None, None]
     side = DIRECTIONS[relation]                                      # B 2    of a pair's first object
     sides = torch.stack([side, -side, 0 * side, 0 * side], dim=1)
     corners = CORNERS[(pick(14, 4)[:, None] + torch.arange(4)) % 4]
@@ -319,13 +334,16 @@ def scene_facts(index: Tensor, seed: int = 0) -> dict[str, Tensor]:
 def scene_of(facts: dict[str, Tensor], i: int) -> Scene:
     """Row i of scene_facts in words."""
     row = {name: values[i].tolist() for name, values in facts.items()}
-    pair = row["relation"] >= 0
-    groups = []
-    for k in range(2 if pair else 1):
-        number = 1 if pair else row["number"]
-        names = SIZES[row["size"][k]], COLOURS[row["colour"][k]], SHAPES[row["label"][k]]
-        groups.append(Group(number, *names))
-    return Scene(tuple(groups), RELATIONS[row["relation"]] if pair else None, COLOURS[row["background"]])
+    background = COLOURS[row["background"]]
+
+    def group(k, number):
+        size = SIZES[row["size"][k]]
+        colour = COLOURS[row["colour"][k]]
+        return Group(number, size, colour, form=SHAPES[row["label"][k]])
+
+    if row["relation"] < 0:
+        return Scene((group(0, row["number"]),), None, background)
+    return Scene((group(0, 1), group(1, 1)), RELATIONS[row["relation"]], background)
 
 
 def scenes(index: Tensor, size: int, seed: int = 0) -> Tensor:
@@ -574,8 +592,12 @@ class Classifier(nn.Module):
     @staticmethod
     def block(width_in: int, width: int) -> nn.Sequential:
         return nn.Sequential(
-            nn.Conv2d(width_in, width, 3, stride=2, padding=1), nn.GroupNorm(8, width), nn.SiLU(),
-            nn.Conv2d(width, width, 3, padding=1), nn.GroupNorm(8, width), nn.SiLU())
+            nn.Conv2d(width_in, width, 3, stride=2, padding=1),
+            nn.GroupNorm(8, width),
+            nn.SiLU(),
+            nn.Conv2d(width, width, 3, padding=1),
+            nn.GroupNorm(8, width),
+            nn.SiLU())
 
     def features(self, x: Tensor) -> Tensor:
         if x.shape[-1] != 64:
@@ -612,7 +634,8 @@ def classifier_features(judge: Classifier, images: Tensor, batch: int = 256) -> 
 @torch.no_grad()
 def share_right(judge: Classifier, features: Tensor, y: Tensor) -> float:
     """The share of features (B,D) that are classified as y (B,)."""
-    return float((judge.out(features).argmax(dim=1) == y).float().mean())
+    right = judge.out(features).argmax(dim=1) == y
+    return float(right.float().mean())
 
 
 def accuracy(judge: Classifier, images: Tensor, y: Tensor) -> float:
