@@ -98,10 +98,10 @@ def token_features(model, x: Tensor, t: Tensor, y) -> list[Tensor]:
 
 def gap_table(stages: dict[str, list[float]]) -> str:
     """{stage: gaps} as text, one row a layer, the mean last."""
+    widths = [max(10, len(name) + 2) for name in stages]
+
     def line(title: str, cells) -> str:
         return f"{title:<16}" + "".join(f"{cell:>{width}}" for width, cell in zip(widths, cells))
-
-    widths = [max(10, len(name) + 2) for name in stages]
 
     lines = [line("gap to the base", stages)]
     for i, layer in enumerate(zip(*stages.values())):

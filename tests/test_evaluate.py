@@ -215,8 +215,8 @@ def test_evaluate_leaves_out_scores_of_pictures_that_the_shipped_classifier_does
     assert "accuracy" not in rows["align-test-1"]
     assert rows["align-test-1"]["gap"] > 0.5
     train = "python experiments/make_weights.py --only classifier --images pictures --classifier FILE"
-    assert lines[-2] == ("no scores, no Frechet distance: the shipped classifier knows the procedural pictures "
-                         f"only; train one: {train}")
+    assert lines[-2] == ("no scores, no Frechet distance: the shipped classifier knows the procedural "
+                         f"pictures only; train one: {train}")
     assert any("3 pictures of pictures" in line for line in lines)
 
 
