@@ -32,8 +32,8 @@ from train import Plan
 
 class LatentAlignment(nn.Module):
     """The loss that pulls a deep latent space towards a base's. The paper does not say how two of different
-    size are compared; here the base's latents, averaged over each deep cell, are to be a linear map of the deep
-    ones: `reading`, C' to C channels, which learns along and is thrown away."""
+    size are compared; here the base's latents, averaged over each deep cell, are to be a linear map of the
+    deep ones: `reading`, C' to C channels, which learns along and is thrown away."""
 
     def __init__(self, base: Autoencoder, channels: int, ratio: float):
         super().__init__()

@@ -4,6 +4,7 @@ photograph's licence.
     python experiments/make_weights.py                   all of them, about 5 hours on two CPU cores
     python experiments/make_weights.py --only kl dc      some of them
     python experiments/make_weights.py --install         the finished ones take the place of those in weights/
+    python experiments/make_weights.py --only classifier --images DIR --classifier FILE     of your pictures
 
     stage        file                  what is trained                                            minutes
     kl           tiny-kl-f8c4          KL-VAE, at 64 px, then at 128                              17 + 10
@@ -84,9 +85,10 @@ def make_dc(file: Path, device: str):
     train_autoencoder(ae, open_source(None, 128), file, PLANS["dc"])
 
 
-def make_classifier(file: Path, device: str):
-    """Pictures are blurred and noised at random, so that it judges shapes and not the grain."""
-    source = open_source(None, 64)
+def make_classifier(file: Path, device: str, images: str | None = None):
+    """Pictures are blurred and noised at random, so that it judges shapes and not the grain. images: a folder
+    of class folders, in the place of the procedural pictures."""
+    source = open_source(images, 64)
     torch.manual_seed(0)
     classifier = Classifier(len(source.classes)).to(device)
 
@@ -100,9 +102,11 @@ def make_classifier(file: Path, device: str):
 
     named = list(classifier.named_parameters())
     train(file.parent, file.stem, classifier, named, loss, len(source), PLANS["classifier"])
-    x, y = open_source(None, 64, "val").batch(torch.arange(1024))
-    print(f"accuracy on {len(y)} unseen pictures {accuracy(classifier.cpu().eval(), x, y):.1%}")
+    val = open_source(images, 64, "val")
+    x, y = val.batch(torch.arange(min(1024, len(val))))
+    share = accuracy(classifier.cpu().eval(), x, y)
     write_tensors(file, to_bf16(classifier.state_dict()), dict(classes=list(source.classes)))
+    print(f"wrote {file}; accuracy on {len(y)} unseen pictures {share:.1%}")
 
 
 def make_tiny(file: Path, device: str):
@@ -329,7 +333,15 @@ def main(argv=None):
     p.add_argument(
         "--device", default="cuda" if torch.cuda.is_available() else "cpu",
         help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
+    p.add_argument("--images", metavar="DIR", help="with --only classifier: class folders of your own")
+    p.add_argument("--classifier", metavar="FILE", help="with --images: the file to write")
     args = p.parse_args(argv)
+    if args.images or args.classifier:
+        if args.only != ["classifier"] or not (args.images and args.classifier) or args.install:
+            raise ValueError("--images and --classifier are for a classifier of your own pictures: "
+                             "--only classifier --images DIR --classifier FILE, without --install")
+        make_classifier(Path(args.classifier), args.device, args.images)
+        return
     for name in args.only or STAGES:
         stage = STAGES[name]
         file = Path(args.out) / Path(stage.shipped).name

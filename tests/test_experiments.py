@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 import finetune
 from align import LeastSquares
@@ -16,12 +17,12 @@ from experiments.align_autoencoder import LatentAlignment
 from experiments.make_weights import distillation_loss, train_autoencoder, with_guidance_embed
 from experiments.strategies import layer_rates, lora_ramp
 from helpers import (
-    DCAE_STYLES, TINIES, TINY_DIT, TINY_FLUX, TINY_KL, assert_near, random_text, scramble, tiny_base, tiny_model,
-    words_base)
+    DCAE_STYLES, TINIES, TINY_DIT, TINY_FLUX, TINY_KL, assert_near, random_text, scramble, tiny_base,
+    tiny_model, words_base)
 from lora import LoRALinear, add_lora
-from model import FAMILIES, BASES, DiT, Flux
+from model import BASES, FAMILIES, DiT, Flux
 from sample import guided_velocity, path
-from shapes import ShapesSource, shapes
+from shapes import ShapesSource, load_classifier, shapes
 from train import Plan
 
 AE_PLAN = Plan(4, 1e-3, 3, warmup=2, schedule="linear", clip=1.0, save_every=2)
@@ -54,7 +55,7 @@ def calibrated(cfg):
     return ae
 
 
-# ---- autoencoders --------------------------------------------------------------------------------------------------
+# ---- autoencoders --------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("pulled", [False, True])
 @pytest.mark.parametrize("cfg", [TINY_KL, DCAE_STYLES["in"]], ids=lambda cfg: cfg.name)
@@ -128,14 +129,15 @@ def test_the_script_aligns_an_autoencoder_and_prints_what_is_next(tmp_path, monk
     monkeypatch.chdir(tmp_path)
     flags = ["--steps", "1", "--batch", "2", "--res", "32", "--ratio", "0.5", "--device", "cpu"]
     align_autoencoder.main(flags)
-    file = Path("runs/tiny-dc-ae-f32c32-0.5.safetensors")
-    assert load_autoencoder("tiny-dc-ae-f32c32", str(file)).cfg.scale != AUTOENCODERS["tiny-dc-ae-f32c32"].scale
-    assert f"--base tiny --init base --ae tiny-dc-ae-f32c32 --ae-weights {file}" in capsys.readouterr().out
+    name = "tiny-dc-ae-f32c32"
+    file = Path(f"runs/{name}-0.5.safetensors")
+    assert load_autoencoder(name, str(file)).cfg.scale != load_autoencoder(name).cfg.scale
+    assert f"--base tiny --init base --ae {name} --ae-weights {file}" in capsys.readouterr().out
     with pytest.raises(ValueError, match="is finished; give another --out"):
         align_autoencoder.main(flags)
 
 
-# ---- guidance distillation -----------------------------------------------------------------------------------------
+# ---- guidance distillation -----------------------------------------------------------------------
 
 def teacher_and_inputs():
     """A FLUX that is guided in two passes, and z, t, y, x0 for it; y with guidance 1, 3 and 7."""
@@ -176,7 +178,8 @@ def test_what_cannot_be_distilled_is_refused(name, message):
         with_guidance_embed(tiny_model(name))
 
 
-def test_a_distilled_run_reads_its_guidance_and_its_teacher_does_not(words_base):
+def test_a_distilled_run_reads_its_guidance_and_its_teacher_does_not(words_base, monkeypatch):
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: None)
     short = ["--batch", "4", "--pictures", "32", "--train-steps", "1", "--device", "cpu", "--dtype", "fp32"]
     finetune.main(["--base", "test-words", "--init", "scratch", "--out", "runs/teacher", *short])
     plan = Plan(1, 1e-3, 4, ema=0.9)
@@ -188,11 +191,11 @@ def test_a_distilled_run_reads_its_guidance_and_its_teacher_does_not(words_base)
     assert student.cfg.sampling == BASES["test-words"].sampling
 
 
-# ---- make_weights.py -----------------------------------------------------------------------------------------------
+# ---- make_weights.py -----------------------------------------------------------------------------
 
 @pytest.fixture
 def stages(tmp_path, monkeypatch):
-    """Two stages that write empty files, "first" and "second"; the list of what was made, and a weights folder."""
+    """Two stages that write empty files, "first" and "second", in a working folder -> what was made"""
     made = []
 
     def make(file, device):
@@ -233,7 +236,7 @@ def short(tmp_path, monkeypatch):
     for name, plan in make_weights.PLANS.items():
         monkeypatch.setitem(make_weights.PLANS, name, replace(plan, steps=2, batch=2, save_every=1))
     for name, flags in make_weights.FLAGS.items():
-        flags = flags.replace("--compile", "--train-steps 2 --batch 2 --pictures 8 --dtype fp32")
+        flags = flags.replace("--compile", "--train-steps 2 --batch 2 --pictures 8 --res 64 --dtype fp32")
         monkeypatch.setitem(make_weights.FLAGS, name, flags)
 
 
@@ -243,6 +246,19 @@ def test_a_stage_of_its_own_loop_writes_a_file_like_the_shipped_one(short):
     shipped = make_weights.HERE / "weights/tiny-classifier.safetensors"
     assert read_tensors(made).keys() == read_tensors(shipped).keys()
     assert read_config(made) == read_config(shipped)
+
+
+def test_a_classifier_of_other_pictures_goes_to_a_file_of_its_own(short):
+    for name in ("cat", "dog"):
+        Path(f"pictures/{name}").mkdir(parents=True)
+        for i in range(16):
+            Image.new("RGB", (70, 64), (i, i, i)).save(f"pictures/{name}/{i}.png")
+    flags = ["--only", "classifier", "--images", "pictures", "--device", "cpu"]
+    with pytest.raises(ValueError, match="--classifier FILE"):
+        make_weights.main(flags)
+    make_weights.main([*flags, "--classifier", "own.safetensors"])
+    assert load_classifier("own.safetensors").classes == ("cat", "dog")
+    assert not Path("runs").exists()
 
 
 def test_a_model_is_made_on_the_new_kl_vae_and_published_without_paths(short, tmp_path):
@@ -255,10 +271,13 @@ def test_a_model_is_made_on_the_new_kl_vae_and_published_without_paths(short, tm
     assert read_config(out / "tiny/model.safetensors")["ae_weights"] == str(kl)
     assert "runs" not in str(read_config(made)) and str(tmp_path) not in str(read_config(made))
     assert read_config(made)["kind"] == "scratch"
-    assert read_tensors(made).keys() == read_tensors(make_weights.HERE / "weights/tiny-dit.safetensors").keys()
+    shipped = make_weights.HERE / "weights/tiny-dit.safetensors"
+    assert read_tensors(made).keys() == read_tensors(shipped).keys()
 
 
-# ---- strategies.py -------------------------------------------------------------------------------------------------
+# ---- strategies.py -------------------------------------------------------------------------------
+SMALL = "--base test --ae tiny-dc-ae-f32c32 --pictures 8 --batch 4 --device cpu --dtype fp32".split()
+
 
 @pytest.mark.parametrize("name", TINIES)
 def test_layer_rates_are_on_a_line_and_one_on_average(name):
@@ -322,21 +341,19 @@ def test_freeze_then_all_gives_both_scripts_their_flags(monkeypatch):
     (["--strategy", "gradual-lora", "--ramp", "0"], "--ramp 0: at least 1"),
     (["--strategy", "gradual-lora", "--compile"], "leave it out of gradual-lora"),
     (["--strategy", "gradual-lora", "--ramp", "3", "--train-steps", "3"], "--ramp 3: it has to end before"),
-    (["--strategy", "gradual-lora", "--ramp", "1", "--train-steps", "3", "--tune", "full"], "no LoRA in this run")])
+    (["--strategy", "gradual-lora", "--ramp", "1", "--train-steps", "3", "--tune", "full"], "is no LoRA")])
 def test_a_strategy_that_cannot_be_is_refused(flags, message, tiny_base):
-    small = ["--base", "test", "--ae", "tiny-dc-ae-f32c32", "--pictures", "8", "--batch", "4", "--device", "cpu"]
     with pytest.raises(ValueError, match=message):
-        strategies.main([*flags, *small])
+        strategies.main([*flags, *SMALL])
 
 
 def test_layer_rates_train_a_run_end_to_end(tiny_base):
     """AdamW's first step is as large as the learning rate."""
-    small = ["--base", "test", "--ae", "tiny-dc-ae-f32c32", "--pictures", "8", "--batch", "4", "--device", "cpu",
-             "--train-steps", "1", "--warmup", "0", "--schedule", "constant", "--ema", "0", "--dtype", "fp32",
-             "--weight-decay", "0", "--tune", "full", "--clip", "-1"]
+    one_step = "--train-steps 1 --warmup 0 --schedule constant --ema 0 --weight-decay 0 --clip -1 --tune full"
     weights = {}
     for ratio in ("1", "3"):
-        strategies.main(["--strategy", "layer-rates", "--ratio", ratio, "--out", f"runs/{ratio}", *small])
+        flags = ["--strategy", "layer-rates", "--ratio", ratio, "--out", f"runs/{ratio}"]
+        strategies.main([*flags, *SMALL, *one_step.split()])
         weights[ratio] = read_tensors(f"runs/{ratio}/model.safetensors")
     torch.manual_seed(0)
     start = finetune.start_from_base("test", None, "tiny-dc-ae-f32c32", None, 0).model.state_dict()
