@@ -1,34 +1,33 @@
-"""How fast? Time, memory and arithmetic of the paper's models, beside what the hardware allows and what the paper reports.
+"""How fast? Time, memory and arithmetic of the paper's models, beside the hardware's limits and the paper's.
 
-    python bench.py --res 4096                    FLUX.1-Krea and DC-Gen-FLUX, 20 steps, batch 1: the paper's headline
-    python bench.py --res all                     1K, 2K and 4K: Table 5 and Fig. 8
-    python bench.py --model sana-1.6b --batches 1 8 32      Table 2: images a minute at the best batch;  --model dit-xl: Table 1
-    python bench.py --model flux-krea --train     time and memory of a post-training step of each stage
-    python bench.py --res 1024 --against diffusers          the same work by the diffusers library, interleaved
-    python bench.py --tables                      rates of matrix products, attention and decoder stages: what the floors rest on
-    python bench.py --res all --no-latency        only the floors
+    python bench.py --res 4096                      FLUX.1-Krea and DC-Gen-FLUX, 20 steps, batch 1: headline
+    python bench.py --res all                       1K, 2K and 4K: Table 5 and Fig. 8
+    python bench.py --model sana-1.6b               Table 2: images a minute by batch; --model dit-xl: Table 1
+    python bench.py --model flux-krea --train       time and memory of an optimizer step of each stage
+    python bench.py --res 1024 --against diffusers  the same work by the diffusers library, in turns with ours
+    python bench.py --res all --no-latency          only what is counted: floors of time and memory
 
-Speed is made in four places, each a switch here with a row of its own, each on top of the ones before:
+What is fast comes from fast.py and quant.py, through sample.Pipeline. Each part is a switch with a row of its
+own, on top of those before it:
 
-    eager      plain PyTorch, FlashAttention-2, floats to the host: what the paper's row of the base looks like
-    attention  cuDNN's attention first (sample.attention_priority); before compile, which freezes the choice
-    compile    block by block (model.compile_layers)
-    hoist      modulations of all steps at once, text and position tables once an image (sample.Steps)
-    decoder    the autoencoder's layers compiled, channels last (fast.compile_decoder); strips are always on
-    uint8      bytes, not floats, to the host (sample.pixels_on_host)
-    graph      one step captured and replayed (sample.Steps, graph=True)
-    fp8        linear maps of the blocks in FP8 (quant.fp8_linears)
+    eager      plain PyTorch, FlashAttention-2, floats to the host: by its times, what the paper's base is
+    attention  cuDNN's attention first; before compile, which freezes the choice
+    compile    the transformer, block by block
+    hoist      modulations of all steps at once, text once an image
+    decoder    the autoencoder's layers compiled, channels last
+    uint8      bytes, not floats, to the host
+    graph      one step captured as a CUDA graph and replayed
+    fp8        linear maps of the blocks in FP8
 
-Protocol. Weights are random, of a size at which every block's output stays near 1: the time does not depend on their values
-as long as they are neither zeros nor infinities, and both are checked in what comes out. What compiles, tunes or captures
-does so in a first call that is reported apart; then --warm seconds of real work, for a GPU at its power limit slows down; then
---repeats rounds in which all rows of a model take turns, with fresh noise each. Stages are timed by events on the device's
-stream, and the host's clock around the whole has to agree. Where a step alone takes a second, three steps are timed and one
-full image confirms them. The text is encoded once and timed apart. A row that fails (memory, a compiler) leaves the others
-alive; --out is written after every row, and --minutes cuts rounds short rather than lose all to a time limit.
+Protocol. Weights are random, of a size at which every block's output stays near 1: time does not depend on
+values as long as they are neither zero nor infinite, and outputs are checked for both. The first call of a
+row compiles, tunes and captures; it is reported apart. Then come --warm seconds of work, since a GPU slows
+at its power limit, and --repeats rounds in which all rows of a model take turns, with fresh noise each.
+Where a step takes a second, single steps are timed and one full image confirms them. Every row's latent
+after three steps is compared with eager's from the same noise. A row that fails leaves the others alive;
+--out is written after every row.
 
-Without a GPU the small twins run on the CPU: the same code, not the same figures. The floors of the full models are counted
-all the same.
+Without a GPU the small presets of the same classes run on the CPU: the same code, not the same figures.
 """
 
 import argparse
@@ -38,259 +37,269 @@ import importlib.util
 import json
 import math
 import os
-import platform
 import re
 import statistics
-import subprocess
 import sys
-import threading
 import time
 import traceback
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
+from itertools import product
 from pathlib import Path
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
-from model import (BASES, DiTConfig, FAMILIES, FluxConfig, SanaConfig, Text, to_deep_model, to_deep_latent)
+from model import (
+    BASES, FAMILIES, DiTConfig, FluxConfig, SanaConfig, Sampling, Text, ddpm_times, rotary_table, sincos_2d,
+    to_deep_latent, to_deep_model)
 from lora import add_lora
-from autoencoder import KLConfig, ae_class, ae_config
-from checkpoints import (DCAE_DIFFUSERS, KL_DIFFUSERS, TABLES, atomic, diffusers_ae_config, diffusers_config, unmap_keys)
-from fast import (compile_decoder, Cost, FusedAttention, compile_layers, attention_priority, fast_bf16, peak_gib, pixels_on_host)
-from quant import e4m3_rows, fp8_linears
-from sample import (Steps, example_text, guided_velocity, integrate, run, sample_t, time_grid)
-from train import pick, settle
-from align import LOSSES, embedding_loss, ends, pick_objective
-from finetune import trainable, training_memory
+from autoencoder import KLConfig, ae_config, build_autoencoder
+from checkpoints import (
+    DCAE_DIFFUSERS, KL_DIFFUSERS, TABLES, atomic, diffusers_ae_config, diffusers_config, unmap_keys,
+    write_json)
+from fast import (
+    LiveBytes, attention_priority, bf16_is_fast, compile_decoder, compile_layers, count_cost,
+    example_condition, peak_gib, pixels_on_host, synchronized_time, timed)
+from quant import fp8_linears
+from sample import Pipeline, Speed, device_here, integrate, latent_size, run_main, time_grid
+from train import autocast, count_parameters, named_parameters_with, prepare_for_training, trainable_prefixes
+from align import RECIPES, Objective, embedding_loss, flow_matching_loss, guided_flow_matching_loss
+from finetune import stage3_parameters
 
 
-# ---- what is timed -----------------------------------------------------------------------------------------------------------
+# ---- the paper: how it times, and what it reports ----------------------------------------------------
+
+# steps, and the scale of guidance in two passes (1 = one pass)
+PROTOCOLS = {"flux-krea": (20, 1.0), "sana-1.6b": (20, 4.5), "sana-4.8b": (20, 4.5), "dit-xl": (250, 1.5)}
+
 
 @dataclass(frozen=True)
-class Family:
-    """How a model is drawn with and which autoencoder its DC-Gen sibling has, by resolution."""
-    num_steps: int
-    cfg_scale: float                              # 1: one pass a step; else two, batched
-    deep: dict[int, str]
-    paper: tuple[int, ...]                        # resolutions of the paper's tables
-    twin: str                                     # the small preset of the same class
-    shrink: int                                   # what a resolution is divided by for it
-    schedule: dict[int, tuple]                    # of the paper's Table 7 by resolution (0: any): steps and batch of stages 1, 2, 3
+class Figures:
+    """The paper's on one H100, (base, DC-Gen): images a minute at the best batch, seconds at batch 1."""
+    per_minute: tuple[float | None, float | None] = (None, None)
+    seconds: tuple[float | None, float | None] = (None, None)
+    where: str | None = None
 
 
-_f32, _f64 = "dc-ae-f32c32-in-1.0", "dc-ae-f64c128-1.5"
-
-
-_flux, _sana = {512: _f32, 1024: _f32, 2048: _f64, 4096: _f64}, {512: _f64, 1024: _f64, 2048: _f64, 4096: _f64}
-
-
-MODELS = {
-    "flux-krea": Family(20, 1.0, _flux, (1024, 2048, 4096), "tiny-flux", 8, {0: ((20_000, 64), (5_000, 256), (10_000, 256))}),
-    "sana-1.6b": Family(20, 4.5, _sana, (1024,), "tiny-sana", 8, {0: ((20_000, 64), (5_000, 1024), (150_000, 1024))}),
-    "sana-4.8b": Family(20, 4.5, _sana, (1024,), "tiny-sana", 8, {0: ((20_000, 64), (5_000, 256), (50_000, 256))}),
-    "dit-xl": Family(250, 1.5, {256: _f32, 512: _f32}, (256, 512), "tiny", 2,
-                     {256: ((50_000, 64), (20_000, 1024), (500_000, 1024)), 512: ((50_000, 64), (20_000, 1024), (100_000, 1024))}),
-}
-
-# The paper's figures on one H100, (base, DC-Gen): seconds an image at batch 1, images a minute at its best batch.
 PAPER = {
-    ("flux-krea", 512): dict(throughput=(None, 118.96), where="Table 8"),
-    ("flux-krea", 1024): dict(latency=(4.65, 1.10), throughput=(16.82, 69.37), where="Table 5"),
-    ("flux-krea", 2048): dict(latency=(23.76, 1.41), throughput=(2.51, 66.20), where="Table 5"),
-    ("flux-krea", 4096): dict(latency=(213.81, 4.04), throughput=(0.28, 15.81), where="Table 5"),
-    ("sana-1.6b", 512): dict(throughput=(None, 1515.31), where="Table 8"),
-    ("sana-1.6b", 1024): dict(throughput=(110.70, 435.68), where="Table 2"),
-    ("sana-4.8b", 512): dict(throughput=(None, 511.72), where="Table 8"),
-    ("sana-4.8b", 1024): dict(throughput=(37.68, 146.23), where="Table 2"),
-    ("dit-xl", 256): dict(throughput=(2.44 * 60, 12.00 * 60), where="Table 1, there in images/s"),
-    ("dit-xl", 512): dict(throughput=(0.85 * 60, 4.03 * 60), where="Table 1, there in images/s"),
+    ("flux-krea", 512): Figures((None, 118.96), where="Table 8"),
+    ("flux-krea", 1024): Figures((16.82, 69.37), (4.65, 1.10), "Table 5"),
+    ("flux-krea", 2048): Figures((2.51, 66.20), (23.76, 1.41), "Table 5"),
+    ("flux-krea", 4096): Figures((0.28, 15.81), (213.81, 4.04), "Table 5"),
+    ("sana-1.6b", 512): Figures((None, 1515.31), where="Table 8"),
+    ("sana-1.6b", 1024): Figures((110.70, 435.68), where="Table 2"),
+    ("sana-4.8b", 512): Figures((None, 511.72), where="Table 8"),
+    ("sana-4.8b", 1024): Figures((37.68, 146.23), where="Table 2"),
+    ("dit-xl", 256): Figures((2.44 * 60, 12.00 * 60), where="Table 1, there in images/s"),
+    ("dit-xl", 512): Figures((0.85 * 60, 4.03 * 60), where="Table 1, there in images/s"),
 }
 
+WHY_TWO_RATIOS = """\
+Our base runs with the same switches as our DC-Gen. The paper's base looks like eager code, since at 1K it
+takes longer than the paper's DC-Gen at 4K, which does the same steps and more decoding. A better base makes
+the first ratio smaller; the second has the paper's base."""
 
-WHY_TWO_RATIOS = ("our base runs with the same switches as our DC-Gen; the paper's base looks like eager code, since at 1K it takes longer than the paper's\n"
-                  "DC-Gen at 4K, which does the same steps and more decoding. A better base makes the first ratio smaller; the second has the paper's base")
+# What an H100 sustains, FLOP/s (public measurements): bf16 products of any kind; FP8 products of linear maps
+# with one scale a row (FBGEMM PR 2546). A bf16 result above the first is an error of the benchmark.
+H100_BF16 = 800e12
+H100_FP8 = 1100e12
+
+
+def table_sizes(name: str) -> list[int]:
+    """Resolutions at which the paper compares this base with its DC-Gen."""
+    return [res for (model, res), figures in PAPER.items() if model == name and figures.per_minute[0]]
+
+
+# ---- workloads: a base and its DC-Gen sibling, by the recipe -----------------------------------------
+
+TWINS = {DiTConfig: "tiny", FluxConfig: "tiny-flux", SanaConfig: "tiny-sana"}       # what runs without a GPU
 
 
 @dataclass(frozen=True)
-class Work:
-    """One model at one resolution."""
+class Workload:
+    """A model at one resolution, with the paper's figures."""
     name: str
     cfg: DiTConfig | FluxConfig | SanaConfig
     res: int
     num_steps: int
     cfg_scale: float
-    latency: float | None = None                  # the paper's, seconds
-    throughput: float | None = None               # the paper's, images/min
-    where: str | None = None
+    paper_s: float | None = None
+    paper_per_min: float | None = None
+    paper_where: str | None = None
 
     @property
     def grid(self) -> tuple[int, int]:
-        return (self.res // ae_config(self.cfg.ae).f,) * 2
+        return latent_size(self.cfg, ae_config(self.cfg.ae), (self.res, self.res))
 
     @property
-    def rows(self) -> int:                        # of the condition, for an image
+    def passes(self) -> int:
+        """Forward passes a step."""
         return 1 if self.cfg_scale == 1.0 else 2
 
-    def condition(self, batch: int, device, dtype=torch.float32):
-        """A condition of random numbers; on meta one of shapes only."""
-        if isinstance(self.cfg, DiTConfig):
-            return torch.arange(batch, device=device) % self.cfg.num_classes
-        with torch.device(device):
-            text = example_text(self.cfg, batch, self.cfg.text_tokens)
-        random = lambda v: v if v.dtype == torch.bool else v + 3.5 if v.ndim == 1 else torch.randn_like(v)       # mask, guidance, tokens and pooled
-        return text.map(random).to(dtype=dtype)
+
+def workloads(name: str, res: int, twin: bool = False) -> tuple[Workload, Workload]:
+    """The base and its DC-Gen sibling at one resolution. twin: small presets of the same classes, at their
+    own resolution where the base is at its own, without the paper's figures. ValueError for a size that
+    does not fit the latents."""
+    figures = PAPER.get((name, res), Figures())
+    protocol = PROTOCOLS[name]
+    # DiT-XL/2 was published once for each size
+    base = BASES.get(f"{name}-{res}", BASES[name])
+    recipe = RECIPES[base.recipe]
+    # up to 1K the recipe's first autoencoder; beyond, where it goes on to a deeper one, that
+    ae = recipe.then if recipe.then and res > 1024 else recipe.ae
+    if twin:
+        name = TWINS[type(base)]
+        res = res * BASES[name].res // base.res
+        base = BASES[name]
+        ae = RECIPES[base.recipe].ae
+        figures = Figures()
+
+    pair = []
+    for i, cfg in enumerate((base, to_deep_latent(base, ae_config(ae)))):
+        paper = (figures.seconds[i], figures.per_minute[i], figures.where)
+        pair.append(Workload(("", "dc-gen-")[i] + name, cfg, res, *protocol, *paper))
+        assert pair[i].grid                                          # raises for a size that does not fit
+    return tuple(pair)
 
 
-def workloads(name: str, res: int, twin: bool = False) -> tuple[Work, Work]:
-    """The base and its DC-Gen sibling: the paper's, or their small twins without the paper's figures."""
-    family, paper = MODELS[name], PAPER.get((name, res), {})
-    if res not in family.deep:
-        raise ValueError(f"--res {res}: {name} is timed at {', '.join(map(str, family.deep))}")
-    cfg, ae, size = (BASES[family.twin], "tiny-dc-ae-f32c32", res // family.shrink) if twin else (BASES[name], family.deep[res], res)
-    figures = lambda i: {} if twin else {k: paper[k][i] for k in ("latency", "throughput") if k in paper} | {"where": paper.get("where")}
-    both = (replace(cfg, res=size), replace(to_deep_latent(cfg, ae_config(ae)), res=size))
-    return tuple(Work(prefix + (family.twin if twin else name), c, size, family.num_steps, family.cfg_scale, **figures(i))
-                 for i, (prefix, c) in enumerate(zip(("", "dc-gen-"), both)))
+# ---- theory: counted, not measured -------------------------------------------------------------------
 
-
-# ---- floors: counted, not measured ---------------------------------------------------------------------------------------------
-
-# What an H100 really gives (measured by public source_keys, see --tables for yours): bf16 products of any kind, FP8 products of
-# linear maps with one scale a row (FBGEMM PR 2546), FLOP/s. A bf16 result above the first is an error of the benchmark.
-H100_BF16, H100_FP8 = 800e12, 1100e12
-
-
-def count(f, *args) -> dict:
-    """Floating-point operations of f on the meta device (a multiplication with its addition is two): of linear maps, of
-    softmax attention, and of the rest, which are convolutions and linear attention; peak bytes of f's own float32 tensors."""
-    with torch.no_grad(), FlopCounterMode(display=False) as counter, FusedAttention() as attention, Cost() as memory:
-        f(*args)
-    linear = sum(n for op, n in counter.get_flop_counts()["Global"].items() if str(op) in ("aten.mm", "aten.addmm"))
-    return dict(linear=linear, attention=attention.flops, rest=counter.get_total_flops() - linear, bytes=memory.peak)
-
-
-def text_flops(cfg) -> float:
-    """Of the encoders of one prompt: 2 a weight and token, and attention. (T5-XXL and CLIP-L; Gemma-2-2B)"""
-    def of(layers, tokens, width, heads, kv, mlp, gates):             # heads, kv: all heads' widths together
-        return layers * tokens * (2 * (2 * width * heads + 2 * width * kv + gates * width * mlp) + 4 * tokens * heads)
-    if isinstance(cfg, FluxConfig):
-        return of(24, cfg.text_tokens, 4096, 4096, 4096, 10240, 3) + of(12, 77, 768, 768, 768, 3072, 2)
-    return of(26, cfg.text_tokens, 2304, 2048, 1024, 9216, 3) if isinstance(cfg, SanaConfig) else 0.0
-
-
-@lru_cache(maxsize=None)                                             # seconds of counting, and asked for twice
-def floor(work: Work) -> dict:
-    """Arithmetic and memory of one image, from the configurations alone, and the time an H100 could not go below."""
-    cfg, ae_cfg = work.cfg, ae_config(work.cfg.ae)
+@lru_cache(maxsize=None)                                             # counting takes seconds
+def theory(work: Workload) -> dict:
+    """Arithmetic and memory of one image, from the configuration alone, and the least time on an H100."""
+    cfg = work.cfg
+    # on meta a model of 12B takes no memory and its forward pass no time
     with torch.device("meta"):
-        model, ae = FAMILIES[type(cfg)](cfg).requires_grad_(False), ae_class(ae_cfg)(ae_cfg).requires_grad_(False).eval()
-        z, t = torch.empty(work.rows, cfg.in_channels, *work.grid), torch.empty(work.rows)
-        step = count(model, z, t, work.condition(work.rows, "meta"))
-        strips = count(ae.decode_raw, z[:1])                          # as it runs
-        ae.tile, ae.max_elements = 10**9, math.inf
-        decode = count(ae.decode_raw, z[:1])                          # the arithmetic of the whole, without strips' or tiles' overlap
-    parameters, total = (lambda m: sum(p.numel() for p in m.parameters())), lambda c: c["linear"] + c["attention"] + c["rest"]
-    weights, text = parameters(model), text_flops(cfg)
-    rest = work.num_steps * (step["attention"] + step["rest"]) + total(decode) + text
-    linear = work.num_steps * step["linear"]
-    return dict(work=work.name, res=work.res, ae=cfg.ae, tokens=z.shape[-1] * z.shape[-2] // cfg.patch_size**2, num_steps=work.num_steps,
-                passes=work.rows, parameters=weights, linear=step["linear"], attention=step["attention"], step=total(step),
-                denoise=total(step) * work.num_steps, decode=total(decode), text=text,
-                floor_bf16=(linear + rest) / H100_BF16, floor_fp8=linear / H100_FP8 + rest / H100_BF16,
-                # bf16: weights of model and decoder, and the larger of what a step and a decode have alive at once (eager)
-                memory_gib=(2 * (weights + parameters(ae.decoder)) + max(step["bytes"], strips["bytes"]) / 2) / 2**30,
-                paper_s=work.latency, paper_per_min=work.throughput, paper_where=work.where)
+        model = FAMILIES[type(cfg)](cfg).requires_grad_(False)
+        ae = build_autoencoder(ae_config(cfg.ae)).requires_grad_(False).eval()
+        z = torch.empty(work.passes, cfg.in_channels, *work.grid)
+        step = count_cost(model, z, torch.empty(work.passes), example_condition(cfg, work.passes))
+        in_parts = count_cost(ae.decode_raw, z[:1])
+        # the arithmetic of the picture itself, without the overlap of strips or tiles
+        ae.tile = 10**9
+        ae.max_elements = math.inf
+        decode = count_cost(ae.decode_raw, z[:1])
+
+    # FP8 speeds up linear maps only
+    linear = work.num_steps * step.linear
+    rest = work.num_steps * (step.attention + step.rest) + decode.flops
+    # bf16: weights of model and decoder, and the larger of what a step and a decode have alive at once
+    weights = count_parameters(model) + count_parameters(ae.decoder)
+    memory = 2 * weights + max(step.peak_bytes, in_parts.peak_bytes) / 2
+    return dict(
+        work=work.name, res=work.res, tokens=math.prod(work.grid) // cfg.patch_size**2, passes=work.passes,
+        linear_tf=step.linear / 1e12, attention_tf=step.attention / 1e12, step_tf=step.flops / 1e12,
+        decode_tf=decode.flops / 1e12, image_tf=(linear + rest) / 1e12,
+        floor_bf16_s=(linear + rest) / H100_BF16, floor_fp8_s=linear / H100_FP8 + rest / H100_BF16,
+        memory_gib=memory / 2**30,
+        paper_s=work.paper_s, paper_per_min=work.paper_per_min, paper_where=work.paper_where)
 
 
-def show(rows: list[dict], **columns):
-    """Print rows as a table. columns: heading -> (key or function of a row, format[, factor]); what is None or missing is a dash."""
-    def cell(row, what, form="", factor=None):
-        value = what(row) if callable(what) else row.get(what)
-        return "-" if value is None else format(value if factor is None else value * factor, form)
-    cells = [[heading.replace("_", " ") for heading in columns]] + [[cell(row, *column) for column in columns.values()] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    for line in cells:
-        print("  ".join(text.ljust(w) if i == 0 else text.rjust(w) for i, (text, w) in enumerate(zip(line, widths))))
-
-
-def print_floors(rows: list[dict]):
-    print("\nfloors of the full models, counted: linear maps at 800 TFLOP/s in bf16 or 1100 in FP8, all else at 800; text included; GiB in bf16, eager")
-    all_of = lambda r: r["denoise"] + r["decode"] + r["text"]
-    show(rows, model=("work",), res=("res",), tokens=("tokens", ","), linear_TF=("linear", ".3f", 1e-12), attention_TF=("attention", ".3f", 1e-12),
-         step_TF=("step", ".3f", 1e-12), decode_TF=("decode", ".2f", 1e-12), image_TF=(all_of, ",.1f", 1e-12), bf16_floor_s=("floor_bf16", ".3f"),
-         FP8_floor_s=("floor_fp8", ".3f"), GiB=("memory_gib", ".1f"), paper_s=("paper_s", ".2f"),
-         **{"paper_img/min": ("paper_per_min", ".2f")}, where=("paper_where",))
-
-
-# ---- models with random weights ------------------------------------------------------------------------------------------------
+# ---- models with random weights ----------------------------------------------------------------------
 
 @torch.no_grad()
 def init_random_(module: nn.Module, device, dtype: torch.dtype, seed: int = 0) -> nn.Module:
-    """A module built on meta, with random weights: matrices of variance 1 / fan-in, norms 1, biases 0.1. No gate is zero."""
+    """A module built on meta, with random weights: matrices of variance 1 / fan-in, norms 1, biases 0.1. No
+    gate is zero, so that no block is skipped."""
     module = module.to(dtype).to_empty(device=device).requires_grad_(False).eval()
     g = torch.Generator(device).manual_seed(seed)
-    for k, v in module.state_dict().items():
-        if v.ndim > 1:
-            v.normal_(generator=g).mul_((v[0].numel()) ** -0.5)
-        elif v.is_floating_point() and k.endswith(("weight", "scale", "running_var")):
-            v.fill_(1.0)
-        elif v.is_floating_point() and k.endswith("bias"):
-            v.normal_(generator=g).mul_(0.1)
+    for key, value in module.state_dict().items():
+        if value.ndim > 1:
+            value.normal_(generator=g).mul_(value[0].numel() ** -0.5)
+        elif value.is_floating_point() and key.endswith(("weight", "scale", "running_var")):
+            value.fill_(1.0)
+        elif value.is_floating_point() and key.endswith("bias"):
+            value.normal_(generator=g).mul_(0.1)
         else:
-            v.zero_()
+            value.zero_()
     return module
 
 
-def shared(module: nn.Module) -> nn.Module:
-    """A copy of the modules over the very same tensors: to be compiled or quantised without touching the original."""
+def random_condition(cfg, batch: int, device, dtype: torch.dtype = torch.float32, seed: int = 0):
+    """Classes 0, 1, ... or a Text of random numbers at guidance 3.5, the same for the same seed."""
+    g = torch.Generator(device).manual_seed(seed)
+
+    def fill(part: Tensor) -> Tensor:
+        if part.dtype == torch.bool:                                 # mask
+            return part
+        if part.ndim == 1:                                           # guidance
+            return torch.full_like(part, 3.5)
+        return torch.randn(part.shape, generator=g, device=device)
+
+    cond = example_condition(cfg, batch).to(device)
+    if isinstance(cond, Tensor):
+        return torch.arange(batch, device=device) % cfg.num_classes
+    return cond.map(fill).to(device, dtype)
+
+
+def build_pair(
+        pair: tuple[Workload, Workload], device, dtype, seed: int = 0) -> list[tuple[nn.Module, nn.Module]]:
+    """(model, autoencoder) of the base and of DC-Gen; their transformers share a trunk."""
+    with torch.device("meta"):
+        base = FAMILIES[type(pair[0].cfg)](pair[0].cfg)
+        autoencoders = [build_autoencoder(ae_config(work.cfg.ae)) for work in pair]
+    base = init_random_(base, device, dtype, seed)
+    # new embedder and head, the base's own blocks
+    deep = to_deep_model(base, pair[1].cfg).to(dtype).eval()
+    if base.cfg.text_encoder:
+        base.null = deep.null = random_condition(base.cfg, 1, device, dtype, seed + 1)
+    autoencoders = [init_random_(ae, device, dtype, seed + 1) for ae in autoencoders]
+    return list(zip((base, deep), autoencoders))
+
+
+def shared_copy(module: nn.Module) -> nn.Module:
+    """A copy of the modules over the same tensors: compiling or quantising it leaves the original alone."""
     return copy.deepcopy(module, {id(t): t for t in (*module.parameters(), *module.buffers())})
 
 
-def build_pair(pair: tuple[Work, Work], device, dtype, seed: int = 0) -> list[tuple[nn.Module, nn.Module]]:
-    """(model, autoencoder) of the base and of DC-Gen; their transformers share a trunk."""
-    base_cfg, out = pair[0].cfg, []
-    with torch.device("meta"):
-        base = FAMILIES[type(base_cfg)](base_cfg)
-    base = init_random_(base, device, dtype, seed)
-    for work, model in zip(pair, (base, to_deep_model(base, pair[1].cfg).to(dtype))):
-        with torch.device("meta"):
-            ae_cfg = ae_config(work.cfg.ae)
-            ae = ae_class(ae_cfg)(ae_cfg)
-        if not isinstance(work.cfg, DiTConfig):                       # what guidance extrapolates from
-            model.null = work.condition(1, device, dtype)
-        out.append((model.eval(), init_random_(ae, device, dtype, seed + 1).to(memory_format=torch.channels_last)))
-    return out
-
-
-# ---- the ways to draw ------------------------------------------------------------------------------------------------------------
+# ---- variants: the ways to draw ----------------------------------------------------------------------
 
 SWITCHES = ("eager", "attention", "compile", "hoist", "decoder", "uint8", "graph", "fp8")
 
 
-def up_to(switch: str) -> tuple[str, ...]:
-    return SWITCHES[: SWITCHES.index(switch) + 1]
+def switches_on(device) -> tuple[str, ...]:
+    """The switches that this device has."""
+    return SWITCHES if torch.device(device).type == "cuda" else tuple(s for s in SWITCHES if s != "graph")
+
+
+def switches_up_to(row: str, device) -> tuple[str, ...]:
+    """The switches that are on in a row: its own and all before it."""
+    on = switches_on(device)
+    return on[: on.index(row) + 1]
 
 
 def flash_attention():
-    return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH], set_priority=True)
+    """A context in which softmax attention is what it would be without cuDNN's."""
+    order = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    return sdpa_kernel(order, set_priority=True)
 
 
-class Drawer:
-    """One way to draw: noise -> latent -> picture -> bytes on the host, each by itself so that it can be timed."""
+class Variant(Pipeline):
+    """One way to draw: noise -> latent -> picture -> bytes on the host, each part by itself so that it can
+    be timed. compiler: options of torch.compile. quantised: FP8 layers by weight, shared between variants
+    (quant.fp8_linears)."""
 
-    def __init__(self, work: Work, model, ae, switches: tuple[str, ...], batch: int = 1, compiler: dict | None = None, num_steps: int | None = None,
-                 quantised: dict | None = None):
-        self.work, self.switches, self.batch = work, switches, batch
-        self.model, self.ae, weight = shared(model), shared(ae), model.embed_linear.weight
-        self.dtype, self.device, self.steps = weight.dtype, weight.device, None
-        # a network that predicts noise has its output divided by t: from t = 0 on, random weights would blow up. All times cost the same
-        self.times = time_grid(num_steps or work.num_steps, start=0.5 if getattr(work.cfg, "predict", "velocity") == "epsilon" else 0.0)
-        self.cond = work.condition(batch, self.device, self.dtype)
+    def __init__(self, work: Workload, model, ae, switches: tuple[str, ...], batch: int = 1,
+                 compiler: dict | None = None, num_steps: int | None = None, quantised: dict | None = None):
+        sampling = Sampling(num_steps or work.num_steps, work.cfg_scale, batch=batch)
+        speed = Speed(hoist="hoist" in switches, graph="graph" in switches)
+        dtype = model.embed_linear.weight.dtype
+        super().__init__(
+            shared_copy(model), shared_copy(ae), sampling, (work.res, work.res), dtype=dtype, speed=speed)
+        self.work = work
+        self.switches = switches
+        self.num_steps = sampling.num_steps
+        self.cond = random_condition(work.cfg, batch, self.device, dtype)
+        # a network that predicts noise has its output divided by t: near t = 0 random weights would blow up.
+        # Every time costs the same
+        if work.cfg.predict == "epsilon":
+            self.times = time_grid(self.num_steps, start=0.5)
         if "fp8" in switches:
             fp8_linears(self.model, made=quantised)
         if "compile" in switches:
@@ -298,783 +307,782 @@ class Drawer:
         if "decoder" in switches:
             compile_decoder(self.ae, **(compiler or {}))
 
-    def noise(self, generator) -> Tensor:
-        return torch.randn(self.batch, self.work.cfg.in_channels, *self.work.grid, generator=generator, device=self.device)
+    def noise(self) -> Tensor:
+        return torch.randn(self.sampling.batch, *self.shape, device=self.device)
 
     @torch.no_grad()
     def denoise(self, x0: Tensor, steps: int | None = None) -> Tensor:
+        """Noise -> latent after so many of the steps (None: all), what is hoisted once an image included."""
+        times = self.times if steps is None else self.times[: steps + 1]
         with attention_priority() if "attention" in self.switches else flash_attention():
-            if "hoist" in self.switches:
-                if self.steps is None:
-                    self.steps = Steps(self.model, self.cond, x0.shape, self.times, self.work.cfg_scale, graph="graph" in self.switches)
-                else:
-                    self.steps.read(self.cond)                        # once an image: it is a part of the image's time
-                return self.steps(x0, steps)
-            call = lambda x, t, y: self.model(x.to(self.dtype), t, y)
-            times = self.times if steps is None else self.times[: steps + 1]
-            return integrate(lambda x, t: guided_velocity(self.model, x, t, self.cond, self.work.cfg_scale, call=call), x0, times)
+            return integrate(self.evaluation(self.cond), x0, times)
 
     @torch.no_grad()
     def decode(self, z: Tensor) -> Tensor:
-        return torch.cat([self.ae.decode(part.to(self.dtype, memory_format=torch.channels_last)) for part in z.split(1)])
+        return super().decode(z)
 
     def to_host(self, x: Tensor) -> Tensor:
         return pixels_on_host(x if "uint8" in self.switches else x.float().cpu())
 
 
-class DiffusersDrawer(Drawer):
-    """The same work by the diffusers library's own classes over the same weights; compiler: its blocks and decoder compiled."""
+class DiffusersVariant(Variant):
+    """The same work by the diffusers library's own classes over the same weights; with compiler, its blocks
+    and its decoder are compiled. Clocks, signs and guidance stay ours."""
 
-    def __init__(self, work: Work, model, ae, batch: int = 1, compiler: dict | None = None, num_steps: int | None = None):
-        import diffusers
-        super().__init__(work, model, ae, ("attention",), batch, None, num_steps)
-
-        def theirs(config: dict, state: dict, table):
-            kind, config = getattr(diffusers, config["_class_name"]), {k: v for k, v in config.items() if k != "_class_name"}
-            with torch.device("meta"):
-                module = kind(**config)
-            module.load_state_dict(unmap_keys(state, table), assign=True)
-            return module.requires_grad_(False).eval()
-
-        ae_cfg = ae.cfg
-        self.net = theirs(diffusers_config(work.cfg), model.state_dict(), TABLES[type(model)]["diffusers"])
-        self.vae = theirs(diffusers_ae_config(ae_cfg), ae.state_dict(), KL_DIFFUSERS if isinstance(ae_cfg, KLConfig) else DCAE_DIFFUSERS)
+    def __init__(self, work: Workload, model, ae, compiler: dict | None = None, num_steps: int | None = None):
+        super().__init__(work, model, ae, ("attention",), num_steps=num_steps)
+        table = KL_DIFFUSERS if isinstance(ae.cfg, KLConfig) else DCAE_DIFFUSERS
+        self.net = self.build(diffusers_config(work.cfg), model, TABLES[type(model)]["diffusers"])
+        self.vae = self.build(diffusers_ae_config(ae.cfg), ae, table)
         if work.res > 2048:
             self.vae.enable_tiling()
         if compiler is not None:
-            for part in (*self.net.transformer_blocks, *getattr(self.net, "single_transformer_blocks", ()), self.vae.decoder):
+            blocks = [*self.net.transformer_blocks, *getattr(self.net, "single_transformer_blocks", ())]
+            for part in (*blocks, self.vae.decoder):
                 part.compile(dynamic=False, **compiler)
-        self.model.forward_native = self.forward_native                             # clocks, signs and guidance stay ours
+        self.model.forward_native = self.forward_native
 
-    def forward_native(self, x: Tensor, clock: Tensor, cond: Text) -> Tensor:
+    @staticmethod
+    def build(config: dict, ours: nn.Module, table) -> nn.Module:
+        import diffusers
+        family = getattr(diffusers, config.pop("_class_name"))
+        with torch.device("meta"):
+            theirs = family(**config)
+        theirs.load_state_dict(unmap_keys(ours.state_dict(), table), assign=True)
+        return theirs.requires_grad_(False).eval()
+
+    def forward_native(self, x: Tensor, step: Tensor, cond: Text) -> Tensor:
+        x = x.to(self.dtype)
         if isinstance(self.work.cfg, SanaConfig):
-            return self.net(x, cond.tokens, clock, encoder_attention_mask=cond.mask.to(x.dtype), return_dict=False)[0]
-        H, W = (n // self.work.cfg.patch_size for n in x.shape[-2:])
-        rows, cols = torch.meshgrid(torch.arange(H, device=x.device), torch.arange(W, device=x.device), indexing="ij")
-        ids = torch.stack([torch.zeros_like(rows), rows, cols], dim=-1).view(-1, 3)
-        out = self.net(self.model.patchify(x), cond.tokens, cond.pooled, clock.to(x.dtype), ids, torch.zeros(cond.tokens.shape[1], 3, device=x.device),
-                       cond.guidance, return_dict=False)[0]
+            mask = cond.mask.to(x.dtype)
+            return self.net(x, cond.tokens, step, encoder_attention_mask=mask, return_dict=False)[0]
+        # FLUX's pipeline packs the latent and numbers rows and columns
+        sides = [torch.arange(side // self.work.cfg.patch_size, device=x.device) for side in x.shape[-2:]]
+        image_ids = torch.cartesian_prod(torch.zeros_like(sides[0][:1]), *sides)
+        text_ids = torch.zeros(cond.tokens.shape[1], 3, device=x.device)
+        out = self.net(
+            self.model.patchify(x), cond.tokens, cond.pooled, step.to(x.dtype), image_ids, text_ids,
+            cond.guidance, return_dict=False)[0]
         return self.model.unpatchify(out, x.shape[-2:])
 
     @torch.no_grad()
     def decode(self, z: Tensor) -> Tensor:
-        return self.vae.decode(z.to(self.dtype) / self.ae.cfg.scale + self.ae.cfg.shift, return_dict=False)[0]
+        raw = z.to(self.dtype) / self.ae.cfg.scale + self.ae.cfg.shift
+        return self.vae.decode(raw, return_dict=False)[0]
 
 
-# ---- the clock -----------------------------------------------------------------------------------------------------------------
+# ---- timing ------------------------------------------------------------------------------------------
 
-def now(device) -> float:
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
-class Stages:
-    """Times between marks: events on the device's stream, so that nothing waits for the host; on a CPU its clock."""
-
-    def __init__(self, device):
-        self.cuda, self.marks = torch.device(device).type == "cuda", []
-        self.start = now(device)
-        self.mark("")
-
-    def mark(self, name: str):
-        if self.cuda:
-            event = torch.cuda.Event(enable_timing=True)
-            event.record()
-            self.marks.append((name, event))
-        else:
-            self.marks.append((name, time.perf_counter()))
-
-    def read(self, device) -> dict[str, float]:
-        """Seconds of every stage, "sum" of them, and "wall" by the host's clock."""
-        wall = now(device) - self.start
-        apart = (lambda a, b: a.elapsed_time(b) / 1e3) if self.cuda else lambda a, b: b - a
-        out = {name: apart(a, b) for (_, a), (name, b) in zip(self.marks, self.marks[1:])}
-        return out | {"sum": sum(out.values()), "wall": wall}
-
-
-def sane(what: str, x: Tensor):
-    """Infinities, zeros and constants run faster than pictures do: RuntimeError rather than a flattering figure."""
+def check_magnitude(what: str, x: Tensor):
+    """RuntimeError for infinities, zeros and the like, which run faster than pictures do."""
     rms = float(x.float().square().mean().sqrt())
-    if not (math.isfinite(rms) and 0.1 <= rms <= 10):
-        raise RuntimeError(f"{what} has a root mean square of {rms:.3g}; 0.1 .. 10 was expected, so this timing would not be one of the real work")
+    if not 0.1 <= rms <= 10:                                         # true for nan as well
+        raise RuntimeError(
+            f"{what} has a root mean square of {rms:.3g}; 0.1 .. 10 was expected, "
+            "so this timing would not be one of the real work")
 
 
-def draw(drawer: Drawer, generator) -> dict[str, float]:
-    """One image (or batch) -> seconds of denoise, decode, uint8, their sum, and the host's wall clock."""
-    x0 = drawer.noise(generator)
-    stages = Stages(drawer.device)
-    z = drawer.denoise(x0)
-    stages.mark("denoise")
-    x = drawer.decode(z)
-    stages.mark("decode")
-    drawer.to_host(x)
-    stages.mark("uint8")
-    took = stages.read(drawer.device)
-    sane(f"{drawer.work.name}'s latent", z), sane(f"{drawer.work.name}'s picture", x)
-    return took
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    """Median, 10th and 90th percentile."""
-    q = sorted(values)
-    at = lambda p: q[min(len(q) - 1, round(p * (len(q) - 1)))]
-    return dict(median=statistics.median(q), p10=at(0.1), p90=at(0.9))
-
-
-def bytes_of(*modules: nn.Module) -> int:
-    """Of all their tensors, each storage once."""
-    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for m in modules for t in (*m.parameters(), *m.buffers())}.values())
+def draw(variant: Variant, steps: int | None = None) -> dict[str, float]:
+    """Seconds of one image (or batch): denoise, decode, to_host; image, their sum. steps: run only so many
+    of the steps, which all do the same work, and scale their time."""
+    x0 = variant.noise()
+    seconds = {}
+    # nothing of what went before may be counted here
+    synchronized_time(variant.device)
+    with timed(seconds, "denoise", variant.device):
+        z = variant.denoise(x0, steps)
+    with timed(seconds, "decode", variant.device):
+        x = variant.decode(z)
+    with timed(seconds, "to_host", variant.device):
+        variant.to_host(x)
+    if steps:
+        seconds["denoise"] *= variant.num_steps / steps
+    check_magnitude(f"{variant.work.name}'s latent", z)
+    check_magnitude(f"{variant.work.name}'s picture", x)
+    return seconds | dict(image=sum(seconds.values()))
 
 
 def attempt(f, *args):
-    """f(*args), or in a few words why it failed: one row too many for the memory, or for a compiler, is no reason to lose the others."""
+    """(f(*args), None), or (None, why it failed, in a line): out of memory, a compiler's refusal, a failed
+    check. What Inductor and Triton raise is not always a RuntimeError."""
     try:
-        return f(*args)
-    except RuntimeError as error:                                     # out of memory; a kernel's or a compiler's refusal; insane data
+        return f(*args), None
+    except Exception as error:
         traceback.print_exc()
-        return f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        return None, f"{type(error).__name__}: {error}".splitlines()[0][:200]
 
 
 def free():
-    """Give back what no row needs any more: compiled modules lie in reference cycles, and a graph keeps its memory."""
+    """Release what no row needs any more."""
+    # compiled modules lie in reference cycles, and a captured graph keeps its memory
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
-class Peak:
-    """Most GiB that one way to draw has alive while a block runs: its weights, and all that comes on top; None on a CPU."""
+@contextmanager
+def peak_memory(variant: Variant, row: dict):
+    """Put row["peak_gib"]: the most GiB alive inside the context, this variant's weights included and what
+    other variants hold left out. None on a CPU."""
+    row["peak_gib"] = None
+    if variant.device.type != "cuda":
+        yield
+        return
+    torch.cuda.reset_peak_memory_stats(variant.device)
+    held = torch.cuda.memory_allocated(variant.device)
+    yield
+    weights = nn.ModuleList([variant.model, variant.ae])
+    storages = {}
+    for tensor in (*weights.parameters(), *weights.buffers()):
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+    row["peak_gib"] = peak_gib(variant.device) + (sum(storages.values()) - held) / 2**30
 
-    def __init__(self, drawer: Drawer):
-        self.drawer, self.cuda, self.gib = drawer, drawer.device.type == "cuda", None
 
-    def __enter__(self):
-        if self.cuda:
-            torch.cuda.reset_peak_memory_stats(self.drawer.device)
-            self.held = torch.cuda.memory_allocated(self.drawer.device)
-        return self
+def measure(
+        makers: dict, repeats: int, warm: float = 0.0, until: float = math.inf, steps: int | None = None
+        ) -> tuple[dict[str, dict], dict[str, Variant]]:
+    """Make variants and time them, taking turns -> rows, and the variants that did not fail, by name. A row
+    is that of summarize with the seconds of the first call and peak GiB; or "failed". until: no round
+    begins after this time.perf_counter(), except the first three. steps: see draw."""
+    rows = {}
+    variants = {}
 
-    def __exit__(self, *_):
-        if self.cuda:
-            self.gib = (torch.cuda.max_memory_allocated(self.drawer.device) - self.held + bytes_of(self.drawer.model, self.drawer.ae)) / 2**30
-
-
-def measure(drawers: dict[str, Drawer], repeats: int, warm: float, seed: int = 0, until: float = math.inf) -> dict[str, dict]:
-    """Time every way to draw, taking turns. -> name -> seconds of each stage (median, p10, p90), of the first call, peak GiB;
-    or "failed". until: no round after this time (of time.perf_counter), except for the first three."""
-    out, took, alive = {}, {name: [] for name in drawers}, dict(drawers)
-    device = next(iter(drawers.values())).device
-    g = torch.Generator(device).manual_seed(seed)
-
-    def once(name: str) -> dict:
-        result = attempt(draw, alive[name], g)
-        if isinstance(result, str):
-            out[name] = dict(failed=result)
-            del alive[name], drawers[name]                            # drawers too: what it holds is to be freed
+    def draw_or_drop(name: str) -> dict | None:
+        seconds, failure = attempt(draw, variants[name], steps)
+        if failure:
+            rows[name] = dict(failed=failure)
+            del variants[name]
             free()
-            return {}
-        return result
+        return seconds
 
-    for name in list(alive):                                          # compiles, tunes, captures
-        with Peak(alive[name]) as peak:
-            first = once(name)
-        if first:
-            out[name] = dict(first_s=first["wall"], peak_gib=peak.gib)
-    end = time.perf_counter() + warm
-    while alive and warm:
-        for name in list(alive):
-            once(name)
-        if time.perf_counter() >= end:
-            break
+    # the first call compiles, tunes and captures
+    for name, make in makers.items():
+        row = dict(estimated=steps is not None)
+        rows[name] = row
+        start = time.perf_counter()
+        variants[name], failure = attempt(make)
+        if failure:
+            rows[name] = dict(failed=failure)
+            del variants[name]
+            continue
+        with peak_memory(variants[name], row):
+            draw_or_drop(name)
+        row["first_s"] = time.perf_counter() - start
+
+    # at its power limit a GPU slows down within seconds
+    warm_until = time.perf_counter() + warm
+    while variants and time.perf_counter() < warm_until:
+        for name in list(variants):
+            draw_or_drop(name)
+
+    # in turns, so that a clock that drifts is the same for all
+    timings = {name: [] for name in variants}
     for k in range(repeats):
-        begun = time.perf_counter()
-        for name in list(alive):
-            took[name].append(once(name))
-        if k >= 2 and 2 * time.perf_counter() - begun > until:
+        start = time.perf_counter()
+        for name in list(variants):
+            timings[name].append(draw_or_drop(name))
+        now = time.perf_counter()
+        if k >= 2 and now + (now - start) > until:
             break
-    for name in alive:
-        rows, row = took[name], out[name]
-        row |= {stage: spread([r[stage] for r in rows]) for stage in ("denoise", "decode", "uint8", "sum", "wall")}
-        row |= dict(repeats=len(rows), compile_s=max(0.0, row["first_s"] - row["wall"]["median"]), estimated=False)
-        if device.type == "cuda" and abs(row["sum"]["median"] / row["wall"]["median"] - 1) > 0.01:
-            row["note"] = "events and the host's clock differ by more than 1 %"
-    return out
+    for name in variants:
+        rows[name] |= summarize(timings[name])
+    return rows, variants
 
 
-def measure_long(drawer: Drawer, confirm: bool, seed: int = 0, until: float = math.inf) -> dict:
-    """For steps of seconds: one warm step, three timed ones, which have to agree within 2 %, and their median times the number
-    of steps: every step does the same work. confirm: one full run beside the estimate, if it ends before `until`."""
-    g, device, n = torch.Generator(drawer.device).manual_seed(seed), drawer.device, len(drawer.times) - 1
-
-    def denoise(count: int | None = None) -> tuple[Tensor, float]:
-        x0, begun = drawer.noise(g), now(device)
-        z = drawer.denoise(x0, count)
-        return z, now(device) - begun
-
-    with Peak(drawer) as peak:
-        first = denoise(1)[1]
-        steps = [denoise(1)[1] for _ in range(3)]
-        z = denoise(1)[0]
-        drawer.decode(z)                                              # warms up
-        stages = Stages(device)
-        x = drawer.decode(z)
-        stages.mark("decode")
-        drawer.to_host(x)
-        stages.mark("uint8")
-        rest = stages.read(device)
-    sane(f"{drawer.work.name}'s latent", z), sane(f"{drawer.work.name}'s picture", x)
-    step, one = statistics.median(steps), lambda v: dict(median=v, p10=v, p90=v)
-    total = n * step + rest["decode"] + rest["uint8"]
-    row = dict(denoise={k: n * v for k, v in spread(steps).items()}, decode=one(rest["decode"]), uint8=one(rest["uint8"]), sum=one(total), wall=one(total),
-               first_s=first, compile_s=max(0.0, first - step), peak_gib=peak.gib, repeats=3, estimated=True)
-    if max(steps) / min(steps) > 1.02:
-        row["note"] = f"three steps differ by {max(steps) / min(steps) - 1:.1%}, more than 2 %"
-    if confirm and time.perf_counter() + 1.1 * n * step < until:
-        row["full_run_s"] = denoise()[1]
-    return row
+def summarize(timings: list[dict]) -> dict:
+    """Medians of the parts in milliseconds; median, 10th and 90th percentile of the image in seconds."""
+    median = {part: statistics.median(seconds[part] for seconds in timings) for part in timings[0]}
+    images = sorted(seconds["image"] for seconds in timings)
+    last = len(images) - 1
+    return dict(
+        denoise_ms=1e3 * median["denoise"],
+        decode_ms=1e3 * median["decode"],
+        to_host_ms=1e3 * median["to_host"],
+        image_s=median["image"],
+        p10=images[round(0.1 * last)],
+        p90=images[round(0.9 * last)],
+        repeats=len(images))
 
 
-# ---- text, profile, clocks -------------------------------------------------------------------------------------------------------
-
-def text_seconds(cfg, device, dtype, small: bool) -> tuple[float | None, str]:
-    """Median of the encoding of one prompt by random encoders of the real (or a small) size, and what was timed."""
-    if isinstance(cfg, DiTConfig):
-        return 0.0, "class labels"
-    try:
-        import transformers as tf
-    except ImportError:
-        return None, "not timed: needs transformers"
-    width = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4) if small else {}
-    if isinstance(cfg, FluxConfig):                                   # T5-XXL and CLIP-L
-        t5 = tf.T5Config(**(dict(d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4) if small else
-                            dict(d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64)), feed_forward_proj="gated-gelu")
-        clip = tf.CLIPTextConfig(**width or dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12))
-        parts = [(tf.T5EncoderModel, t5, cfg.text_tokens), (tf.CLIPTextModel, clip, 77)]
-    else:                                                             # Gemma-2-2B, by its class's defaults
-        parts = [(tf.Gemma2Model, tf.Gemma2Config(**width, **(dict(num_key_value_heads=2, head_dim=16, vocab_size=256) if small else {})), cfg.text_tokens)]
-    encoders = [(_on(cls, config, device, dtype), torch.randint(1, 200, (1, n), device=device)) for cls, config, n in parts]
-    took = []
-    with torch.no_grad():
-        for _ in range(5):
-            begun = now(device)
-            for encoder, ids in encoders:
-                encoder(ids)
-            took.append(now(device) - begun)
-    return statistics.median(took[2:]), " + ".join(cls.__name__ for cls, *_ in parts) + (", small" if small else "") + ", random weights, eager"
-
-
-def _on(cls, config, device, dtype):
-    """An encoder initialised on the device: 5 billion numbers take minutes on a CPU."""
-    with torch.device(device):
-        before = torch.get_default_dtype()
-        torch.set_default_dtype(dtype)
-        try:
-            return cls(config).eval()
-        finally:
-            torch.set_default_dtype(before)
-
-
-# softmax attention by the names of its kernels, or on a CPU its operators; cuDNN's have "flash" in them as well, so it comes first
-ATTENTION_KERNELS = {"cuDNN": "cudnn.*(sdpa|attention|fmha|flash)", "memory-efficient": "fmha_cutlass|efficient_attention", "flash": "flash"}
+# softmax attention by the names of its kernels, or on a CPU its operators; cuDNN's hold "flash" too: first
+ATTENTION_KERNELS = {
+    "cuDNN": "cudnn.*(sdpa|attention|fmha|flash)",
+    "memory-efficient": "fmha_cutlass|efficient_attention",
+    "flash": "flash",
+}
 
 
 def attention_of(names) -> str:
-    kinds = {next((kind for kind, sign in ATTENTION_KERNELS.items() if re.search(sign, name.lower())), "") for name in names}
-    return " + ".join(sorted(kinds - {""}))
+    """Which softmax attention ran, by the names of the kernels in a profile."""
+    found = set()
+    for name in names:
+        kinds = [kind for kind, sign in ATTENTION_KERNELS.items() if re.search(sign, name.lower())]
+        found.update(kinds[:1])
+    return " + ".join(sorted(found))
 
 
-def profile(drawer: Drawer, seed: int = 0) -> dict:
-    """One step and one decode under the profiler -> the five largest items with their share of all time, and which softmax
-    attention ran, by its name: forcing a backend is not the same as getting it."""
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")                   # else the profiler writes to the terminal when it starts and stops
-    cuda = drawer.device.type == "cuda"
-    activity = torch.profiler.ProfilerActivity.CUDA if cuda else torch.profiler.ProfilerActivity.CPU       # one of them: with both, a kernel counts twice
-    x0 = drawer.noise(torch.Generator(drawer.device).manual_seed(seed))
-    drawer.denoise(x0, 1), drawer.decode(x0)
-    out = {}
-    for what, work in (("step", lambda: drawer.denoise(x0, 1)), ("decode", lambda: drawer.decode(x0))):
-        with torch.profiler.profile(activities=[activity]) as p:
-            work()
-            now(drawer.device)
-        spent = [(e.key, e.self_device_time_total if cuda else e.self_cpu_time_total) for e in p.key_averages()]
-        total = sum(t for _, t in spent) or 1
-        out[what] = [(name[:80], round(t / total, 4)) for name, t in sorted(spent, key=lambda e: -e[1])[:5]]
-        if what == "step":
-            out["attention"] = attention_of(name for name, _ in spent) or "math, or none"
-    return out
+def profile(variant: Variant, x0: Tensor) -> dict:
+    """The five largest items of a step with their shares of the time, and which softmax attention ran:
+    asking for a backend is not the same as getting it."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")                  # else it writes to the terminal
+    on_gpu = variant.device.type == "cuda"
+    activity = torch.profiler.ProfilerActivity.CUDA if on_gpu else torch.profiler.ProfilerActivity.CPU
+    variant.denoise(x0, 1)
+    with torch.profiler.profile(activities=[activity]) as record:
+        variant.denoise(x0, 1)
+        synchronized_time(variant.device)
+    events = record.key_averages()
+    spent = {e.key: e.self_device_time_total if on_gpu else e.self_cpu_time_total for e in events}
+    total = sum(spent.values()) or 1
+    largest = sorted(spent, key=spent.get, reverse=True)[:5]
+    return dict(
+        attention=attention_of(spent) or "math, or none",
+        profile=[(name[:80], round(spent[name] / total, 4)) for name in largest])
 
 
-class Clocks:
-    """Reads, never sets, the GPU's clock (MHz) and power (W) once a second while a block runs."""
+# ---- rows: one image at a time -----------------------------------------------------------------------
 
-    def __init__(self, device):
-        self.on, self.rows, self.stop = torch.device(device).type == "cuda", [], threading.Event()
+@dataclass(frozen=True)
+class Settings:
+    """What all rows of a run share."""
+    device: torch.device
+    dtype: torch.dtype
+    switches: tuple[str, ...]           # rows to time, in the order of SWITCHES
+    compiler: dict                      # options of torch.compile
+    num_steps: int | None = None        # None: the protocol's
+    repeats: int = 20
+    warm: float = 10.0
+    seed: int = 0
+    profile: bool = True
 
-    def _poll(self):
-        query = ["nvidia-smi", "--query-gpu=clocks.sm,power.draw", "--format=csv,noheader,nounits"]
-        while not self.stop.wait(1.0):
-            try:
-                self.rows.append(tuple(map(float, subprocess.run(query, capture_output=True, text=True, timeout=5).stdout.splitlines()[0].split(","))))
-            except (OSError, ValueError, IndexError, subprocess.SubprocessError):
-                return
+    @property
+    def on_gpu(self) -> bool:
+        return self.device.type == "cuda"
 
-    def __enter__(self):
-        if self.on:
-            threading.Thread(target=self._poll, daemon=True).start()
-        return self
+    @property
+    def fastest(self) -> str:
+        """The last row in the run's own precision."""
+        return ([s for s in self.switches if s != "fp8"] or self.switches)[-1]
 
-    def __exit__(self, *_):
-        self.stop.set()
+    def precision(self, switch: str) -> str:
+        return "fp8" if switch == "fp8" else str(self.dtype).removeprefix("torch.")
 
-    def read(self) -> dict:
-        clocks, watts = zip(*self.rows) if self.rows else ((), ())
-        return dict(sm_mhz=spread(list(clocks)), watts=spread(list(watts))) if clocks else {}
-
-
-def facts(device) -> dict:
-    """What a figure is worth nothing without."""
-    out = dict(date=time.strftime("%Y-%m-%d %H:%M"), torch=torch.__version__, python=platform.python_version())
-    if torch.device(device).type != "cuda":
-        return out | dict(device=f"CPU, {torch.get_num_threads()} threads", gpu_figures=False)
-    try:
-        driver = subprocess.run(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True).stdout.strip()
-    except OSError:
-        driver = None
-    return out | dict(device=torch.cuda.get_device_name(device), gpu_figures=True, cuda=torch.version.cuda, cudnn=torch.backends.cudnn.version(), driver=driver)
+    def has_long_steps(self, work: Workload) -> bool:
+        return self.on_gpu and theory(work)["step_tf"] * 1e12 / H100_BF16 > 1.0
 
 
-# ---- tables ------------------------------------------------------------------------------------------------------------------------
+def latency_rows(pair: tuple[Workload, Workload], settings: Settings, against: bool, until: float):
+    """Time a base and its DC-Gen sibling, one image at a time. Yields every row once it is finished, DC-
+    Gen's first: a row for each switch; of the base the first, the fastest in its own precision, and the
+    last. against: diffusers too."""
+    models = build_pair(pair, settings.device, settings.dtype, settings.seed)
+    quantised = {}
+    base_rows = dict.fromkeys([settings.switches[0], settings.fastest, settings.switches[-1]])
+    for i, switches in ((1, settings.switches), (0, base_rows)):
+        work = pair[i]
+        make = partial(Variant, work, *models[i], num_steps=settings.num_steps)
+        makers = {}
+        for switch in switches:
+            on = switches_up_to(switch, settings.device)
+            makers[switch] = partial(make, switches=on, compiler=settings.compiler, quantised=quantised)
+        if against:
+            diffusers = partial(DiffusersVariant, work, *models[i], num_steps=settings.num_steps)
+            makers["diffusers"] = diffusers
+            makers["diffusers, compiled"] = partial(diffusers, compiler=settings.compiler)
 
-def precision_of(fp8: bool, dtype: torch.dtype) -> str:
-    return "fp8" if fp8 else str(dtype).removeprefix("torch.")
+        # rows take turns, but where steps take seconds each has the memory for itself
+        groups = [{name: makers[name]} for name in makers] if settings.has_long_steps(work) else [makers]
+        for group in groups:
+            rows = time_group(group, make(switches=("eager",)), settings, until)
+            free()
+            for name, row in rows.items():
+                yield describe(row, work, name, settings)
 
 
-def bench_pair(pair: tuple[Work, Work], args, device, dtype, compiler: dict, text: tuple[float | None, str], until: float):
-    """All rows of one base and its DC-Gen sibling at one resolution: every switch for DC-Gen, of the base the first, the last
-    in its own precision, and FP8; then, if asked for, diffusers. Yields rows as they are finished, DC-Gen's first."""
-    models, quantised = build_pair(pair, device, dtype, args.seed), {}
-    cuda = torch.device(device).type == "cuda"
-    left_out = {} if cuda else {"graph": "needs a GPU"}
-    chosen = [s for s in args.switches if s not in left_out]
-    exact = [s for s in chosen if s != "fp8"] or chosen
-    best = exact[-1] if exact else None                               # as fast as it gets in its own precision
-    for i in (1, 0):
-        work, (model, ae), counted = pair[i], models[i], floor(pair[i])
-        n = args.num_steps or work.num_steps
-        arithmetic = counted["step"] * n + counted["decode"]
-        ways = {s: (lambda on=up_to(s): Drawer(work, model, ae, tuple(k for k in on if k not in left_out), compiler=compiler, num_steps=n, quantised=quantised))
-                for s in (chosen if i else dict.fromkeys([*exact[:1], *exact[-1:], *chosen[-1:]]))}
-        if args.against:
-            ways["diffusers"] = lambda: DiffusersDrawer(work, model, ae, num_steps=n)
-            ways["diffusers, compiled"] = lambda: DiffusersDrawer(work, model, ae, compiler=compiler, num_steps=n)
-        long = cuda and counted["step"] / H100_BF16 > 1.0
-        for group in [[s] for s in ways] if long else [list(ways)]:
-            made = {s: attempt(ways[s]) for s in group}
-            drawers = {s: d for s, d in made.items() if not isinstance(d, str)}
-            found = {s: dict(failed=d) for s, d in made.items() if isinstance(d, str)}
-            del made
-            with Clocks(device) as clocks:
-                if long:
-                    for s in drawers:
-                        row = attempt(measure_long, drawers[s], s == best, args.seed, until)
-                        found[s] = dict(failed=row) if isinstance(row, str) else row
-                elif drawers:
-                    started = time.perf_counter()
-                    found |= measure(drawers, args.repeats, args.warm, args.seed, started + (until - started) / 3)
-            if args.profile and "sum" in found.get(best, {}) and time.perf_counter() < until:
-                found[best]["profile"] = profile(drawers[best])
-            for s in group:
-                row = dict(work=work.name, res=work.res, switch=s, precision=precision_of(s == "fp8", dtype)) | found[s]
-                if "sum" in row:
-                    rate = arithmetic / row["sum"]["median"] / 1e12
-                    row |= dict(tokens=counted["tokens"], num_steps=n, tflops=arithmetic / 1e12, text_s=text[0], text=text[1], tflop_per_s=rate, paper_s=work.latency, paper_where=work.where, clocks=clocks.read(),
-                                floor_s=counted["floor_fp8" if s == "fp8" else "floor_bf16"] if cuda else None)
-                    if cuda and s != "fp8" and rate * 1e12 > H100_BF16 and "H100" in torch.cuda.get_device_name(device):
-                        row["note"] = "more TFLOP/s than an H100 has: THE BENCHMARK IS WRONG"
-                yield row
-            drawers.clear(), free()
-        if i:
-            yield from (dict(work=work.name, res=work.res, switch=s, skipped=why) for s, why in left_out.items() if s in args.switches)
+def time_group(makers: dict, eager: Variant, settings: Settings, until: float) -> dict[str, dict]:
+    """Measure variants, compare what they draw with eager's, and profile the fastest -> {name: row}."""
+    is_long = settings.has_long_steps(eager.work)
+    if is_long:
+        rows, variants = measure(makers, 3, steps=1)
+    else:
+        # a third of the time that is left: the base and the throughput need theirs
+        now = time.perf_counter()
+        rows, variants = measure(makers, settings.repeats, settings.warm, now + (until - now) / 3)
+
+    # a fast row that draws something else is no row: a graph that recorded nothing would be the fastest
+    x0 = eager.noise()
+    steps = 1 if is_long else min(3, eager.num_steps)
+    reference, _ = attempt(eager.denoise, x0, steps)
+    for name, variant in variants.items():
+        row = rows[name]
+        row["error"], _ = attempt(relative_error, variant, x0, steps, reference)
+        if name != settings.fastest:
+            continue
+        if is_long and time.perf_counter() + 1.1 * row["image_s"] < until:
+            with timed(row, "full_run_s", settings.device):
+                variant.denoise(x0)
+        if settings.profile and time.perf_counter() < until:
+            row |= attempt(profile, variant, x0)[0] or {}
+    return rows
+
+
+def relative_error(variant: Variant, x0: Tensor, steps: int, reference: Tensor) -> float:
+    """How far from the reference a variant's steps from x0 end, as a share of the way: 1 if they did
+    nothing."""
+    z = variant.denoise(x0, steps)
+    return ((z - reference).norm() / (reference - x0).norm()).item()
+
+
+def describe(row: dict, work: Workload, switch: str, settings: Settings) -> dict:
+    """A measured row with what it is of, its rate, and notes on what is wrong with it."""
+    precision = settings.precision(switch)
+    row = dict(work=work.name, res=work.res, switch=switch, precision=precision) | row
+    if "failed" in row:
+        return row | dict(notes=f"FAILED, {row['failed']}")
+    counted = theory(work)
+    num_steps = settings.num_steps or work.num_steps
+    tflop = num_steps * counted["step_tf"] + counted["decode_tf"]
+    row |= dict(
+        tokens=counted["tokens"], num_steps=num_steps, image_tf=tflop, tflop_per_s=tflop / row["image_s"],
+        paper_s=work.paper_s, paper_over_ours=work.paper_s and work.paper_s / row["image_s"])
+    if settings.on_gpu:
+        row["floor_s"] = counted["floor_fp8_s" if precision == "fp8" else "floor_bf16_s"]
+    on_h100 = settings.on_gpu and "H100" in torch.cuda.get_device_name(settings.device)
+    return row | dict(notes="; ".join(notes_on(row, on_h100)))
+
+
+def notes_on(row: dict, on_h100: bool) -> list[str]:
+    """What a reader has to know of a row before he believes it; what is wrong, in capitals."""
+    notes = []
+    if row["estimated"]:
+        spread = row["p90"] / row["p10"] - 1
+        notes.append(f"estimated from 3 steps, which differ by {spread:.1%}")
+        if spread > 0.02:
+            notes.append("THEY SHOULD AGREE within 2 %")
+    if "full_run_s" in row:
+        notes.append(f"a full run: {row['full_run_s']:.1f} s")
+    limit = 0.15 if row["precision"] == "fp8" else 0.03
+    differs = row["error"] is None or not row["error"] <= limit      # true for nan as well
+    # diffusers rounds the clock to bf16, which moves random weights far
+    if differs and row["switch"] in SWITCHES:
+        notes.append("DRAWS SOMETHING ELSE than eager")
+    if on_h100 and row["precision"] != "fp8" and row["tflop_per_s"] * 1e12 > H100_BF16:
+        notes.append("more TFLOP/s than an H100 has: THE BENCHMARK IS WRONG")
+    return notes
 
 
 def ratios(rows: list[dict]) -> list[dict]:
-    """How much faster DC-Gen is: against our base with the same switches, and against the paper's base."""
-    out, end = [], lambda r: r["sum"]["median"]
-    timed = [r for r in rows if "sum" in r]
-    for r in (r for r in timed if r["work"].startswith("dc-gen-")):
-        base = next((b for b in timed if b["work"] == r["work"].removeprefix("dc-gen-") and b["res"] == r["res"] and b["switch"] == r["switch"]), None)
-        if base is None:
+    """How many times faster DC-Gen is: than our base with the same switches, and than the paper's base."""
+    measured = {(row["work"], row["res"], row["switch"]): row for row in rows if "image_s" in row}
+    result = []
+    for (name, res, switch), dc in measured.items():
+        base_name = name.removeprefix("dc-gen-")
+        base = measured.get((base_name, res, switch))
+        if base is None or base is dc:
             continue
-        paper = PAPER.get((base["work"], r["res"]), {}).get("latency")
-        out.append(dict(work=r["work"], res=r["res"], switch=r["switch"], denoise=base["denoise"]["median"] / r["denoise"]["median"],
-                        against_our_base=end(base) / end(r), against_paper_base=paper[0] / end(r) if paper else None,
-                        paper=paper[0] / paper[1] if paper else None, why=WHY_TWO_RATIOS))
-    return out
+        paper_base, paper_dc = PAPER.get((base_name, res), Figures()).seconds
+        result.append(dict(
+            work=name, res=res, switch=switch,
+            denoise=base["denoise_ms"] / dc["denoise_ms"], against_our_base=base["image_s"] / dc["image_s"],
+            against_paper_base=paper_base and paper_base / dc["image_s"],
+            paper=paper_base and paper_base / paper_dc))
+    return result
 
 
-def self_checks(rows: list[dict]) -> list[str]:
-    """The same transformer over the same tokens takes the same time, whatever the picture: within 2 %."""
-    best, said = {}, []
-    for r in (r for r in rows if "sum" in r and not r.get("estimated")):
-        best[r["tokens"], r["switch"]] = best.get((r["tokens"], r["switch"]), []) + [r]
-    for (tokens, switch), same in best.items():
-        for a, b in zip(same, same[1:]):
-            x = a["denoise"]["median"] / b["denoise"]["median"]
-            if (a["work"], a["res"]) != (b["work"], b["res"]):
-                said.append(f"{a['work']} {a['res']} / {b['work']} {b['res']}, both {tokens} tokens, {switch}: denoising {x:.3f} "
-                            + ("(agrees)" if abs(x - 1) <= 0.02 else "(DIFFERS by more than 2 %)"))
-    return said
+# ---- rows: images a minute ---------------------------------------------------------------------------
 
-
-def print_rows(rows: list[dict]):
-    median = lambda stage: (lambda r: r[stage]["median"])
-    full = lambda r: f"a full run: {r['full_run_s']:.1f} s" if "full_run_s" in r else None
-    notes = lambda r: "; ".join(filter(None, ["estimated from 3 steps" if r["estimated"] else None, to_float32(r), r.get("note")])) or None
-    show([r for r in rows if "sum" in r], model=("work",), res=("res",), switch=(lambda r: "+ " * (r["switch"] in SWITCHES[1:]) + r["switch"],),
-         tokens=("tokens", ","), TFLOPs=("tflops", ",.4g"), floor_s=("floor_s", ".3f"), text_ms=("text_s", ".1f", 1e3),
-         denoise_s=(median("denoise"), ".3f"), decode_s=(median("decode"), ".3f"), uint8_ms=(median("uint8"), ".1f", 1e3), end_to_end_s=(median("sum"), ".3f"), **{"p10-p90": (lambda r: f"{r['sum']['p10']:.3f}-{r['sum']['p90']:.3f}",)},
-         GiB=("peak_gib", ".1f"), **{"TFLOP/s": ("tflop_per_s", ".4g")}, compile_s=("compile_s", ".1f"), paper_s=("paper_s", ".2f"),
-         **{"paper/ours": (lambda r: r["paper_s"] and r["paper_s"] / r["sum"]["median"], ".2f")}, notes=(notes,))
-    for r in (r for r in rows if "sum" not in r):
-        print(f"{r['work']} {r['res']}, {r['switch']}: " + (r.get("skipped") or f"FAILED, {r['failed']}"))
-    for r in (r for r in rows if "profile" in r):
-        for what in ("step", "decode"):
-            print(f"  {r['work']} {r['switch']}, {what}: " + ", ".join(f"{share:.0%} {name}" for name, share in r["profile"][what]))
-        print(f"  {r['work']} {r['switch']}, softmax attention: {r['profile']['attention']}")
-
-
-def throughput(pair: tuple[Work, Work], args, device, dtype, compiler: dict, until: float):
-    """Images a minute by batch, denoising alone and with the decoder, up to the last batch that fits; DC-Gen first, rows as
-    they are finished. The steps of many-step models all do the same work: 20 are timed and scaled."""
-    models, quantised = build_pair(pair, device, dtype, args.seed), {}
-    usable = [s for s in SWITCHES if s != "graph" or torch.device(device).type == "cuda"]
-    chosen = [s for s in args.switches if s in usable]
-    kinds = dict.fromkeys([*[s for s in chosen if s != "fp8"][-1:], *chosen[-1:]])
-    n = args.num_steps or pair[0].num_steps
-
-    def time_batch(work: Work, model, ae, switch: str, batch: int) -> list[dict]:
-        g = torch.Generator(device).manual_seed(args.seed)
-        d = Drawer(work, model, ae, tuple(s for s in up_to(switch) if s in usable), batch, compiler, min(n, 20), quantised)
-        draw(d, g)                                                    # compiles, tunes, captures
-        return [draw(d, g) for _ in range(max(1, args.repeats // 3))]
-
-    for work, (model, ae), switch in ((pair[i], models[i], switch) for i in (1, 0) for switch in kinds):
-        for batch in args.batches:
-            if time.perf_counter() + 2 * batch * floor(work)["floor_bf16"] * min(n, 20) / n * (1 + max(1, args.repeats // 3)) > until:
+def throughput_rows(pair: tuple[Workload, Workload], batches: list[int], settings: Settings, until: float):
+    """Images a minute by batch, up to the last that fits, denoising alone and with the decoder; DC-Gen
+    first, rows as they are finished. Of many steps, which all do the same work, 20 are timed and scaled."""
+    models = build_pair(pair, settings.device, settings.dtype, settings.seed)
+    num_steps = settings.num_steps or pair[0].num_steps
+    timed_steps = min(num_steps, 20)
+    rounds = max(1, settings.repeats // 3)
+    switches = dict.fromkeys([settings.fastest, settings.switches[-1]])
+    for i, switch in product((1, 0), switches):
+        work = pair[i]
+        make = partial(Variant, work, *models[i], switches_up_to(switch, settings.device))
+        for batch in batches:
+            if time.perf_counter() > until:
                 print(f"{work.name} {work.res}: no time left for a batch of {batch} (--minutes)")
                 break
-            took = attempt(time_batch, work, model, ae, switch, batch)
+            makers = {switch: partial(make, batch=batch, compiler=settings.compiler, num_steps=timed_steps)}
+            row = measure(makers, rounds)[0][switch]
             free()
-            if isinstance(took, str):
-                print(f"{work.name} {work.res}, {switch}: a batch of {batch} does not run: {took}")
+            if "failed" in row:
+                print(f"{work.name} {work.res}, {switch}: a batch of {batch} does not run: {row['failed']}")
                 break
-            denoise, rest = statistics.median(t["denoise"] for t in took) * n / min(n, 20), statistics.median(t["decode"] + t["uint8"] for t in took)
-            yield dict(work=work.name, res=work.res, switch=switch, precision=precision_of(switch == "fp8", dtype), batch=batch, denoise_per_min=60 * batch / denoise,
-                       with_decode_per_min=60 * batch / (denoise + rest), forwards_per_s=n * work.rows * batch / denoise,
-                       paper_per_min=work.throughput, paper_where=work.where)
+            denoise = row["denoise_ms"] / 1e3 * num_steps / timed_steps
+            decode = (row["decode_ms"] + row["to_host_ms"]) / 1e3
+            yield dict(
+                work=work.name,
+                res=work.res,
+                switch=switch,
+                precision=settings.precision(switch),
+                batch=batch,
+                denoise_per_min=60 * batch / denoise,
+                with_decode_per_min=60 * batch / (denoise + decode),
+                forwards_per_s=num_steps * work.passes * batch / denoise,
+                peak_gib=row["peak_gib"],
+                paper_per_min=work.paper_per_min,
+                paper_where=work.paper_where)
 
 
-def print_throughput(rows: list[dict], pair: tuple[Work, Work], num_steps: int):
-    print(f"\nthroughput, images a minute: {num_steps} steps, {pair[0].rows} forward(s) a step and image, from noise to latent, and to bytes with the decoder;\n"
-          "* = best batch. The paper does not say whether its figures include the decoder")
-    key = lambda r: (r["work"], r["res"], r["precision"])
-    best = {key(r): max(x["with_decode_per_min"] for x in rows if key(x) == key(r)) for r in rows}
-    show(rows, model=("work",), res=("res",), precision=("precision",), batch=("batch",), denoise=("denoise_per_min", ",.1f"),
-         with_decode=(lambda r: f"{r['with_decode_per_min']:,.1f}" + "* "[r["with_decode_per_min"] != best[key(r)]],), **{"forwards/s": ("forwards_per_s", ",.1f")},
-         paper=("paper_per_min", ",.2f"), where=("paper_where",))
+# ---- rows: training ----------------------------------------------------------------------------------
 
+def train_rows(pair: tuple[Workload, Workload], plans: list, batch: int, settings: Settings):
+    """An optimizer step of each stage: images/s, memory, and the days on one GPU that the stage's plan
+    takes at this rate; rows as they are finished. A distilled model's loss has a second forward pass (Eq.
+    7)."""
+    (base, _), (model, _) = build_pair(pair, settings.device, settings.dtype, settings.seed)
+    device = settings.device
+    cfg = pair[1].cfg
+    cond = random_condition(cfg, batch, device)
+    # the plain loss would take a distilled model's guidance away
+    objective = Objective()
+    if getattr(cfg, "guidance_embed", False):
+        objective = Objective(guided_flow_matching_loss, RECIPES[cfg.recipe].guidance)
+    # large models recompute their blocks from here on
+    prepare_for_training(model, [], device, settings.dtype)
 
-def days(plan: tuple[int, int], images_per_s: float) -> float:
-    """Of one GPU, for a schedule of (steps, batch)."""
-    steps, batch = plan
-    return steps * batch / images_per_s / 86400
+    def latent(work: Workload) -> Tensor:
+        return torch.randn(batch, work.cfg.in_channels, *work.grid, device=device)
 
+    def alignment_loss() -> Tensor:
+        return embedding_loss(model, base, latent(pair[1]), latent(pair[0]))
 
-def train_rows(schedule: tuple | None, pair: tuple[Work, Work], args, device, dtype):
-    """One optimiser step of each stage: images/s, memory, and the H100-days that the paper's schedule (Table 7) would take at
-    this rate; rows as they are finished. Stage 3 has LoRA of rank 256. The loss is the model's own: of a distilled one the
-    guided loss (Eq. 7), which has a second forward pass."""
-    (base, _), (model, _) = build_pair(pair, device, dtype, args.seed)
-    cuda, work = torch.device(device).type == "cuda", pair[1]
-    batch = args.train_batch or (2 if not cuda else 1 if isinstance(work.cfg, FluxConfig) else 16)
-    latent = lambda w: torch.randn(batch, w.cfg.in_channels, *w.grid, device=device)
-    cond, loss_of = work.condition(batch, device), LOSSES[pick_objective(work.cfg, None)]
-    settle(model, [], device, dtype)                                   # as finetune.py does: big models run blocks again in the backward pass
+    def training_loss() -> Tensor:
+        return objective.train_loss(model, latent(pair[1]), cond, torch.Generator())[0]
 
-    def flow():
-        z = latent(work)
-        return loss_of(model, z, sample_t(batch).to(device), cond, torch.randn_like(z))[0].mean()
-
-    stages = {"1 embedder": (lambda: pick(model, (model.EMBEDDER,)), lambda: embedding_loss(model, base, latent(work), latent(pair[0]))),
-              "2 embedder and head": (lambda: pick(model, ends(model)), flow),
-              "3 LoRA": (lambda: (add_lora(model, 256 if cuda else 8), trainable(model, "lora"))[1], flow)}
-
-    def time_stage(what, loss) -> tuple[int, list[float]]:
-        names = [k for k, _ in what()]
-        now_named = settle(model, names, device, dtype, recompute=False)                # what learns is float32
-        params = [now_named[k] for k in names]
-        opt, took = torch.optim.AdamW(params, lr=1e-5), []
-        for _ in range(3 + args.repeats // 2):
-            begun = now(device)
-            with torch.autocast(torch.device(device).type, dtype, enabled=dtype != torch.float32):
-                value = loss()
-            value.backward()
-            opt.step()
-            opt.zero_grad(set_to_none=True)
-            took.append(now(device) - begun)
-        if not math.isfinite(float(value.detach())):
-            raise RuntimeError("the loss is not finite, so this timing would not be one of the real work")
-        return sum(p.numel() for p in params), took[2:]
-
-    for (stage, what), plan in zip(stages.items(), schedule or (None,) * 3):
-        if cuda:
-            torch.cuda.reset_peak_memory_stats(device)
-        found = attempt(time_stage, *what)
-        row = dict(work=work.name, res=work.res, stage=stage, batch=batch, schedule=plan)
-        if isinstance(found, str):
-            yield row | dict(failed=found)
+    for stage, plan in enumerate(plans, start=1):
+        loss_fn = alignment_loss if stage == 1 else training_loss
+        if stage == 1:
+            named = named_parameters_with(model, (model.EMBEDDER,))
+        elif stage == 2:
+            named = named_parameters_with(model, trainable_prefixes(model))
         else:
-            rate = batch / statistics.median(found[1])
-            yield row | dict(trainable=found[0], images_per_s=rate, peak_gib=peak_gib(device), h100_days=days(plan, rate) if plan and cuda else None)
-        model.requires_grad_(False), free()
+            add_lora(model, RECIPES[cfg.recipe].rank)
+            named = stage3_parameters(model, "lora")
+        if settings.on_gpu:
+            torch.cuda.reset_peak_memory_stats(device)
+        seconds, failure = attempt(time_training, model, [name for name, _ in named], loss_fn, settings)
+        schedule = [plan.steps, plan.batch]
+        row = dict(work=pair[1].name, res=pair[1].res, stage=stage, batch=batch, schedule=schedule)
+        if failure:
+            yield row | dict(failed=failure, notes=f"FAILED, {failure}")
+        else:
+            yield row | dict(
+                trainable_m=sum(p.numel() for _, p in named) / 1e6,
+                images_per_s=batch / seconds,
+                peak_gib=peak_gib(device),
+                h100_days=gpu_days(plan, batch / seconds) if settings.on_gpu else None)
+        model.requires_grad_(False)
+        free()
 
 
-def memory_rows(name: str, sizes, batch: int | None):
-    """What stage 3 takes of a GPU's memory at full size, counted on tensors without contents (finetune.training_memory)."""
-    for work in (workloads(name, res)[1] for res in sizes):
-        pictures = batch or (1 if isinstance(work.cfg, FluxConfig) else 16)
-        yield dict(work=work.name, res=work.res, batch=pictures, **training_memory(work.cfg, pictures, work.grid))
+def time_training(model, names: list[str], loss_fn, settings: Settings) -> float:
+    """Median seconds of an optimizer step that trains the parameters of these names, in float32."""
+    parameters = prepare_for_training(model, names, settings.device, settings.dtype, recompute=False)
+    # the first two steps tune and allocate
+    optimizer = torch.optim.AdamW([parameters[name] for name in names], lr=1e-5)
+    seconds = []
+    for _ in range(3 + settings.repeats // 2):
+        start = synchronized_time(settings.device)
+        with autocast(settings.device, settings.dtype):
+            loss = loss_fn()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        seconds.append(synchronized_time(settings.device) - start)
+    if not math.isfinite(loss.item()):
+        raise RuntimeError("the loss is not finite, so this timing would not be one of the real work")
+    return statistics.median(seconds[2:])
 
 
-def print_memory(rows: list[dict]):
-    print("\nstage 3 at full size, counted, GiB: LoRA 256, blocks in bf16 and run again in the backward pass if the model is large")
-    gib = lambda key: (key, ".1f", 2.0**-30)
-    show(rows, model=("work",), res=("res",), batch=("batch",), **{key: gib(key) for key in ("frozen", "trained", "gradients", "optimizer", "average", "activations", "total")})
+def gpu_days(plan, images_per_s: float) -> float:
+    """Days of one GPU for a stage of Table 7."""
+    return plan.steps * plan.batch / images_per_s / 86400
 
 
-def print_train(rows: list[dict], name: str):
-    print("\npost-training, one optimiser step of each stage; the schedule is the paper's Table 7, steps x batch")
-    show(rows, model=("work",), res=("res",), stage=("stage",), batch=("batch",), trainable_M=("trainable", ",.2f", 1e-6), **{"images/s": ("images_per_s", ".2f")},
-         GiB=("peak_gib", ".1f"), schedule=(lambda r: r["schedule"] and "{:,} x {:,}".format(*r["schedule"]),), **{"H100-days": ("h100_days", ".1f")},
-         notes=(lambda r: r.get("failed") and f"FAILED, {r['failed']}",))
-    if all(r.get("h100_days") for r in rows):
-        print(f"together {sum(r['h100_days'] for r in rows):.1f} H100-days" + ("; the paper names 40 for FLUX" if name.startswith("flux") else ""))
+@contextmanager
+def without_contents():
+    """Tensors made inside have shapes only; so have the tables that models cache, which are dropped on
+    entry and exit."""
+    tables = (sincos_2d, ddpm_times, rotary_table)
+    for table in tables:
+        table.cache_clear()
+    try:
+        with FakeTensorMode():
+            yield
+    finally:
+        for table in tables:
+            table.cache_clear()
 
 
-# ---- what the floors rest on ---------------------------------------------------------------------------------------------------------
-
-def seconds_of(f, device, repeats: int = 20) -> float:
-    """Seconds of one call: the median of five runs of `repeats` calls that the host does not wait for, after one that warms up."""
-    took = []
-    for _ in range(6):
-        begun = now(device)
-        for _ in range(repeats):
-            f()
-        took.append((now(device) - begun) / repeats)
-    return statistics.median(took[1:])
-
-
-@torch.no_grad()
-def rate_tables(device, dtype):
-    """TFLOP/s of matrix products (bf16, FP8 with one scale a row or a tensor, with and without fast accumulation), of softmax
-    attention, and milliseconds of the f64c128 decoder's stages, contiguous against channels last. Rows as they are finished."""
-    cuda = torch.device(device).type == "cuda"
-    rand = lambda *shape: torch.randn(shape, device=device, dtype=dtype)
-
-    def row(table: str, what: str, way: str, f, flops: float | None = None, repeats: int = 20 if cuda else 2) -> dict:
-        took = attempt(seconds_of, f, device, repeats)
-        figure = dict(failed=took) if isinstance(took, str) else dict(ms=1e3 * took, tflop_per_s=flops and flops / took / 1e12)
-        return dict(table=table, what=what, way=way) | figure
-
-    sizes = [(9216, 3072), (3072, 3072), (12288, 3072), (3072, 12288), (21504, 3072), (3072, 15360)] if cuda else [(576, 192)]
-    for n, k in sizes:
-        w = rand(n, k) * k**-0.5
-        (qw, sw), one = e4m3_rows(w), torch.ones((), device=device)
-        for m in (512, 1024, 1536, 4096, 4608) if cuda else (64,):
-            x = rand(m, k)
-            qx, sx = e4m3_rows(x)
-            ways = {precision_of(False, dtype): lambda: x @ w.t()}
-            for scales, (a, b) in {"rows": (sx, sw.t().contiguous()), "tensor": (one, one)}.items():
-                for fast in (True, False):
-                    kw = dict(scale_a=a, scale_b=b, out_dtype=torch.bfloat16, use_fast_accum=fast)
-                    ways[f"fp8 {scales}, fast accumulation {fast}"] = lambda kw=kw: torch._scaled_mm(qx, qw.t(), **kw)
-            for way, f in ways.items():
-                yield row("products", f"{m} x {k} x {n}", way, f, 2 * m * n * k)
-    backends = ({"cuDNN": SDPBackend.CUDNN_ATTENTION} if cuda else {}) | {"flash": SDPBackend.FLASH_ATTENTION}
-    for n in (768, 1536, 4608, 16896, 66048) if cuda else (96,):
-        q = rand(1, 24 if cuda else 6, n, 128 if cuda else 32)
-        for way, backend in backends.items():
-            with sdpa_kernel(backend):
-                yield row("attention", f"{n} tokens, {q.shape[1]} heads of {q.shape[3]}", way, lambda: F.scaled_dot_product_attention(q, q, q), 4 * n * q.numel(), 3)
-    cfg = ae_config("dc-ae-f64c128-1.5" if cuda else "tiny-dc-ae-f32c32")
-    with torch.device("meta"):
-        ae = ae_class(cfg)(cfg)
-    ae = init_random_(ae, device, dtype)
-    for way, layout in (("contiguous", torch.contiguous_format), ("channels last", torch.channels_last)):
-        decoder = ae.decoder.to(memory_format=layout)
-        x = decoder.conv_in(rand(1, cfg.channels, 16, 16).to(memory_format=layout))
-        for i, stage in enumerate(s for s in reversed(decoder.up_blocks) if len(s)):
-            yield row("decoder stages", f"stage {i} at {x.shape[-1]} px", way, lambda: stage(x), repeats=3)
-            x = stage(x)
+def training_memory(
+        cfg, batch: int, grid: tuple[int, int], rank: int, dtype: torch.dtype = torch.bfloat16) -> dict:
+    """GiB that a training pass of stage 3 over this many latents of (H,W) = grid takes on one GPU, from
+    the configuration alone: a step runs on tensors without contents. Of weights frozen and trained;
+    gradients; optimizer (AdamW's two moments); average; activations (the most alive at one time besides);
+    total."""
+    with without_contents():
+        model = FAMILIES[type(cfg)](cfg)
+        add_lora(model, rank)
+        names = [name for name, _ in stage3_parameters(model, "lora")]
+        sizes = {name: p.nbytes for name, p in prepare_for_training(model, names, "cpu").items()}
+        trained = sum(sizes[name] for name in names)
+        cond = example_condition(cfg, batch)
+        z = torch.empty(batch, cfg.in_channels, *grid)
+        with LiveBytes() as memory:
+            for _ in range(2):                                       # the second pass finds gradients there
+                with autocast("cpu", dtype):
+                    loss, _, _ = flow_matching_loss(model, z, torch.empty(batch), cond, torch.empty_like(z))
+                loss.mean().backward()
+    parts = dict(
+        frozen=sum(sizes.values()) - trained, trained=trained, gradients=trained, optimizer=2 * trained,
+        average=trained, activations=memory.peak - trained)
+    parts["total"] = sum(parts.values())
+    return {part: size / 2**30 for part, size in parts.items()}
 
 
-# ---- main --------------------------------------------------------------------------------------------------------------------------
+# ---- tables ------------------------------------------------------------------------------------------
 
-def chart(file: Path, rows: list[dict], floors: list[dict], device: str, gpu: bool):
-    """Like the paper's Fig. 8: seconds an image by resolution, of the paper, ours, and ours in FP8."""
+COLUMNS = {
+    "rows": "work res switch tokens image_tf floor_s denoise_ms decode_ms to_host_ms image_s p10 p90 "
+            "peak_gib tflop_per_s error first_s attention paper_s paper_over_ours notes",
+    "throughput": "work res precision batch denoise_per_min with_decode_per_min forwards_per_s peak_gib "
+                  "paper_per_min paper_where",
+    "ratios": "work res switch denoise against_our_base against_paper_base paper",
+    "train": "work res stage batch trainable_m images_per_s peak_gib schedule h100_days notes",
+    "memory": "work res batch frozen trained gradients optimizer average activations total",
+    "floors": "work res tokens passes linear_tf attention_tf step_tf decode_tf image_tf floor_bf16_s "
+              "floor_fp8_s memory_gib paper_s paper_per_min paper_where",
+}
+TITLES = {
+    "rows": "one image at a time",
+    "throughput": "images a minute, from noise to latent, and to bytes with the decoder; the paper does not "
+                  "say whether its figures include it",
+    "ratios": "times faster than the base",
+    "train": "an optimizer step of each stage; the schedule is the paper's Table 7, steps and batch",
+    "memory": "stage 3 at full size, counted, GiB: LoRA; large models in bf16, their blocks recomputed",
+    "floors": "floors of the full models, counted: linear maps at 800 TFLOP/s in bf16 or 1100 in FP8, all "
+              "else at 800; memory of eager bf16",
+}
+
+
+def cell(value) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if value >= 1e4 else f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def show(kind: str, rows: list[dict]):
+    """Print rows as the table of their kind; what is missing is a dash."""
+    if not rows:
+        return
+    print(f"\n{TITLES[kind]}")
+    keys = COLUMNS[kind].split()
+    lines = [keys] + [[cell(row.get(key)) for key in keys] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    for line in lines:
+        print("  ".join(text.rjust(width) for text, width in zip(line, widths)), flush=True)
+
+
+def chart(file: Path, rows: list[dict], title: str):
+    """Seconds an image of every row and of the paper, logarithmic. (Fig. 8)"""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    timed = [r for r in rows if "sum" in r and r["switch"] in SWITCHES]
-    places = sorted({(r["work"], r["res"]) for r in timed}, key=lambda place: (place[1], place[0].startswith("dc-gen-")))
-    fig, ax = plt.subplots(figsize=(2.5 + 1.4 * len(places), 4))
-    def ours(work, res, fp8):
-        found = [r["sum"]["median"] for r in timed if (r["work"], r["res"]) == (work, res) and (r["precision"] == "fp8") == fp8]
-        return min(found, default=None)
-    precision = next((r["precision"] for r in timed if r["precision"] != "fp8"), "")
-    bars = {f"ours, {precision}": [ours(*p, False) for p in places], "ours, FP8": [ours(*p, True) for p in places]}
-    if gpu:
-        bars = {"the paper": [next((f["paper_s"] for f in floors if (f["work"], f["res"]) == p), None) for p in places]} | bars
-    colors = dict(zip(bars, ("#999999", "#4878a8", "#76b900")[3 - len(bars):]))
-    for k, (name, values) in enumerate(bars.items()):
-        shown = [(i + 0.27 * (k - (len(bars) - 1) / 2), v) for i, v in enumerate(values) if v]
-        if shown:
-            ax.bar_label(ax.bar(*zip(*shown), 0.26, color=colors[name], label=name), fmt="%.2f", fontsize=7)
-    values = [v for bar in bars.values() for v in bar if v]
-    ax.set_yscale("log"), ax.set_ylim(0.5 * min(values), 2.5 * max(values)), ax.tick_params(axis="y", which="both", left=False, labelleft=False)
-    ax.set_xticks(range(len(places)), [f"{work}\n{res}" for work, res in places], fontsize=7)
-    ax.set_ylabel("seconds an image, logarithmic"), ax.legend(fontsize=8, ncols=len(bars), loc="upper center")
-    ax.set_title(device if gpu else f"small twins on a {device}: not GPU figures", fontsize=9)
+    bars = {}
+    for row in rows:
+        name = f"{row['work']} {row['res']}"
+        if "image_s" in row:
+            bars[f"{name}, {row['switch']}"] = row["image_s"]
+        if row.get("paper_s"):
+            bars[f"{name}, the paper"] = row["paper_s"]
+    fig, ax = plt.subplots(figsize=(8, 1.2 + 0.22 * len(bars)))
+    colors = ["#999999" if name.endswith("the paper") else "#76b900" for name in bars]
+    ax.bar_label(ax.barh(list(bars), list(bars.values()), color=colors), fmt="%.3g", fontsize=7)
+    ax.invert_yaxis()
+    ax.set_xscale("log")
+    ax.set_xlabel("seconds an image, logarithmic")
+    ax.set_title(title, fontsize=9)
     fig.tight_layout()
-    with atomic(file) as tmp:
-        fig.savefig(tmp, dpi=120, format="png")
+    with atomic(file) as temporary:
+        fig.savefig(temporary, dpi=120, format="png")
     plt.close(fig)
+
+
+# ---- main --------------------------------------------------------------------------------------------
+
+def environment(device: torch.device) -> dict:
+    """What a figure is worth nothing without."""
+    on_gpu = device.type == "cuda"
+    name = torch.cuda.get_device_name(device) if on_gpu else f"CPU, {torch.get_num_threads()} threads"
+    return dict(
+        date=time.strftime("%Y-%m-%d %H:%M"), device=name, gpu_figures=on_gpu,
+        torch=torch.__version__, cuda=torch.version.cuda, cudnn=torch.backends.cudnn.version())
 
 
 def positive(kind):
     """An argument's type: a number above zero."""
     def parse(text: str):
-        if (value := kind(text)) <= 0:
+        value = kind(text)
+        if value <= 0:
             raise ValueError
         return value
-    parse.__name__ = f"positive {kind.__name__}"                      # argparse says: invalid positive int value: '0'
+    # argparse prints: invalid positive int value: '0'
+    parse.__name__ = f"positive {kind.__name__}"
     return parse
+
+
+def add_args(p: argparse.ArgumentParser):
+    yes_or_no = argparse.BooleanOptionalAction
+    p.add_argument("--model", default="flux-krea", choices=PROTOCOLS,
+                   help="the base; its DC-Gen sibling comes with it (default flux-krea)")
+    p.add_argument("--res", help="pixels a side, or all of the paper's tables (default: the largest of them)")
+    p.add_argument("--switches", nargs="+", default=SWITCHES, choices=SWITCHES,
+                   help="rows to time; each has all before it on (default all)")
+    p.add_argument("--num-steps", type=positive(int),
+                   help="steps an image (default: the paper's; 4 on a CPU)")
+    p.add_argument("--batches", type=positive(int), nargs="*",
+                   help="also time throughput at these (default: 1 8 32 64 for SANA and DiT, none for FLUX)")
+    p.add_argument("--latency", action=yes_or_no, default=True,
+                   help="the rows of one image at a time (default yes)")
+    p.add_argument("--train", action="store_true", help="time post-training steps instead")
+    p.add_argument("--train-batch", type=positive(int),
+                   help="images a training step (default: 1 for FLUX, 16 otherwise)")
+    p.add_argument("--against", choices=("diffusers",), help="the same work through this library too")
+    p.add_argument("--profile", action=yes_or_no, default=True,
+                   help="the largest items of a step, and which attention ran (default yes)")
+    p.add_argument("--repeats", type=positive(int), help="timed rounds at most (default 20; 2 on a CPU)")
+    p.add_argument("--warm", type=float, help="seconds of work before timing (default 10; 0 on a CPU)")
+    p.add_argument("--minutes", type=positive(float), default=9.0,
+                   help="of a resolution; rounds are cut, to three at least, to end in time (default 9)")
+    p.add_argument("--compile-mode",
+                   help="torch.compile's, such as max-autotune-no-cudagraphs (a CPU only traces)")
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+                   help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
+    p.add_argument("--seed", type=int, default=0, help="of weights and noise (default 0)")
+    p.add_argument("--out", metavar="FILE",
+                   help="keep the results in FILE.json, after every row, and a chart in FILE.png")
+
+
+def sizes_of(name: str, res: str | None) -> list[int]:
+    """The resolutions that --res stands for."""
+    sizes = table_sizes(name)
+    if res is None:
+        return sizes[-1:]
+    if res == "all":
+        return sizes
+    if not res.isdecimal():
+        raise ValueError(f"--res {res}: give pixels a side ({', '.join(map(str, sizes))}), or all")
+    return [int(res)]
+
+
+def check_args(args):
+    """ValueError for flags that ask for what cannot be timed."""
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", args.device):
+        raise ValueError(f"--device {args.device}: cpu or cuda")
+    if args.device == "cpu" and list(args.switches) == ["graph"]:
+        raise ValueError("--switches graph: that needs a GPU")
+    if args.against and args.train:
+        raise ValueError("--train and --against are different things to time; one of them at a time")
+    if args.against and args.model == "dit-xl":
+        raise ValueError("--against diffusers: FLUX and SANA are compared; its DiT has an embedder in every "
+                         "block and is another work")
+    if args.against and importlib.util.find_spec("diffusers") is None:
+        raise ValueError("--against diffusers needs: pip install diffusers")
+
+
+NO_GPU = """\
+no GPU: the small twins ({} and its DC-Gen sibling) run in place of {}. These are NOT GPU figures, and
+say nothing about speed: blocks are traced without a break but not compiled, the CPU multiplies FP8 out, and
+there is no graph. What is shown is that every row runs and that what it makes is sane."""
+
+
+# what is not given
+DEFAULTS = {
+    "cuda": dict(num_steps=None, repeats=20, warm=10.0, batches=[1, 8, 32, 64]),
+    "cpu": dict(num_steps=4, repeats=2, warm=0.0, batches=[1, 2]),
+}
 
 
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--model", default="flux-krea", choices=MODELS, help="the base; its DC-Gen sibling comes with it (default flux-krea)")
-    p.add_argument("--res", default=None, help="pixels a side, or all of the paper's tables (default: the largest of them)")
-    p.add_argument("--switches", nargs="+", default=list(SWITCHES), choices=SWITCHES, help="rows to time; each has all before it on (default all)")
-    p.add_argument("--num-steps", type=positive(int), help="steps an image (default: the paper's; 4 for the twins on a CPU)")
-    p.add_argument("--batches", type=positive(int), nargs="*", help="also time throughput at these batches (default: 1 8 32 64 for SANA and DiT, none for FLUX)")
-    p.add_argument("--latency", action=argparse.BooleanOptionalAction, default=True, help="the rows of one image at a time (default yes)")
-    p.add_argument("--train", action="store_true", help="time post-training steps instead")
-    p.add_argument("--train-batch", type=positive(int), help="images a training step (default: 1 for FLUX, 16 otherwise)")
-    p.add_argument("--against", choices=("diffusers",), help="the same work through this library as well, eager and compiled")
-    p.add_argument("--tables", action="store_true", help="rates of matrix products, attention and decoder stages instead")
-    p.add_argument("--profile", action=argparse.BooleanOptionalAction, default=True,
-                   help="the largest items of a step and of decoding, and which attention ran (default yes)")
-    p.add_argument("--repeats", type=positive(int), help="timed rounds at most (default 10, 30 at 1K and below; 2 on a CPU)")
-    p.add_argument("--warm", type=float, help="seconds of work before timing (default 10; 0 on a CPU)")
-    p.add_argument("--minutes", type=positive(float), default=9.0,
-                   help="for one resolution: rounds are cut, to three at least, and what is optional left out, to end in about this time (default 9)")
-    p.add_argument("--compile-mode", help="torch.compile's mode, such as max-autotune-no-cudagraphs (on a CPU blocks are only traced)")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
-    p.add_argument("--seed", type=int, default=0, help="of weights and noise (default 0)")
-    p.add_argument("--out", metavar="FILE", help="keep the results in FILE.json, after every row, and the chart in FILE.png")
+    add_args(p)
     args = p.parse_args(argv)
-
-    family = MODELS[args.model]
-    if args.device.split(":")[0] not in ("cpu", "cuda") or args.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"--device {args.device}: " + ("torch finds no GPU here" if args.device.startswith("cuda") else "cpu or cuda"))
-    device = torch.device(args.device)
-    cuda = device.type == "cuda"
-    if args.against and isinstance(BASES[args.model], DiTConfig):
-        raise ValueError("--against diffusers: FLUX and SANA are compared; its DiT has an embedder in every block and is another work")
-    if args.against and importlib.util.find_spec("diffusers") is None:
-        raise ValueError("--against diffusers needs: pip install diffusers")
-    if args.train and args.tables or (args.train or args.tables) and args.against:
-        raise ValueError("--train, --tables and --against are different things to time; one of them at a time")
-    if args.res not in (None, "all") and not args.res.isdecimal():
-        raise ValueError(f"--res {args.res}: give pixels a side ({', '.join(map(str, family.deep))}), or all")
-    sizes = family.paper if args.res == "all" else (int(args.res) if args.res else family.paper[-1],)
-    args.switches = [s for s in SWITCHES if s in args.switches]
-    if args.switches == ["graph"] and not cuda:
-        raise ValueError("--switches graph: that needs a GPU")
-    args.repeats = args.repeats or ((30 if max(sizes) <= 1024 else 10) if cuda else 2)
-    args.warm = (10.0 if cuda else 0.0) if args.warm is None else args.warm
-    args.num_steps = args.num_steps or (None if cuda else 4)
-    args.batches = args.batches if args.batches is not None else [] if args.model.startswith("flux") else [1, 8, 32, 64] if cuda else [1, 2]
-    dtype = torch.bfloat16 if fast_bf16(device) else torch.float32
-    compiler = (dict(mode=args.compile_mode) if args.compile_mode else {}) if cuda else dict(backend="eager")
+    check_args(args)
+    pairs = [workloads(args.model, res) for res in sizes_of(args.model, args.res)]
+    is_flux = args.model == "flux-krea"
+    if is_flux and args.batches is None:
+        args.batches = []
+    device = torch.device(device_here(args.device))
+    on_gpu = device.type == "cuda"
+    for name, value in DEFAULTS[device.type].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    compiler = dict(mode=args.compile_mode) if args.compile_mode else {}
+    settings = Settings(
+        device=device,
+        dtype=torch.bfloat16 if bf16_is_fast(device) else torch.float32,
+        switches=tuple(s for s in switches_on(device) if s in args.switches),
+        compiler=compiler if on_gpu else dict(backend="eager"),
+        num_steps=args.num_steps,
+        repeats=args.repeats,
+        warm=args.warm,
+        seed=args.seed,
+        profile=args.profile)
     torch.manual_seed(args.seed)
-    if cuda:
-        torch.backends.cudnn.benchmark = True                         # shapes are fixed
-    pairs = [workloads(args.model, res, twin=not cuda) for res in sizes]
-    result = dict(command=" ".join(["bench.py", *(sys.argv[1:] if argv is None else argv)]), **facts(device), dtype=precision_of(False, dtype),
-                  compile=args.compile_mode or "default" if cuda else "traced only",
-                  rows=[], ratios=[], throughput=[], train=[], memory=[], tables=[], checks=[], floors=[])
+    torch.backends.cudnn.benchmark = on_gpu                          # shapes are fixed
 
-    file = lambda kind: Path(f"{args.out}.{kind}")                    # not with_suffix: of sana-1.6b it would leave sana-1
+    command = " ".join(["bench.py", *(sys.argv[1:] if argv is None else argv)])
+    result = dict(command=command, **environment(device), dtype=settings.precision("eager"))
+    result |= {kind: [] for kind in COLUMNS}
+    print(f"{result['device']}, torch {result['torch']}, {result['dtype']}, {result['date']}")
+    if not on_gpu and (args.train or args.latency or args.batches):
+        print(NO_GPU.format(TWINS[type(BASES[args.model])], args.model))
 
-    def save():
-        if args.out:
-            with atomic(file("json")) as tmp:
-                tmp.write_text(json.dumps(result, indent=1))
-
-    def keep(kind: str, rows) -> list[dict]:
-        """Rows into the result as they are finished, and into its file: what ends too early loses nothing."""
-        before = len(result[kind])
+    def keep(kind: str, rows):
+        """Write the results after each row, so that a run that is cut short keeps them, then print them."""
+        first = len(result[kind])
         for row in rows:
             result[kind].append(row)
-            save()
-        return result[kind][before:]
+            if args.out:
+                write_json(f"{args.out}.json", result)
+        show(kind, result[kind][first:])
 
-    print(f"{result['device']}, torch {result['torch']}, {result['dtype']}, {result['date']}")
-    if not cuda and (args.tables or args.train or args.latency or args.batches):
-        print(f"no GPU: the small twins ({family.twin} and its DC-Gen sibling) run in place of {args.model}. These are NOT GPU figures, and say\n"
-              "nothing about speed: blocks are traced without a break but not compiled, and the CPU multiplies FP8 out. What is shown is that\n"
-              "every row runs and that what it makes is sane.")
-    if args.tables:
-        rows = keep("tables", rate_tables(device, dtype))
-        show(rows, table=("table",), what=("what",), way=("way",), ms=("ms", ".3f"), **{"TFLOP/s": ("tflop_per_s", ".2f")}, notes=("failed",))
-    elif args.train:
-        for res, pair in zip(sizes, pairs):
-            keep("train", train_rows(family.schedule.get(res, family.schedule.get(0)), pair, args, device, dtype))
-        print_train(result["train"], args.model)
-        print_memory(keep("memory", memory_rows(args.model, sizes, args.train_batch)))
-    else:
-        text = attempt(text_seconds, BASES[args.model] if cuda else BASES[family.twin], device, dtype, not cuda) if args.latency else None
-        text = (None, f"not timed: {text}") if isinstance(text, str) else text
-        free()                                                        # 10 GB of T5
-        for pair in pairs:
-            until = time.perf_counter() + 60 * args.minutes
-            if args.latency:
-                print(flush=True)
-                print_rows(keep("rows", bench_pair(pair, args, device, dtype, compiler, text, until)))
-            if args.batches:
-                print_throughput(keep("throughput", throughput(pair, args, device, dtype, compiler, until)), pair, args.num_steps or family.num_steps)
-        result["ratios"], result["checks"] = ratios(result["rows"]), self_checks(result["rows"])
-        if result["ratios"]:
-            print("\ntimes faster than the base")
-            show(result["ratios"], model=("work",), res=("res",), switch=("switch",), denoise=("denoise", ".2f"), than_our_base=("against_our_base", ".2f"),
-                 **{"than the paper's base": ("against_paper_base", ".2f")}, the_paper=("paper", ".2f"))
-        for line in [*[WHY_TWO_RATIOS] * any(r["paper"] for r in result["ratios"]), *result["checks"]]:
-            print(line)
-    result["floors"] = [floor(work) for res in sizes for work in workloads(args.model, res)]
-    print_floors(result["floors"])
-    save()
-    drawn = args.out and any("sum" in r for r in result["rows"])
-    if drawn:
-        chart(file("png"), result["rows"], result["floors"], result["device"], cuda)
-    if args.out:
-        print(f"wrote {file('json')}" + f" and {file('png')}" * bool(drawn))
+    # one resolution after the other; DC-Gen's rows come first
+    for base, dc in pairs:
+        until = time.perf_counter() + 60 * args.minutes
+        pair = (base, dc) if on_gpu else workloads(args.model, base.res, twin=True)
+        if args.train:
+            recipe = RECIPES[base.cfg.recipe]
+            plans = [recipe.stage1, recipe.stage2, recipe.stage3]
+            batch = args.train_batch or (1 if is_flux else 16)
+            keep("train", train_rows(pair, plans, batch, settings))
+            memory = training_memory(dc.cfg, batch, dc.grid, recipe.rank)
+            keep("memory", [dict(work=dc.name, res=dc.res, batch=batch) | memory])
+            continue
+        if args.latency:
+            keep("rows", latency_rows(pair, settings, bool(args.against), until))
+        keep("throughput", throughput_rows(pair, args.batches, settings, until))
+
+    keep("ratios", ratios(result["rows"]))
+    if result["ratios"]:
+        print(WHY_TWO_RATIOS)
+    keep("floors", [theory(work) for pair in pairs for work in pair])
+    if args.out and result["rows"]:
+        title = result["device"] if on_gpu else f"small twins on a {result['device']}: not GPU figures"
+        chart(Path(f"{args.out}.png"), result["rows"], title)
+    # last, so that a program finds it
     print(json.dumps(result))
-    if failed := [r for kind in ("rows", "train", "tables") for r in result[kind] if "failed" in r]:
+    failed = [row for kind in ("rows", "train") for row in result[kind] if "failed" in row]
+    if failed:
         sys.exit(f"{len(failed)} rows failed")
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)
