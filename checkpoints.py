@@ -73,7 +73,7 @@ def write_tensors(
     path, tensors: dict[str, Tensor], config: dict | None = None, metadata: dict[str, str] | None = None
 ):
     """Write safetensors atomically, with the configuration and whatever else is given as metadata."""
-    # the format knows neither views nor shared storage
+    # the format has neither views nor shared storage
     plain = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
     metadata = {"format": "pt", "config": json.dumps(config or {}), **(metadata or {})}
     with atomic(path) as tmp:
@@ -521,6 +521,7 @@ def map_keys(model: nn.Module, theirs: dict[str, Tensor], table: list[tuple]) ->
     wanted = model.state_dict()
     mapped = {}
     used = set()
+    # fill every target, and remember what was read for it
     for key in wanted:
         found = source_keys(key, table, theirs)
         if found:
@@ -529,7 +530,7 @@ def map_keys(model: nn.Module, theirs: dict[str, Tensor], table: list[tuple]) ->
             parts = [theirs[name] for name in names]
             mapped[key] = transform.load(parts[0] if len(parts) == 1 else torch.cat(parts))
 
-    # the keys that this layout leaves out are expected, but not used
+    # what this layout leaves out may be in the file
     left_out = [key_pattern(names) for names, ours, *_ in table if ours is None]
     for row in left_out:
         used.update(key for key in theirs if row.fullmatch(key))
@@ -658,6 +659,7 @@ def build(cfg, weights=None, dtype: torch.dtype | None = torch.float32) -> Backb
         model = FAMILIES[type(cfg)](cfg).init_from_scratch()
         return model.to(dtype) if dtype else model
     tensors = read_tensors(weights)
+    # the file tells its family, layout and sizes; they have to be those of the configuration
     try:
         family, layout = detect_layout(tensors)
         table = TABLES[family][layout]
@@ -702,6 +704,7 @@ def config_from_shapes(family: type, table: list[tuple], theirs: dict[str, Tenso
     def count(key):
         return next(i for i in range(10_000) if not has(key.format(i)))
 
+    # a model from its own repository has no config.json: what is not stated is not compared
     ours, name = STATED[family]
     found = {ours: as_tuple(stated[name])} if name in stated else {}
     if family is Flux:
@@ -725,6 +728,7 @@ def config_from_shapes(family: type, table: list[tuple], theirs: dict[str, Tenso
         return found | dict(
             mlp_ratio=shape("blocks.0.mlp.conv_point.weight")[1] / hidden_size,
             caption_channels=shape("y_embedder.y_proj.fc1.weight")[1])
+    # DiT with a learned variance has twice the outputs
     has_variance = shape("final_layer.linear.bias")[0] != in_channels * patch_size**2
     return found | dict(
         num_classes=shape("y_embedder.embedding_table.weight")[0] - 1,
@@ -776,6 +780,7 @@ def load_autoencoder(
     cfg = ae_config(name)
     path = find_weights(name, cfg.weights, weights)
     tensors = read_tensors(path, "vae")
+    # a file of ours brings its configuration, the scale included, in its metadata
     own = read_config(path)
     cfg = replace(cfg, **{key: as_tuple(value) for key, value in own.items() if key in asdict(cfg)})
     try:
@@ -894,6 +899,7 @@ def load_run(
     file = run_file(path, ema)
     cfg, info = read_run_config(file)
     tensors = read_tensors(file)
+    # without a LoRA, blocks in the file are all of them
     trained_all = not info.get("lora") and any("blocks." in key for key in tensors)
     if trained_all:
         model = build(cfg, file)
@@ -1015,6 +1021,7 @@ def write_folder(folder: Path, tensors: dict[str, Tensor], config: dict, shard_b
     already."""
     if (folder / "config.json").exists():
         raise ValueError(f"{folder} holds a model already; name another folder, or remove it")
+    # keys by shard, filled in order
     shards = [[]]
     room = shard_bytes
     for key, value in tensors.items():
@@ -1060,7 +1067,7 @@ def diffusers_config(cfg) -> dict:
         out_channels=cfg.out_channels,
         patch_size=cfg.patch_size,
         num_layers=cfg.depth,
-        # the name of an autoencoder says how many pixels a latent cell is wide
+        # pixels a latent cell, by the name of the autoencoder
         sample_size=cfg.res // int(re.search(r"f(\d+)c\d+", cfg.ae)[1]),
         norm_elementwise_affine=False,
         norm_eps=1e-6)
@@ -1132,7 +1139,7 @@ def save_peft(model: Backbone, folder):
         raise ValueError("this model carries no LoRA to save")
     file = {f"transformer.{key}": value for key, value in tensors.items()}
     metadata = {}
-    # FLUX's loader wants alphas as tensors, the others in the metadata; none takes both
+    # FLUX's loader reads alphas as tensors, the others in the metadata; none takes both
     if isinstance(model, Flux):
         file |= {f"transformer.{module}.alpha": torch.tensor(alpha) for module, alpha in alphas.items()}
     else:
@@ -1207,9 +1214,10 @@ def lora_to_peft(model: Backbone) -> tuple[dict[str, Tensor], dict[str, float]]:
     for name, lora in lora_layers(model).items():
         parts = unmap_keys({f"{name}.weight": lora.B.detach()}, TABLES[type(model)]["diffusers"])
         for key, B in parts.items():
+            # a part of a matrix that was fused from several LoRAs uses its own rows of A only
             used = B.ne(0).any(dim=0)
             if not used.any():
-                used[:] = True
+                used[:] = True                                       # B is zero, as it starts
             A = lora.A.detach()[used]
             B = B[:, used]
             if lora.base.weight.ndim == 4:                           # a 1x1 convolution's have two more axes
@@ -1232,6 +1240,7 @@ def lora_from_peft(
         raise ValueError("this model carries a LoRA already; merge it first")
     theirs = read_peft_names(tensors, alphas or {})
     table = TABLES[type(model)]["diffusers"]
+    # all are made before the first is set: if one is refused, the model stays as it was
     layers = {}
     used = set()
     left_out = []

@@ -900,6 +900,8 @@ def test_the_newest_run_is_found_by_what_its_file_tells(tiny_base):
     for kind, folder in newest.items():
         assert newest_run(kinds=(kind,)).name == folder
     assert newest_run(kinds=("scratch",)) is None
+    os.utime("runs/align-test-1/model.safetensors", (2e9, 2e9))
+    assert newest_run().name == "align-test-1"
 
 
 # ---- LoRA of diffusers and PEFT --------------------------------------------------------------------
