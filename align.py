@@ -1,26 +1,31 @@
 """Embedding alignment: stages 1 and 2 of DC-Gen (arXiv 2509.25180, Sec. 3.3).
 
 A finished model on f8 latents gets a new patch embedder and a new output head for the latents of a deeper
-autoencoder. With both random, fine-tuning starts from noise and destroys what the base knows (Fig. 3). So
-first, the trunk untouched:
+autoencoder. With both random, fine-tuning starts from noise and destroys what the base has learned (Fig. 3).
+So first, with the trunk frozen:
 
-  stage 1  the embedder alone learns to give the base's own patch embeddings of the same picture, pooled to
-           the new grid:   L = || e_phi(z_dc) - pool(e(z_base)) ||^2      (Eq. 1; clean latents, no noise, no
-                           time)
-  stage 2  embedder and head learn together from the ordinary flow loss in the *new* latent space (Eq. 2). No
-           target from the old head is needed, so it does not matter that the two latents have different
-           channels: the frozen trunk, the aligned embedder and the new space define what the head has to say.
-           The model now draws.
+  stage 1  The embedder alone learns to give the base's own patch embeddings of the same picture, pooled to
+           the new grid (Eq. 1; clean latents, no noise, no time):
 
-Both are linear least squares in what they train (a linear map and its bias; stage 2 while the embedder stands
-still), so `--solver closed-form` finds the exact optimum from accumulated normal equations, with no learning
-rate at all.
+               L = || e_phi(z_dc) - pool(e(z_base)) ||^2
+
+  stage 2  Embedder and head learn together from the ordinary flow loss in the *new* latent space (Eq. 2):
+
+               L = || v(x_t, t, y) - (x1 - x0) ||^2,   x_t = (1-t) x0 + t x1,   x0 noise, x1 the deep latent
+
+           The head needs no target from the old head, so it does not matter that the two latents have
+           different channels: the frozen trunk, the aligned embedder and the new latents define its output.
+           From here on the model draws.
+
+Both are linear least squares in what they train (a linear map and its bias; stage 2 while the embedder is
+fixed), so `--solver closed-form` finds the exact optimum from accumulated normal equations, without a
+learning rate.
 
     python align.py                                    the embedded base, minutes on a CPU
     python align.py --base dit-xl --images DIR         DiT-XL/2 from SD-VAE f8 patch 2 to DC-AE f32 patch 1
-    torchrun --nproc-per-node 8 align.py ...           on eight GPUs; so for finetune.py
+    torchrun --nproc-per-node 8 align.py ...           on eight GPUs; the same for finetune.py
 
-Stage 3 is finetune.py. The training loop is train.py's.
+Stage 3 is finetune.py; the training loop is train.train.
 """
 
 import argparse
@@ -54,7 +59,7 @@ from train import (
 
 @dataclass(frozen=True)
 class Recipe:
-    """One column of Table 7, and what recipe and authors' code add to it: the shift of training times, the
+    """One column of Table 7, and what the authors' code adds to it: the shift of training times, the
     range of the guidance g = 1 + w, the step of positions."""
     ae: str                                 # the autoencoder to move to
     stage1: Plan
@@ -269,26 +274,25 @@ class Objective:
         return {"val_loss": float(losses.mean()), **by_time}
 
 
-def pick_objective(cfg, recipe: Recipe, args) -> Objective:
-    """The objective asked for, or the model's own: guided for a distilled one, flow for others. ValueError
-    for flags that do not fit the model."""
+def pick_objective(cfg, kind: str | None = None, guidance: tuple[float, float] | None = None,
+                   t_sampling: str = "logit-normal", label_dropout: float = 0.1) -> Objective:
+    """The objective of this kind, "flow" or "guided"; by default guided for a distilled model, flow for
+    others. guidance: the range (default: the recipe's). ValueError for what does not fit the model."""
     distilled = getattr(cfg, "guidance_embed", False)
-    kind = args.objective or ("guided" if distilled else "flow")
-    if not distilled:
-        if kind == "guided":
-            raise ValueError("--objective guided is for a model that reads its guidance as a number; "
-                             "this one is not distilled: use flow")
-        if args.guidance_range:
-            raise ValueError("--guidance-range is for a model that reads its guidance as a number; "
-                             "this one is not distilled")
-    low, high = args.guidance_range or recipe.guidance
+    if kind is None:
+        kind = "guided" if distilled else "flow"
+    if not distilled and (kind == "guided" or guidance):
+        flag = "--objective guided" if kind == "guided" else "--guidance-range"
+        raise ValueError(f"{flag} is for a model that reads its guidance as a number; this one is not "
+                         "distilled: use --objective flow, without a range")
+    low, high = guidance or recipe_of(cfg).guidance
     if not 1 <= low <= high:
         raise ValueError(f"--guidance-range {low:g} {high:g}: two numbers of at least 1 (no guidance), "
                          "the smaller first")
     return Objective(
-        loss={"flow": flow_matching_loss, "guided": guided_flow_matching_loss}[kind],
+        loss=guided_flow_matching_loss if kind == "guided" else flow_matching_loss,
         guidance=(low, high) if distilled else None,
-        t_sampling=args.t_sampling, shift=training_shift(cfg), label_dropout=args.label_dropout)
+        t_sampling=t_sampling, shift=training_shift(cfg), label_dropout=label_dropout)
 
 
 # ---- both stages in closed form ------------------------------------------------------------------
@@ -381,8 +385,10 @@ def head_input(model, xt: Tensor, t: Tensor, y) -> Tensor:
     """What the last linear map of the head reads in a forward pass, (B,N,D) float32."""
     read = []
     hook = model.head_linear.register_forward_pre_hook(lambda layer, args: read.append(args[0]))
-    model(xt, t, y)
-    hook.remove()
+    try:
+        model(xt, t, y)
+    finally:
+        hook.remove()
     return read[0].float()
 
 
@@ -408,7 +414,8 @@ class Alignment:
 
     def samples(self, indices: Tensor) -> tuple:
         """Deep latents and conditions."""
-        return self.pairs(indices)[0], self.data.conditions(indices)
+        z, _ = self.data.cache.batch(indices)
+        return z[self.model.cfg.ae].to(self.device), self.data.conditions(indices)
 
     def validate(self, *_) -> dict[str, float]:
         z = self.data.val_latents[self.model.cfg.ae]
@@ -568,7 +575,7 @@ def main(argv=None):
     ae = next_autoencoder(args.ae, base.cfg, args.base)
     cfg = to_deep_latent(base.cfg, ae, pos_step, args.shift or recipe.shift)
     cfg = resized(cfg, args.res, args.text_tokens)
-    objective = pick_objective(cfg, recipe, args)
+    objective = pick_objective(cfg, args.objective, args.guidance_range, args.t_sampling, args.label_dropout)
 
     # the same pictures in both latent spaces
     out = new_run("align", args.base, vars(args), args.out, args.resume)

@@ -1,18 +1,19 @@
 """End-to-end fine-tuning: stage 3 of DC-Gen (arXiv 2509.25180, Sec. 3.3, Eq. 2 and 7), and training from
 scratch.
 
-After alignment the model draws already. What is left is to let the trunk get used to its new latents, by
-LoRA, while the new embedder and head go on training in full. The loss is stage 2's; only what is trainable
-differs.
+After alignment the model draws already. Now its trunk adapts to the new latents, by LoRA, while the new
+embedder and head go on training in full. The loss is stage 2's; only what is trainable differs.
 
-    python finetune.py                                     LoRA on the newest alignment of the embedded base
-    python finetune.py --init base                         the same without alignment: what the paper's Fig. 3
-    shows python finetune.py --tune full                         every weight instead of LoRA (Fig. 5)
-    python finetune.py --base tiny-flux --objective flow   the plain loss on a distilled base: what Fig. 6
-    shows python finetune.py --init RUN --merge --res 1024       LoRA merged, and a new one at the next
-    resolution python finetune.py --init scratch --train-steps 20000  no base at all: how the embedded base
-    itself was made torchrun --nproc-per-node 8 finetune.py --base flux-krea    eight GPUs, each with a share
-    of the model
+    python finetune.py                          LoRA on the newest alignment of the embedded base
+    python finetune.py --init base              without alignment: what the paper's Fig. 3 shows
+    python finetune.py --tune full              every weight instead of LoRA (Fig. 5)
+    python finetune.py --base tiny-flux --objective flow
+                                                the plain loss on a distilled base: what Fig. 6 shows
+    python finetune.py --init RUN --merge --res 1024
+                                                LoRA merged, and a new one at the next resolution
+    python finetune.py --init scratch           no base at all: how the embedded base itself was made
+    torchrun --nproc-per-node 8 finetune.py --base flux-krea
+                                                eight GPUs, each with a shard of the model
 
 The paper's other strategies (A.8, A.9) are in experiments/.
 """
@@ -191,7 +192,7 @@ def main(argv=None, hooks=None):
         cfg = replace(cfg, sampling=replace(cfg.sampling, shift=args.shift))
     model.cfg = cfg
     recipe = recipe_of(cfg)
-    objective = pick_objective(cfg, recipe, args)
+    objective = pick_objective(cfg, args.objective, args.guidance_range, args.t_sampling, args.label_dropout)
     plan = planned(recipe.stage3, steps=args.train_steps, lr=args.lr, batch=args.batch, betas=args.betas,
                    warmup=args.warmup, schedule=args.schedule, clip=args.clip, weight_decay=args.weight_decay,
                    ema=args.ema, accumulate=args.accumulate, save_every=args.save_every)
@@ -270,7 +271,7 @@ def main(argv=None, hooks=None):
     save_dtype = torch.bfloat16 if args.save_dtype == "bf16" else torch.float32
     write_run(out, info, named, log, averaged, save_dtype, [(name, params[name]) for name in carried])
     destroy_distributed()
-    average = f", {log[-1]['val_loss_ema']:.4f} by the average" if plan.ema else ""
+    average = f", {log[-1]['val_loss_ema']:.4f} by the average" if "val_loss_ema" in log[-1] else ""
     print(f"validation loss {log[0]['val_loss']:.4f} -> {log[-1]['val_loss']:.4f} as trained{average}, "
           f"in {time.perf_counter() - begun:.0f} s; "
           f"wrote {out}/ (weights, metrics.jsonl, pictures, curves.png)")

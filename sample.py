@@ -577,10 +577,10 @@ def run_main(main):
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         # from here on a second Ctrl-C kills at once, whatever thread or process is still waited for
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-        print("interrupted", file=sys.stderr)
+        print(str(error) or "interrupted", file=sys.stderr)
         sys.exit(130)
 
 

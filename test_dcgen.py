@@ -285,10 +285,8 @@ def test_the_closed_form_head_of_a_distilled_model_minimises_the_guided_loss():
 
 
 def test_a_distilled_base_learns_by_the_guided_loss_and_others_by_the_plain_one():
-    flags = argparse.Namespace(objective=None, guidance_range=None, t_sampling="uniform", label_dropout=0.1)
     for name, guided in (("tiny-flux", True), ("tiny-sana", False), ("tiny", False)):
-        cfg = BASES[name]
-        assert align.pick_objective(cfg, RECIPES[cfg.recipe], flags).guided == guided, name
+        assert align.pick_objective(BASES[name]).guided == guided, name
 
 
 # ---- stage 3: LoRA -------------------------------------------------------------------------------

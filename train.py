@@ -1,12 +1,11 @@
-"""The training loop that all three stages share, and what a run is made of.
+"""The training loop of all three stages, and what a run is made of.
 
-    train            one loop: set the rate, accumulate gradients, clip, step, average, log, save
-    EMA, state       the moving average; one safetensors file from which a killed run resumes to the same
-                     numbers
-    ranks            torchrun starts one process a GPU; gradients are summed, or FSDP2 shards the model
-    memory           what is frozen may be bf16, blocks may be recomputed, the model may be sharded
-    runs             a folder each in runs/; `model.safetensors` is written last, so a folder that has it is
-                     finished
+    train        one loop: set the rate, accumulate gradients, clip, step, average, log, save
+    state        EMA; one safetensors file from which a killed run resumes to the same numbers
+    ranks        torchrun starts one process a GPU; gradients are summed, or FSDP2 shards the model
+    memory       frozen weights may be bf16, blocks may be recomputed, the model may be sharded
+    runs         a folder each in runs/; model.safetensors is written last: a folder that has it is finished
+    data         latents and conditions of a run, and the flags that the training scripts share
 
 The three stages differ in loss and in what is trainable, so these are arguments. Ablations enter by two
 hooks, `on_step` and `lr_scale`.
@@ -145,7 +144,7 @@ def train(out: Path, name: str, model: nn.Module, named: list[tuple[str, nn.Para
                 bad_steps += 1
                 report_bad_step(step, bad_steps, batch[0], state.file)
             if ema:
-                ema.update(params, step)
+                ema.update(step)
 
             # log
             last = step + 1 == plan.steps
@@ -234,19 +233,17 @@ class EMA:
         self.values = [p.detach().float().clone() for p in params]
 
     @torch.no_grad()
-    def update(self, params: list[Tensor], step: int):
+    def update(self, step: int):
         decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(self.values, [p.detach().float() for p in params], 1 - decay)
+        torch._foreach_lerp_(self.values, [p.detach().float() for p in self.params], 1 - decay)
 
     @contextmanager
-    @torch.no_grad()
     def swapped_in(self):
         """The parameters hold the average inside, and their own values again afterwards."""
         own = [p.detach().clone() for p in self.params]
         copy_into(self.params, self.values)
         try:
-            with torch.enable_grad():
-                yield
+            yield
         finally:
             copy_into(self.params, own)
 
@@ -352,8 +349,6 @@ def get_world_size() -> int:
 def init_distributed(device: str) -> torch.device:
     """Join the process group if torchrun started this process. Returns the device to work on."""
     device = torch.device(device_here(device))
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
         if get_rank() > 0:
@@ -553,20 +548,27 @@ def write_run(out: Path, info: dict, named, log: list[dict], averaged=nullcontex
     """Write a run's log, moving average and weights, which come last. info: facts that load_run reads.
     carried: parameters that an earlier run has trained and this one left alone; no base has them, so they
     travel on."""
-    def weights() -> dict[str, Tensor]:
-        # copies: inside averaged() the parameters hold other values
-        return {name: full_tensor(p).to("cpu", dtype, copy=True) for name, p in (*carried, *named)}
+    @torch.no_grad()
+    def gather() -> dict[str, Tensor]:
+        """Copies of the whole weights on rank 0's CPU; every rank takes part."""
+        tensors = {}
+        for name, p in (*carried, *named):
+            whole = full_tensor(p)
+            if get_rank() == 0:
+                tensors[name] = whole.to("cpu", dtype, copy=True)
+        return tensors
 
-    trained = weights()
-    with averaged():
-        average = weights()
-    if get_rank() > 0:
-        return
-    with atomic(out / "metrics.jsonl") as tmp:
-        tmp.write_text("".join(json.dumps(row) + "\n" for row in log))
+    if get_rank() == 0:
+        with atomic(out / "metrics.jsonl") as tmp:
+            tmp.write_text("".join(json.dumps(row) + "\n" for row in log))
     if averaged is not nullcontext:
-        write_tensors(out / "ema.safetensors", average, info)
-    write_tensors(out / "model.safetensors", trained, info)
+        with averaged():
+            average = gather()
+        if get_rank() == 0:
+            write_tensors(out / "ema.safetensors", average, info)
+    trained = gather()
+    if get_rank() == 0:
+        write_tensors(out / "model.safetensors", trained, info)
 
 
 # ---- what a run learns from ----------------------------------------------------------------------

@@ -248,7 +248,7 @@ def test_the_moving_average_warms_up_in_float32():
     p = nn.Parameter(torch.zeros(3, dtype=torch.bfloat16))
     ema = EMA([p], decay=0.999)
     p.data.fill_(1.0)
-    ema.update([p], step=0)                                          # decay (1 + 0) / (10 + 0)
+    ema.update(step=0)                                          # decay (1 + 0) / (10 + 0)
     assert_close(ema.values[0], torch.full((3,), 0.9))
 
 

@@ -1,0 +1,84 @@
+"""Kill -9 and resume: one harness for every script that writes for a long time."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from helpers import ROOT
+
+SAME = ["--pictures", "64", "--batch", "8", "--save-every", "2", "--device", "cpu", "--dtype", "fp32"]
+# script, flags, flags to resume with, the file after whose appearance it is killed
+WRITERS = {
+    "alignment": (
+        "align.py", [*SAME, "--head-samples", "64", "--stage2-steps", "12", "--count", "0"], ["--resume"],
+        "stage2.state.safetensors"),
+    "alignment by AdamW": (
+        "align.py", [*SAME, "--solver", "adamw", "--stage1-steps", "12", "--stage2-steps", "2", "--count", "0"],
+        ["--resume"], "stage1.state.safetensors"),
+    "fine-tuning": (
+        "finetune.py", [*SAME, "--init", "base", "--rank", "4", "--train-steps", "12"], ["--resume"],
+        "train.state.safetensors"),
+    "a data set": (
+        "sample.py", ["--base", "tiny-sana", "--prompts", "prompts.txt", "--count", "12", "--batch", "2", "--dataset",
+                      "--num-steps", "4", "--device", "cpu", "--dtype", "fp32"], [], "00001_seed1.png"),
+}
+
+
+def command(script, *flags):
+    return [sys.executable, str(ROOT / script), *flags]
+
+
+def contents(folder: Path) -> dict:
+    """Every file of a run: bytes, or rows without what a clock measures. Settings name the folder, so they
+    differ."""
+    files = {}
+    for file in sorted(folder.rglob("*")):
+        name = file.relative_to(folder).as_posix()
+        if file.suffix == ".safetensors" and "state" in name or name in ("config.json", "curves.png"):
+            continue                                                 # curves show the speed of nothing, but a font's cache
+        if name == "metrics.jsonl":
+            rows = [json.loads(line) for line in file.read_text().splitlines()]
+            files[name] = [{k: v for k, v in row.items() if k != "images_per_s"} for row in rows]
+        elif file.is_file():
+            files[name] = file.read_bytes()
+    return files
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    root = tmp_path_factory.mktemp("resume")
+    prompts = ["a large red ring on green", "two small blue circles on yellow"]
+    (root / "prompts.txt").write_text("\n".join(prompts))
+    return root
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_what_is_killed_resumes_to_the_same_files(writer, workplace):
+    script, flags, resume, file = WRITERS[writer]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+    straight, killed = (workplace / f"{writer}-{kind}" for kind in ("straight", "killed"))
+    subprocess.run(command(script, *flags, "--out", str(straight)), cwd=workplace, env=env, check=True,
+                   capture_output=True)
+
+    victim = subprocess.Popen(command(script, *flags, "--out", str(killed)), cwd=workplace, env=env,
+                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (killed / file).exists() and victim.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    victim.send_signal(signal.SIGKILL)
+    victim.wait()
+    assert not (killed / "model.safetensors").exists(), "it finished before it was killed"
+    assert not (killed / "metadata.jsonl").exists(), "it finished before it was killed"
+
+    subprocess.run(command(script, *flags, "--out", str(killed), *resume), cwd=workplace, env=env, check=True,
+                   capture_output=True)
+    expected, found = contents(straight), contents(killed)
+    assert expected.keys() == found.keys()
+    for name in expected:
+        assert expected[name] == found[name], name
