@@ -83,20 +83,19 @@ class Figures:
     """The paper's on one H100, (base, DC-Gen): images a minute at the best batch, seconds at batch 1."""
     per_minute: tuple[float | None, float | None] = (None, None)
     seconds: tuple[float | None, float | None] = (None, None)
-    where: str | None = None
 
 
 PAPER = {
-    ("flux-krea", 512): Figures((None, 118.96), where="Table 8"),
-    ("flux-krea", 1024): Figures((16.82, 69.37), (4.65, 1.10), "Table 5"),
-    ("flux-krea", 2048): Figures((2.51, 66.20), (23.76, 1.41), "Table 5"),
-    ("flux-krea", 4096): Figures((0.28, 15.81), (213.81, 4.04), "Table 5"),
-    ("sana-1.6b", 512): Figures((None, 1515.31), where="Table 8"),
-    ("sana-1.6b", 1024): Figures((110.70, 435.68), where="Table 2"),
-    ("sana-4.8b", 512): Figures((None, 511.72), where="Table 8"),
-    ("sana-4.8b", 1024): Figures((37.68, 146.23), where="Table 2"),
-    ("dit-xl", 256): Figures((2.44 * 60, 12.00 * 60), where="Table 1, there in images/s"),
-    ("dit-xl", 512): Figures((0.85 * 60, 4.03 * 60), where="Table 1, there in images/s"),
+    ("flux-krea", 512): Figures((None, 118.96)),                     # Table 8
+    ("flux-krea", 1024): Figures((16.82, 69.37), (4.65, 1.10)),      # Table 5
+    ("flux-krea", 2048): Figures((2.51, 66.20), (23.76, 1.41)),
+    ("flux-krea", 4096): Figures((0.28, 15.81), (213.81, 4.04)),
+    ("sana-1.6b", 512): Figures((None, 1515.31)),                    # Table 8
+    ("sana-1.6b", 1024): Figures((110.70, 435.68)),                  # Table 2
+    ("sana-4.8b", 512): Figures((None, 511.72)),                     # Table 8
+    ("sana-4.8b", 1024): Figures((37.68, 146.23)),                   # Table 2
+    ("dit-xl", 256): Figures((2.44 * 60, 12.00 * 60)),               # Table 1, there in images/s
+    ("dit-xl", 512): Figures((0.85 * 60, 4.03 * 60)),
 }
 
 WHY_TWO_RATIOS = """\
@@ -130,7 +129,6 @@ class Workload:
     cfg_scale: float
     paper_s: float | None = None
     paper_per_min: float | None = None
-    paper_where: str | None = None
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -162,8 +160,8 @@ def workloads(name: str, res: int, twin: bool = False) -> tuple[Workload, Worklo
 
     pair = []
     for i, cfg in enumerate((base, to_deep_latent(base, ae_config(ae)))):
-        paper = (figures.seconds[i], figures.per_minute[i], figures.where)
-        pair.append(Workload(("", "dc-gen-")[i] + name, cfg, res, *protocol, *paper))
+        prefix = ("", "dc-gen-")[i]
+        pair.append(Workload(prefix + name, cfg, res, *protocol, figures.seconds[i], figures.per_minute[i]))
         assert pair[i].grid                                          # raises for a size that does not fit
     return tuple(pair)
 
@@ -198,7 +196,7 @@ def theory(work: Workload) -> dict:
         decode_tf=decode.flops / 1e12, image_tf=(linear + rest) / 1e12,
         floor_bf16_s=(linear + rest) / H100_BF16, floor_fp8_s=linear / H100_FP8 + rest / H100_BF16,
         memory_gib=memory / 2**30,
-        paper_s=work.paper_s, paper_per_min=work.paper_per_min, paper_where=work.paper_where)
+        paper_s=work.paper_s, paper_per_min=work.paper_per_min)
 
 
 # ---- models with random weights ----------------------------------------------------------------------
@@ -521,23 +519,15 @@ def attention_of(names) -> str:
     return " + ".join(sorted(found))
 
 
-def profile(variant: Variant, x0: Tensor) -> dict:
-    """The five largest items of a step with their shares of the time, and which softmax attention ran:
-    asking for a backend is not the same as getting it."""
+def profile_attention(variant: Variant, x0: Tensor) -> str:
+    """Which softmax attention runs in a step: asking for a backend is not the same as getting it."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")                  # else it writes to the terminal
     on_gpu = variant.device.type == "cuda"
     activity = torch.profiler.ProfilerActivity.CUDA if on_gpu else torch.profiler.ProfilerActivity.CPU
-    variant.denoise(x0, 1)
     with torch.profiler.profile(activities=[activity]) as record:
         variant.denoise(x0, 1)
         synchronized_time(variant.device)
-    events = record.key_averages()
-    spent = {e.key: e.self_device_time_total if on_gpu else e.self_cpu_time_total for e in events}
-    total = sum(spent.values()) or 1
-    largest = sorted(spent, key=spent.get, reverse=True)[:5]
-    return dict(
-        attention=attention_of(spent) or "math, or none",
-        profile=[(name[:80], round(spent[name] / total, 4)) for name in largest])
+    return attention_of(event.key for event in record.key_averages()) or "math, or none"
 
 
 # ---- rows: one image at a time -----------------------------------------------------------------------
@@ -553,7 +543,6 @@ class Settings:
     repeats: int = 20
     warm: float = 10.0
     seed: int = 0
-    profile: bool = True
 
     @property
     def on_gpu(self) -> bool:
@@ -590,7 +579,7 @@ def latency_rows(pair: tuple[Workload, Workload], settings: Settings, against: b
             makers["diffusers"] = diffusers
             makers["diffusers, compiled"] = partial(diffusers, compiler=settings.compiler)
 
-        # rows take turns, but where steps take seconds each has the memory for itself
+        # rows take turns; but where steps take seconds each has the memory for itself
         groups = [{name: makers[name]} for name in makers] if settings.has_long_steps(work) else [makers]
         for group in groups:
             rows = time_group(group, make(switches=("eager",)), settings, until)
@@ -621,8 +610,7 @@ def time_group(makers: dict, eager: Variant, settings: Settings, until: float) -
         if is_long and time.perf_counter() + 1.1 * row["image_s"] < until:
             with timed(row, "full_run_s", settings.device):
                 variant.denoise(x0)
-        if settings.profile and time.perf_counter() < until:
-            row |= attempt(profile, variant, x0)[0] or {}
+        row["attention"], _ = attempt(profile_attention, variant, x0)
     return rows
 
 
@@ -699,6 +687,7 @@ def throughput_rows(pair: tuple[Workload, Workload], batches: list[int], setting
     timed_steps = min(num_steps, 20)
     rounds = max(1, settings.repeats // 3)
     switches = dict.fromkeys([settings.fastest, settings.switches[-1]])
+    # DC-Gen first: if time or memory ends early, its rows are there
     for i, switch in product((1, 0), switches):
         work = pair[i]
         make = partial(Variant, work, *models[i], switches_up_to(switch, settings.device))
@@ -722,10 +711,8 @@ def throughput_rows(pair: tuple[Workload, Workload], batches: list[int], setting
                 batch=batch,
                 denoise_per_min=60 * batch / denoise,
                 with_decode_per_min=60 * batch / (denoise + decode),
-                forwards_per_s=num_steps * work.passes * batch / denoise,
                 peak_gib=row["peak_gib"],
-                paper_per_min=work.paper_per_min,
-                paper_where=work.paper_where)
+                paper_per_min=work.paper_per_min)
 
 
 # ---- rows: training ----------------------------------------------------------------------------------
@@ -850,13 +837,13 @@ def training_memory(
 COLUMNS = {
     "rows": "work res switch tokens image_tf floor_s denoise_ms decode_ms to_host_ms image_s p10 p90 "
             "peak_gib tflop_per_s error first_s attention paper_s paper_over_ours notes",
-    "throughput": "work res precision batch denoise_per_min with_decode_per_min forwards_per_s peak_gib "
-                  "paper_per_min paper_where",
+    "throughput": "work res precision batch denoise_per_min with_decode_per_min peak_gib "
+                  "paper_per_min",
     "ratios": "work res switch denoise against_our_base against_paper_base paper",
     "train": "work res stage batch trainable_m images_per_s peak_gib schedule h100_days notes",
     "memory": "work res batch frozen trained gradients optimizer average activations total",
     "floors": "work res tokens passes linear_tf attention_tf step_tf decode_tf image_tf floor_bf16_s "
-              "floor_fp8_s memory_gib paper_s paper_per_min paper_where",
+              "floor_fp8_s memory_gib paper_s paper_per_min",
 }
 TITLES = {
     "rows": "one image at a time",
@@ -939,7 +926,6 @@ def positive(kind):
 
 
 def add_args(p: argparse.ArgumentParser):
-    yes_or_no = argparse.BooleanOptionalAction
     p.add_argument("--model", default="flux-krea", choices=PROTOCOLS,
                    help="the base; its DC-Gen sibling comes with it (default flux-krea)")
     p.add_argument("--res", help="pixels a side, or all of the paper's tables (default: the largest of them)")
@@ -949,14 +935,12 @@ def add_args(p: argparse.ArgumentParser):
                    help="steps an image (default: the paper's; 4 on a CPU)")
     p.add_argument("--batches", type=positive(int), nargs="*",
                    help="also time throughput at these (default: 1 8 32 64 for SANA and DiT, none for FLUX)")
-    p.add_argument("--latency", action=yes_or_no, default=True,
+    p.add_argument("--latency", action=argparse.BooleanOptionalAction, default=True,
                    help="the rows of one image at a time (default yes)")
     p.add_argument("--train", action="store_true", help="time post-training steps instead")
     p.add_argument("--train-batch", type=positive(int),
                    help="images a training step (default: 1 for FLUX, 16 otherwise)")
     p.add_argument("--against", choices=("diffusers",), help="the same work through this library too")
-    p.add_argument("--profile", action=yes_or_no, default=True,
-                   help="the largest items of a step, and which attention ran (default yes)")
     p.add_argument("--repeats", type=positive(int), help="timed rounds at most (default 20; 2 on a CPU)")
     p.add_argument("--warm", type=float, help="seconds of work before timing (default 10; 0 on a CPU)")
     p.add_argument("--minutes", type=positive(float), default=9.0,
@@ -1016,6 +1000,7 @@ def main(argv=None):
     args = p.parse_args(argv)
     check_args(args)
     pairs = [workloads(args.model, res) for res in sizes_of(args.model, args.res)]
+    # what was not given is the device's
     is_flux = args.model == "flux-krea"
     if is_flux and args.batches is None:
         args.batches = []
@@ -1033,8 +1018,7 @@ def main(argv=None):
         num_steps=args.num_steps,
         repeats=args.repeats,
         warm=args.warm,
-        seed=args.seed,
-        profile=args.profile)
+        seed=args.seed)
     torch.manual_seed(args.seed)
     torch.backends.cudnn.benchmark = on_gpu                          # shapes are fixed
 
@@ -1054,7 +1038,7 @@ def main(argv=None):
                 write_json(f"{args.out}.json", result)
         show(kind, result[kind][first:])
 
-    # one resolution after the other; DC-Gen's rows come first
+    # one resolution after the other
     for base, dc in pairs:
         until = time.perf_counter() + 60 * args.minutes
         pair = (base, dc) if on_gpu else workloads(args.model, base.res, twin=True)

@@ -1,5 +1,5 @@
-"""What bench.py counts, measures and reports: the arithmetic against others' counts, the protocol with variants that
-stand in for real ones, and the small twins on a CPU."""
+"""What bench.py counts, measures and reports: the arithmetic against others' counts, the protocol with variants
+that stand in for real ones, and the small twins on a CPU."""
 
 import json
 import math
@@ -17,7 +17,7 @@ from align import RECIPES
 from autoencoder import AUTOENCODERS
 from bench import SWITCHES, DiffusersVariant, Variant, theory, workloads
 from helpers import DDPM_DIT, TINY_FLUX, fresh_compiler, needs_gpu, relative_error, scramble
-from model import BASES, FAMILIES, Flux, to_deep_latent
+from model import Flux, to_deep_latent
 from quant import FP8Linear, fp8_linears
 
 CPU = torch.device("cpu")
@@ -38,7 +38,7 @@ def run(capfd, *flags):
     return json.loads(printed.splitlines()[-1]), printed + errors
 
 
-# ---- theory --------------------------------------------------------------------------------------------------------
+# ---- theory --------------------------------------------------------------------------------------
 
 # counted by others: text and image tokens; TFLOP of linear maps and of attention in a step, and of decoding
 COUNTS = {
@@ -56,7 +56,9 @@ FORWARDS = {
 
 @pytest.mark.parametrize("res", COUNTS)
 def test_flux_is_as_much_arithmetic_as_others_counted(res):
-    for work, memory, (tokens, linear, attention, decode) in zip(workloads("flux-krea", res), (80, 40), COUNTS[res]):
+    pair = workloads("flux-krea", res)
+    for work, memory, counts in zip(pair, (80, 40), COUNTS[res]):
+        tokens, linear, attention, decode = counts
         counted = theory(work)
         assert counted["tokens"] + 512 == tokens
         assert counted["linear_tf"] == pytest.approx(linear, rel=0.005)
@@ -90,22 +92,19 @@ def test_the_papers_figures_have_the_ratios_that_the_paper_names(name, res, late
     assert [work.paper_s for work in workloads(name, res)] == list(paper.seconds)
 
 
-@pytest.mark.parametrize("name, res, base, deep", [
-    ("flux-krea", 1024, "flux-vae-f8c16", "dc-ae-f32c32-in-1.0"),
-    ("flux-krea", 4096, "flux-vae-f8c16", "dc-ae-f64c128-1.5"),
-    ("sana-1.6b", 1024, "dc-ae-f32c32-sana-1.1", "dc-ae-f64c128-1.5"),
-    ("dit-xl", 512, "sd-vae-f8c4", "dc-ae-f32c32-in-1.0")])
-def test_a_workload_moves_to_the_autoencoder_of_the_recipe(name, res, base, deep):
-    assert [work.cfg.ae for work in workloads(name, res)] == [base, deep]
+@pytest.mark.parametrize("name, res, base, deep, stage3", [
+    ("flux-krea", 1024, "flux-vae-f8c16", "dc-ae-f32c32-in-1.0", 10_000),
+    ("flux-krea", 4096, "flux-vae-f8c16", "dc-ae-f64c128-1.5", 10_000),
+    ("sana-1.6b", 1024, "dc-ae-f32c32-sana-1.1", "dc-ae-f64c128-1.5", 150_000),
+    ("dit-xl", 256, "sd-vae-f8c4", "dc-ae-f32c32-in-1.0", 500_000),
+    ("dit-xl", 512, "sd-vae-f8c4", "dc-ae-f32c32-in-1.0", 100_000)])
+def test_a_workload_follows_the_recipe_of_its_size(name, res, base, deep, stage3):
+    configs = [work.cfg for work in workloads(name, res)]
+    assert [cfg.ae for cfg in configs] == [base, deep]
+    assert all(RECIPES[cfg.recipe].stage3.steps == stage3 for cfg in configs)
 
 
-def test_dit_at_512_follows_the_recipe_of_512():
-    cfg = workloads("dit-xl", 512)[0].cfg
-    assert cfg == BASES["dit-xl-512"]
-    assert RECIPES[cfg.recipe].stage3.steps == 100_000
-
-
-# ---- random weights ------------------------------------------------------------------------------------------------
+# ---- random weights ------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name, res", PAIRS)
 def test_random_weights_are_no_zeros_and_keep_every_block_finite(name, res):
@@ -149,7 +148,7 @@ def test_a_shared_copy_has_the_same_tensors_and_modules_of_its_own():
     assert isinstance(net.single_blocks[0].linear1, nn.Linear)
 
 
-# ---- variants draw the same ----------------------------------------------------------------------------------------
+# ---- variants draw the same ----------------------------------------------------------------------
 
 def test_every_switch_draws_the_same_picture(fresh_compiler):
     """The rows of the table are one work: FP8 within its error, all others to rounding."""
@@ -197,7 +196,7 @@ def test_diffusers_does_the_same_work(name):
         assert relative_error(theirs.decode(z).clamp(-1, 1), ours.decode(z)) < 1e-4
 
 
-# ---- the protocol, with variants that play their part ----------------------------------------------------------------
+# ---- the protocol, with variants that play their part --------------------------------------------
 
 class Played:
     """Stands in for a Variant: 20 steps in so many seconds each; fails at its n-th call."""
@@ -260,7 +259,8 @@ def test_ratios_by_hand():
     (dict(estimated=True, p90=1.03), "THEY SHOULD AGREE"),
     (dict(full_run_s=3.0), "a full run: 3.0 s")])
 def test_what_is_wrong_with_a_row_is_noted(change, note):
-    row = dict(switch="graph", precision="bfloat16", estimated=False, p10=1.0, p90=1.5, error=0.01, tflop_per_s=700.0)
+    row = dict(switch="graph", precision="bfloat16", estimated=False, p10=1.0, p90=1.5)
+    row |= dict(error=0.01, tflop_per_s=700.0)
     notes = "; ".join(bench.notes_on(row | change, on_h100=True))
     assert note in notes and bool(note) == bool(notes)
 
@@ -305,7 +305,7 @@ def test_long_steps_are_timed_one_at_a_time_and_scaled():
 
 @pytest.mark.parametrize("left, confirmed", [(100.0, True), (0.05, False)])
 def test_long_steps_are_confirmed_by_a_full_run_if_there_is_time(monkeypatch, left, confirmed):
-    settings = bench.Settings(CPU, torch.float32, ("graph",), {}, profile=False)
+    settings = bench.Settings(CPU, torch.float32, ("graph",), {})
     monkeypatch.setattr(bench.Settings, "has_long_steps", lambda self, work: True)
     make = partial(Played, None, 0.005)
     row = bench.time_group({"graph": make}, make(), settings, time.perf_counter() + left)["graph"]
@@ -314,16 +314,16 @@ def test_long_steps_are_confirmed_by_a_full_run_if_there_is_time(monkeypatch, le
 
 
 @pytest.mark.parametrize("kernels, kind", [
-    (["cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16", "nvjet_tst_128x256_64x4_1x2_h_bz"], "cuDNN"),
+    (["cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16", "nvjet_tst_128x256_64x4"], "cuDNN"),
     (["void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits<128, 128, 64, 4>>"], "flash"),
-    (["fmha_cutlassF_bf16_aligned_64x128_rf_sm80(PyTorchMemEffAttention::AttentionKernel)"], "memory-efficient"),
+    (["fmha_cutlassF_bf16_aligned_64x128_rf_sm80(PyTorchMemEffAttention)"], "memory-efficient"),
     (["void cudnn::ops::nchwToNhwcKernel", "triton_poi_fused_gelu_3"], "")])
 def test_attention_is_told_by_the_names_of_its_kernels(kernels, kind):
     """cuDNN's kernel used to be counted as flash as well."""
     assert bench.attention_of(kernels) == kind
 
 
-# ---- the small twins on a CPU --------------------------------------------------------------------------------------
+# ---- the small twins on a CPU --------------------------------------------------------------------
 
 def test_bench_runs_the_twins_on_a_cpu_and_says_so(tmp_path, capfd, fresh_compiler):
     out = str(tmp_path / "b-1.6")
@@ -335,16 +335,14 @@ def test_bench_runs_the_twins_on_a_cpu_and_says_so(tmp_path, capfd, fresh_compil
     assert {"command", "date", "torch", "device", "dtype", *bench.COLUMNS} <= set(result)
 
     rows = result["rows"]
-    names = [(row["work"], row["switch"]) for row in rows]
-    assert names == [(work, s) for work in ("dc-gen-tiny-flux", "tiny-flux") for s in ("eager", "uint8", "fp8")]
+    assert [row["work"] for row in rows] == 3 * ["dc-gen-tiny-flux"] + 3 * ["tiny-flux"]
+    assert [row["switch"] for row in rows] == 2 * ["eager", "uint8", "fp8"]
     for row in rows:
         assert row["image_s"] > 0 and row["num_steps"] == 2 and row["first_s"] > 0
         assert row["tflop_per_s"] * row["image_s"] == pytest.approx(row["image_tf"])
         assert row["error"] < (0.15 if row["switch"] == "fp8" else 0.03) and row["notes"] == ""
         assert row["paper_s"] is None and "floor_s" not in row       # those of full models only
-        assert ("profile" in row) == (row["switch"] == "uint8")
-    profiled = [row for row in rows if "profile" in row]
-    assert all(row["attention"] == "flash" and len(row["profile"]) == 5 for row in profiled)
+        assert row.get("attention") == ("flash" if row["switch"] == "uint8" else None)
     assert {ratio["switch"] for ratio in result["ratios"]} == {"eager", "uint8", "fp8"}
     floors = [(floor["work"], floor["paper_s"]) for floor in result["floors"]]
     assert floors == [("flux-krea", 4.65), ("dc-gen-flux-krea", 1.10)]
@@ -363,7 +361,7 @@ def test_what_was_timed_is_kept_when_the_rest_fails_or_is_killed(tmp_path, monke
 
     monkeypatch.setattr(Variant, "denoise", denoise)
     with end:
-        run(capfd, "--res", "1024", "--num-steps", "1", "--switches", "eager", "attention", "--no-profile",
+        run(capfd, "--res", "1024", "--num-steps", "1", "--switches", "eager", "attention",
             "--out", str(tmp_path / "b"))
     rows = json.loads((tmp_path / "b.json").read_text())["rows"]
     drawn = [(row["work"], row["switch"]) for row in rows if "image_s" in row]
@@ -382,7 +380,6 @@ def test_throughput_of_the_twins(capfd):
         ("dc-gen-tiny", 1), ("dc-gen-tiny", 3), ("tiny", 1), ("tiny", 3)]
     for row in rows:
         assert row["denoise_per_min"] > row["with_decode_per_min"] > 0
-        assert row["forwards_per_s"] == pytest.approx(row["denoise_per_min"] / 60 * 2 * 2)
 
 
 def test_throughput_uses_every_switch_up_to_the_last_one_and_scales_twenty_steps(monkeypatch, capfd):
@@ -407,7 +404,8 @@ def test_training_steps_of_the_twins_and_the_counted_memory_of_stage_3(capfd):
     result, _ = run(capfd, "--model", "flux-krea", "--res", "1024", "--train", "--train-batch", "2")
     rows = result["train"]
     assert [row["stage"] for row in rows] == [1, 2, 3]
-    assert [row["schedule"] for row in rows] == [[20_000, 64], [5_000, 256], [10_000, 256]]      # the full model's
+    # the full model's
+    assert [row["schedule"] for row in rows] == [[20_000, 64], [5_000, 256], [10_000, 256]]
     assert rows[0]["trainable_m"] < rows[1]["trainable_m"] < rows[2]["trainable_m"]
     assert all(row["images_per_s"] > 0 and row["h100_days"] is None for row in rows)
     assert bench.gpu_days(RECIPES["flux"].stage1, 10.0) == 128_000 / 86_400
@@ -420,7 +418,7 @@ def test_training_steps_of_the_twins_and_the_counted_memory_of_stage_3(capfd):
     assert memory["optimizer"] == 2 * memory["trained"]
 
 
-# ---- errors --------------------------------------------------------------------------------------------------------
+# ---- errors --------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("flags, message", [
     (["--res", "1000"], "needs a multiple of 16; try 992 or 1008"),
@@ -441,10 +439,10 @@ def test_numbers_are_positive(flag, capsys):
     assert f"argument {flag}: invalid positive" in capsys.readouterr().err
 
 
-# ---- on a GPU ------------------------------------------------------------------------------------------------------
+# ---- on a GPU ------------------------------------------------------------------------------------
 
 @needs_gpu
 def test_the_captured_row_draws_what_eager_draws(capfd, fresh_compiler):
-    bench.main(["--res", "1024", "--switches", "eager", "graph", "--repeats", "3", "--warm", "0", "--no-profile"])
+    bench.main(["--res", "1024", "--switches", "eager", "graph", "--repeats", "3", "--warm", "0"])
     rows = json.loads(capfd.readouterr().out.splitlines()[-1])["rows"]
     assert all(row["error"] < 0.03 and row["notes"] == "" for row in rows)
