@@ -73,13 +73,14 @@ def train_gradual_lora(flags: list[str], ramp: int):
     finetune.main(["--init", "base", *flags], hooks)
 
 
-def train_frozen_then_all(flags: list[str]):
+def train_frozen_then_all(flags: list[str], frozen_steps: int | None):
     """Stage 2 without stage 1, then stage 3, which finds the newest alignment in runs/, as always."""
     p = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     add_model_args(p)
     add_data_args(p)
     shared = known_flags(p, flags, without=("--out", "--resume"))
-    align.main([*shared, "--solver", "adamw", "--stage1-steps", "0"])
+    steps = ["--stage2-steps", str(frozen_steps)] if frozen_steps else []
+    align.main([*shared, "--solver", "adamw", "--stage1-steps", "0", *steps])
     finetune.main([*flags, "--init", "align"])
 
 
@@ -107,6 +108,8 @@ def main(argv=None):
                    help="layer-rates: learning rate of the last layer over that of the first (default 3)")
     p.add_argument("--ramp", type=int, default=1000, metavar="STEPS",
                    help="gradual-lora: steps in which alpha grows from 0 to its own (default 1000)")
+    p.add_argument("--frozen-steps", type=int, metavar="STEPS",
+                   help="freeze-then-all: steps with the trunk frozen (default: stage 2's of the base's recipe)")
     args, flags = p.parse_known_args(argv)
     if args.ratio <= 0:
         raise ValueError(f"--ratio {args.ratio:g}: above 0; 1 = all layers alike")
@@ -119,7 +122,7 @@ def main(argv=None):
         case "gradual-lora":
             train_gradual_lora(flags, args.ramp)
         case "freeze-then-all":
-            train_frozen_then_all(flags)
+            train_frozen_then_all(flags, args.frozen_steps)
 
 
 if __name__ == "__main__":

@@ -331,9 +331,9 @@ def test_freeze_then_all_gives_both_scripts_their_flags(monkeypatch):
     monkeypatch.setattr(strategies.align, "main", lambda argv: called.append(argv))
     monkeypatch.setattr(finetune, "main", lambda argv: called.append(argv))
     flags = ["--images", "DIR", "--train-steps", "4", "--out", "runs/x", "--pictures", "4", "--rank", "4"]
-    strategies.main(["--strategy", "freeze-then-all", *flags])
-    assert called == [["--images", "DIR", "--pictures", "4", "--solver", "adamw", "--stage1-steps", "0"],
-                      [*flags, "--init", "align"]]
+    strategies.main(["--strategy", "freeze-then-all", "--frozen-steps", "7", *flags])
+    frozen = "--images DIR --pictures 4 --solver adamw --stage1-steps 0 --stage2-steps 7"
+    assert called == [frozen.split(), [*flags, "--init", "align"]]
 
 
 @pytest.mark.parametrize("flags, message", [
