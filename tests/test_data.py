@@ -417,8 +417,12 @@ def test_latents_of_a_wrong_scale_are_refused_every_time(scale, tmp_path):
 
 # ---- a kill while a cache is written -------------------------------------------------------------
 
+class Killed(BaseException):
+    """Unlike KeyboardInterrupt, it does not end pytest too."""
+
+
 class Fuse:
-    """Counts calls, and kills the process at call number `at`."""
+    """Counts calls, and raises Killed at call number `at`."""
 
     def __init__(self, at: int = 10**6):
         self.at = at
@@ -426,7 +430,7 @@ class Fuse:
 
     def __call__(self):
         if self.calls == self.at:
-            raise KeyboardInterrupt
+            raise Killed
         self.calls += 1
 
 
@@ -475,7 +479,7 @@ def test_a_killed_cache_goes_on_to_the_same_bytes_and_encodes_nothing_twice(writ
     straight = tmp_path / "straight"
     killed = tmp_path / "killed"
     fill(straight, Fuse())
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Killed):
         fill(killed, Fuse(killed_at))
     rest = Fuse()
     fill(killed, rest)

@@ -93,6 +93,8 @@ def test_every_caption_reads_back_as_its_scene():
     assert {group.number for group in groups} == {1, 2, 3, 4}
     assert {group.form for group in groups} == set(FORMS)
     assert {group.colour for group in groups} == set(COLOURS)
+    sizes = {tuple(group.size for group in scene.groups) for scene in scenes if scene.relation}
+    assert len(sizes) == 4                                           # each of a pair has its own
 
 
 def test_objects_of_a_scene_differ_in_form_and_colour_and_from_the_background():
