@@ -43,7 +43,7 @@ import sys
 import time
 import traceback
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import product
 from pathlib import Path
@@ -561,9 +561,9 @@ class Settings:
 
 
 def latency_rows(pair: tuple[Workload, Workload], settings: Settings, against: bool, until: float):
-    """Time a base and its DC-Gen sibling, one image at a time. Yields every row once it is finished, DC-
-    Gen's first: a row for each switch; of the base the first, the fastest in its own precision, and the
-    last. against: diffusers too."""
+    """Time a base and its DC-Gen sibling, one image at a time. Yields every row once it is finished, DC-Gen's
+    first: a row for each switch; of the base the first, the fastest in its own precision, and the last.
+    against: diffusers too."""
     models = build_pair(pair, settings.device, settings.dtype, settings.seed)
     quantised = {}
     base_rows = dict.fromkeys([settings.switches[0], settings.fastest, settings.switches[-1]])
@@ -609,14 +609,13 @@ def time_group(makers: dict, eager: Variant, settings: Settings, until: float) -
             continue
         if is_long and time.perf_counter() + 1.1 * row["image_s"] < until:
             with timed(row, "full_run_s", settings.device):
-                variant.denoise(x0)
+                attempt(variant.denoise, x0)
         row["attention"], _ = attempt(profile_attention, variant, x0)
     return rows
 
 
 def relative_error(variant: Variant, x0: Tensor, steps: int, reference: Tensor) -> float:
-    """How far from the reference a variant's steps from x0 end, as a share of the way: 1 if they did
-    nothing."""
+    """How far from the reference a variant's steps from x0 end, as a share of the way: 1 for no step at all."""
     z = variant.denoise(x0, steps)
     return ((z - reference).norm() / (reference - x0).norm()).item()
 

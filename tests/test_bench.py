@@ -1,4 +1,4 @@
-"""What bench.py counts, measures and reports: the arithmetic against others' counts, the protocol with variants
+"""What bench.py counts, measures and reports: arithmetic against others' counts, the protocol with variants
 that stand in for real ones, and the small twins on a CPU."""
 
 import json
@@ -178,9 +178,8 @@ def test_every_switch_draws_the_same_picture(fresh_compiler):
 
 def test_a_variant_that_does_nothing_is_as_far_from_eager_as_can_be():
     """A graph that recorded nothing used to look fast and sane."""
-    idle = SimpleNamespace(denoise=lambda x0, steps: x0)
     x0 = torch.randn(9)
-    assert bench.relative_error(idle, x0, 3, x0 + torch.randn(9)) == pytest.approx(1)
+    assert bench.relative_error(Played(), x0, 3, x0 + torch.randn(9)) == pytest.approx(1)
 
 
 @pytest.mark.parametrize("name", ["flux-krea", "sana-1.6b"])
@@ -216,7 +215,7 @@ class Played:
         self.calls.append(steps)
         time.sleep(self.seconds * (steps or self.num_steps))
         if len(self.calls) == self.fails_at:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nGPU 0 has ...")
+            raise AssertionError("expected size 3==4\nat dim 0")
         return x0
 
     def decode(self, z):
@@ -230,9 +229,6 @@ def test_parts_and_images_are_summarized_by_hand():
     timings = [dict(denoise=x, decode=1.0, to_host=0.5, image=x + 1.5) for x in (3.0, 1.0, 2.0)]
     assert bench.summarize(timings) == dict(
         denoise_ms=2000.0, decode_ms=1000.0, to_host_ms=500.0, image_s=3.5, p10=2.5, p90=4.5, repeats=3)
-    timings = [dict(denoise=0.0, decode=0.0, to_host=0.0, image=float(x)) for x in range(11)]
-    row = bench.summarize(timings)
-    assert (row["p10"], row["image_s"], row["p90"]) == (1.0, 5.0, 9.0)
 
 
 def test_ratios_by_hand():
@@ -265,35 +261,31 @@ def test_what_is_wrong_with_a_row_is_noted(change, note):
     assert note in notes and bool(note) == bool(notes)
 
 
-@pytest.mark.parametrize("fails_at", [1, 2, 4])
+@pytest.mark.parametrize("fails_at", [0, 1, 2, 4])
 def test_a_row_that_fails_leaves_the_others_alive(fails_at):
-    """At its first call, in the first round, in the last."""
-    makers = {"a": Played, "b": partial(Played, fails_at), "c": Played}
-    rows, variants = bench.measure(makers, 3)
-    assert rows["b"] == dict(failed="OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB")
+    """While it is made, at its first call, in the first round, in the last. Inductor's stride check raises an
+    AssertionError: it used to end the run."""
+    def make():
+        if fails_at == 0:
+            raise AssertionError("expected size 3==4")
+        return Played(fails_at)
+
+    rows, variants = bench.measure({"a": Played, "b": make, "c": Played}, 3)
+    assert rows["b"] == dict(failed="AssertionError: expected size 3==4")
     assert set(variants) == {"a", "c"}
     assert all(len(variants[name].calls) == 4 and rows[name]["repeats"] == 3 for name in "ac")
 
 
-def test_a_failure_that_is_no_runtime_error_is_a_failed_row():
-    """Inductor's stride check raises an AssertionError: it used to end the run."""
-    def make():
-        raise AssertionError("expected size 3==4")
-    rows, variants = bench.measure({"a": make, "b": Played}, 1)
-    assert rows["a"] == dict(failed="AssertionError: expected size 3==4") and set(variants) == {"b"}
-
-
-def test_rounds_end_in_time_but_not_before_the_third():
-    def repeats(seconds, most, left):
-        rows, _ = bench.measure({"a": partial(Played, None, seconds)}, most, until=time.perf_counter() + left)
-        return rows["a"]["repeats"]
-    assert repeats(0.0, 50, -1) == 3
-    assert repeats(0.0, 5, 100) == 5
-    assert 3 < repeats(0.001, 500, 0.3) < 50
+@pytest.mark.parametrize("seconds, most, left, fewest, largest", [
+    (0.0, 50, -1, 3, 3), (0.0, 5, 100, 5, 5), (0.001, 500, 0.3, 4, 49)])
+def test_rounds_end_in_time_but_not_before_the_third(seconds, most, left, fewest, largest):
+    until = time.perf_counter() + left
+    rows, _ = bench.measure({"a": partial(Played, None, seconds)}, most, until=until)
+    assert fewest <= rows["a"]["repeats"] <= largest
 
 
 def test_work_warms_up_before_it_is_timed():
-    variants = bench.measure({"a": partial(Played, None, 0.001)}, 1, warm=0.1)[1]
+    _, variants = bench.measure({"a": partial(Played, None, 0.001)}, 1, warm=0.1)
     assert len(variants["a"].calls) > 3
 
 
@@ -318,7 +310,7 @@ def test_long_steps_are_confirmed_by_a_full_run_if_there_is_time(monkeypatch, le
     (["void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits<128, 128, 64, 4>>"], "flash"),
     (["fmha_cutlassF_bf16_aligned_64x128_rf_sm80(PyTorchMemEffAttention)"], "memory-efficient"),
     (["void cudnn::ops::nchwToNhwcKernel", "triton_poi_fused_gelu_3"], "")])
-def test_attention_is_told_by_the_names_of_its_kernels(kernels, kind):
+def test_attention_is_known_by_the_names_of_its_kernels(kernels, kind):
     """cuDNN's kernel used to be counted as flash as well."""
     assert bench.attention_of(kernels) == kind
 
