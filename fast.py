@@ -289,7 +289,7 @@ def count_cost(f, *args) -> Cost:
     """The Cost of f(*args). Run it on the meta device."""
     with FlopCounterMode(display=False) as counter, FusedAttention() as attention, LiveBytes() as memory:
         f(*args)
-    per_operator = counter.get_flop_counts()["Global"]
+    per_operator = counter.get_flop_counts().get("Global", {})
     linear = sum(flops for op, flops in per_operator.items() if str(op) in ("aten.mm", "aten.addmm"))
     return Cost(linear, attention.flops, counter.get_total_flops() - linear, memory.peak)
 
