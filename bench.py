@@ -615,7 +615,7 @@ def time_group(makers: dict, eager: Variant, settings: Settings, until: float) -
 
 
 def relative_error(variant: Variant, x0: Tensor, steps: int, reference: Tensor) -> float:
-    """How far from the reference a variant's steps from x0 end, as a share of the way: 1 for no step at all."""
+    """How far from the reference a variant's steps from x0 end, as a share of the way: 1 for no step."""
     z = variant.denoise(x0, steps)
     return ((z - reference).norm() / (reference - x0).norm()).item()
 
