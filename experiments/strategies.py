@@ -109,7 +109,7 @@ def main(argv=None):
     p.add_argument("--ramp", type=int, default=1000, metavar="STEPS",
                    help="gradual-lora: steps in which alpha grows from 0 to its own (default 1000)")
     p.add_argument("--frozen-steps", type=int, metavar="STEPS",
-                   help="freeze-then-all: steps with the trunk frozen (default: stage 2's of the base's recipe)")
+                   help="freeze-then-all: steps with the trunk frozen (default: the recipe's stage 2)")
     args, flags = p.parse_known_args(argv)
     if args.ratio <= 0:
         raise ValueError(f"--ratio {args.ratio:g}: above 0; 1 = all layers alike")
