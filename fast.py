@@ -104,6 +104,7 @@ class Hoist:
         rows = len(both)
         # every row at every step, as one batch of S R rows
         row = torch.arange(rows, device=self.clock.device).repeat(steps)
+        # the model's own layers, once for all steps
         c = self.condition(self.clock.repeat_interleave(rows), without_tokens(both)[row])           # S R, D
         outputs = [c]
         outputs += [layer(c) for layer in self.layers.values()]                                     # S R, k D
@@ -111,6 +112,7 @@ class Hoist:
         table = torch.cat([out.reshape(steps, -1).view(torch.uint8) for out in outputs], dim=1)
         text = self.read_text(both) if self.read_text else None
 
+        # the first tables stay where they are: views of the row are in the model, a graph reads them
         if self.table is None:
             self.table = table                                       # S, bytes
             self.row = table[:1].clone()
@@ -137,6 +139,7 @@ class Hoist:
 
     def look_up(self, step: Tensor, y) -> Tensor:
         """In the place of model.condition: make the row of this clock reading the current one. Its c"""
+        # nothing comes back to the host: the number of the step stays a tensor
         nearest = (self.clock - step[:1]).abs().argmin(dim=0, keepdim=True)
         self.row.copy_(self.table.index_select(0, nearest))
         return self.stored[0](None)
@@ -239,6 +242,7 @@ def pixels_on_host(x: Tensor) -> Tensor:
     pixels = ((x.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).contiguous()
     if not x.is_cuda:
         return pixels
+    # page-locked memory, which the device writes by itself
     host = torch.empty(pixels.shape, dtype=torch.uint8, pin_memory=True)
     host.copy_(pixels, non_blocking=True)
     torch.cuda.current_stream().synchronize()

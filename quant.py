@@ -7,7 +7,7 @@ the weight and, computed anew at every call, one a token: no calibration, and an
 only. The sums are wider.
 
 What reads or writes latents, time, text and modulation stays as it is: it is a percent of the work, and the
-part of a transformer that 8 bits hurt (everything in FP8: LPIPS 0.74 to the picture in bf16; without those: 0.07,
+part of a transformer that 8 bits hurt (everything in FP8: LPIPS 0.74 to the picture in bf16, otherwise 0.07;
 vllm-omni PR 2795). The order is fixed: merge a LoRA first, then quantise. A delta of a LoRA is smaller than
 e4m3's steps.
 """

@@ -70,6 +70,7 @@ def resolve_shift(rule: str | float, channels: int, H: int, W: int, patch_size: 
     mu     exp(mu), mu on a line in the tokens through (256, 0.5) and (4096, 1.15)  (FLUX; DC-Gen-FLUX at 4K)
     flux2  sqrt(C H W / 4096)                                                       (DC-Gen-FLUX at 1K)
     ValueError lists the rules."""
+    # the two rules that FLUX's authors and DC-Gen's trained with
     if rule == "mu":
         tokens = H * W / patch_size**2
         return math.exp(0.5 + (1.15 - 0.5) * (tokens - 256) / (4096 - 256))
@@ -113,6 +114,7 @@ def guided_velocity(model, x: Tensor, t: Tensor, y, cfg_scale: float, null=None,
         return call(x, t, y)
     if null is None:
         null = model.null_condition(y)
+    # one batch of twice the size is faster than two passes
     both = call(torch.cat([x, x]), torch.cat([t, t]), cat_conditions([y, null]))     # 2B C H W
     return extrapolate(model, both, cfg_scale)
 
@@ -146,10 +148,12 @@ def integrate(velocity, x: Tensor, times: list[float], method="euler", progress=
     before = None                                                    # and its time
     for a, b in tqdm(list(zip(times, times[1:])), desc=method, leave=False, disable=not progress):
         v = velocity(x, at(a)).float()
+        # the mean of the slopes at both ends of the step
         if method == "heun" and b < 1.0:
             v = 0.5 * (v + velocity(x + (b - a) * v, at(b)).float())
         if method == "dpm":
             last, guess = guess, x + (1 - a) * v
+            # the first and the last step have no second guess to go by
             if last is not None and b < 1.0:
                 ratio = (log_snr(b) - log_snr(a)) / (log_snr(a) - log_snr(before))
                 v = v + 0.5 * ratio * (guess - last) / (1 - a)
@@ -172,6 +176,7 @@ class DDPMChain:
     (arXiv 2006.11239, 2102.09672)"""
 
     def __init__(self, steps: list[int] | None = None):
+        # float64: products of a thousand betas
         full = ddpm_alphas_cumprod()
         self.steps = list(range(len(full))) if steps is None else steps
         ab = full[self.steps]
@@ -224,6 +229,7 @@ class DDPMChain:
             clock = torch.full((len(x),), float(self.steps[i]), device=x.device)
             out = network(x, clock).float()
             mean, log_var, x1 = self.predict(out, x, i)
+            # the last step's mean is the picture: nothing is added to it
             if ddim:
                 eps = out.chunk(2, dim=1)[0]
                 x = self.at(self.prev.sqrt(), i, x) * x1 + self.at((1 - self.prev).sqrt(), i, x) * eps
@@ -291,11 +297,16 @@ def latent_size(cfg, ae_cfg, size: tuple[int, int]) -> tuple[int, int]:
     return H // ae_cfg.f, W // ae_cfg.f
 
 
+def numbered(device) -> torch.device:
+    """The device with its number: "cuda" is the current one, and tensors there are on cuda:0."""
+    return torch.empty(0, device=device).device
+
+
 @contextmanager
 def on_device(module: torch.nn.Module, device):
     """Move the module to `device` inside the context and back afterwards. Its own tensors stay where they
     were, so the way back copies nothing."""
-    if all(p.device == torch.device(device) for p in module.parameters()):
+    if all(p.device == numbered(device) for p in module.parameters()):
         # nothing to restore: FSDP's parameters even change within
         yield module
         return
@@ -338,12 +349,14 @@ class Pipeline:
         self.sampling = sampling
         self.dtype = dtype
         self.home = next(model.parameters()).device
-        self.device = torch.device(device or self.home)
+        self.device = numbered(device or self.home)
         self.speed = speed
         self.hoisted = None
         self.evaluate = None
+        # cuDNN's convolutions want channels last, and convert at every layer otherwise
         if self.device.type == "cuda":
             ae.to(memory_format=torch.channels_last)
+        # nothing happens yet: a layer compiles at its first call
         if speed.compile:
             compile_layers(model.blocks)
             compile_decoder(ae)
@@ -380,8 +393,8 @@ class Pipeline:
                 return self.decode(z)
 
     def autocast(self, module):
-        """Autocast to the pipeline's type, unless the module's weights have it."""
-        needed = self.dtype != torch.float32 and next(module.parameters()).dtype != self.dtype
+        """Autocast to the pipeline's type, unless all of the module's weights have it."""
+        needed = self.dtype != torch.float32 and any(p.dtype != self.dtype for p in module.parameters())
         # a captured graph would read casts of weights that autocast has freed
         cache = not self.speed.graph
         return torch.autocast(self.device.type, self.dtype, enabled=needed, cache_enabled=cache)
@@ -397,6 +410,7 @@ class Pipeline:
     def evaluation(self, cond):
         """The guided model as a function of x and its time, hoisted and captured as `speed` has it."""
         null = None if self.sampling.cfg_scale == 1.0 else self.model.null_condition(cond)
+        # another batch of the same size: new tables in the same places, the same graph
         if self.hoisted and len(self.hoisted.cond) == len(cond):
             self.hoisted.fill(cond, null)
             return self.evaluate
@@ -486,6 +500,7 @@ def save_grid(path, rows: list[tuple[str, Tensor]], columns: list[str] = (), met
     left = 10 + 7 * max(len(line) for name, _ in rows for line in name.split("\n"))
     top = 4 + 12 * max(map(len, titles)) if titles else 0
     across = max(len(x) for _, x in rows)
+    # two pixels between neighbours
     sheet = Image.new("RGB", (left + across * (W + 2), top + len(rows) * (H + 2)), "white")
     draw = ImageDraw.Draw(sheet)
     for j, lines in enumerate(titles):
@@ -721,6 +736,7 @@ def report(request: Request, offload: bool) -> str:
     H, W = latent_size(cfg, ae_cfg, request.size)
     batch = min(sampling.batch, len(request))
     passes = 1 if sampling.cfg_scale == 1 else 2
+    # on meta: shapes without numbers, so that the largest model is counted anywhere
     with torch.device("meta"):
         model = FAMILIES[type(cfg)](cfg).eval()
         ae = build_autoencoder(ae_cfg).requires_grad_(False).eval()
@@ -867,12 +883,13 @@ def main(argv=None):
         raise ValueError("--base and --ckpt each name a model; give one of them")
     reject(args.dataset and not args.out, "--dataset", "name its folder with --out DIR")
     device = device_here(args.device)
+    # a run, or else a base
     ckpt = args.ckpt or (None if args.base else newest_run())
     base = args.base or "tiny"
     run = run_file(ckpt, not args.raw) if ckpt else None
     cfg, info = read_run_config(run) if run else read_base_config(base)
 
-    # whatever is wrong is found here, before any weights are read
+    # whatever is wrong with the flags is found before any weights are read
     label = str(ckpt or base)
     sampling = choose_sampling(
         cfg, num_steps=args.num_steps, cfg_scale=args.cfg_scale, guidance=args.guidance, sampler=args.sampler,
@@ -881,6 +898,7 @@ def main(argv=None):
     resolve_shift(sampling.shift, cfg.in_channels, *latent_size(cfg, ae_config(cfg.ae), size), cfg.patch_size)
     check_flags(cfg, label, sampling.cfg_scale, vars(args))
     labels = None
+    # prompts or classes; nothing is drawn without a prompt, but cost and export need none
     if cfg.text_encoder:
         draws = not args.dry_run and not args.export
         prompts = args.prompt or ([] if draws or args.prompts else [""])
@@ -910,6 +928,7 @@ def main(argv=None):
         with timed(seconds, "text", device):
             texts = cache_prompts(cfg.text_encoder, folder, titles, text_tokens, args.negative,
                                   dtype=request.dtype, device=device)
+    # with --offload the Pipeline fetches each network for its part
     home = "cpu" if args.offload else device
     model, ae = load_models(request, run, args.weights, ae_weights, args.lora, home)
     if args.dataset:
@@ -917,6 +936,7 @@ def main(argv=None):
     if texts is not None:
         model.null = texts.null
 
+    # draw
     drawn = sum(map(len, batches))
     speed = choose_speed(drawn, sampling, device, args.fast, args.offload)
     print(f"speed: {speed}")
@@ -924,6 +944,7 @@ def main(argv=None):
     pipeline = Pipeline(model, ae, sampling, size, request.dtype, device, speed)
     small = write_pictures(pipeline, request, batches, texts, out, seconds)
     total = time.perf_counter() - start + seconds.get("text", 0.0)
+    # captions make a data set whole; anything else is looked at on one sheet
     if args.dataset:
         write_captions(out, [request.caption(i) for i in range(len(request))])
         also = f"whole, {len(request)} pictures with captions in metadata.jsonl"
