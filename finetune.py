@@ -53,11 +53,11 @@ def stage3_parameters(model, tune: str, final_adaln: bool = True) -> list[tuple[
 # ---- from where it starts ------------------------------------------------------------------------
 
 class Start(NamedTuple):
-    """A model before stage 3, the facts that its run keeps, and names of parameters that no base has."""
+    """A model before stage 3, the facts that its run keeps, and those of its parameters that no base has."""
     kind: str                               # finetune, noalign, scratch
     model: nn.Module
     info: dict
-    own: set[str] = frozenset()
+    own: list[nn.Parameter] = []
 
 
 def start_from_scratch(base: str, ae: str | None, num_classes: int | None, seed: int) -> Start:
@@ -108,6 +108,7 @@ def start_from_run(run: str, base: str, weights: str | None, merge: bool) -> Sta
         info.pop("lora", None)
     kept = ("base", "base_weights", "base_print", "ae_weights", "images", "captions", "steps", "lora")
     facts = {key: info[key] for key in kept if key in info}
+    own = [p for name, p in model.named_parameters() if name in own]
     return Start("finetune", model, facts | {"from": str(run)}, own)
 
 
@@ -209,7 +210,9 @@ def main(argv=None, hooks=None):
         torch.manual_seed(args.seed + 1)
         add_lora(model, **info["lora"])
     names = [name for name, _ in stage3_parameters(model, tune, args.final_adaln)]
-    carried = [name for name, _ in model.named_parameters() if name in start.own and name not in names]
+    # what an earlier run has trained and this one leaves alone; a LoRA has renamed it, so by identity
+    own = {id(p) for p in start.own}
+    carried = [name for name, p in model.named_parameters() if id(p) in own and name not in names]
     sharded = args.parallel == "fsdp" or (args.parallel is None and count_parameters(model) > BIG)
     params = prepare_for_training(model, names, device, shard=sharded)
     named = [(name, params[name]) for name in names]

@@ -618,7 +618,7 @@ def load_classifier(file=None) -> Classifier:
     tensors = read_tensors(file)
     names = read_config(file).get("classes")
     if names is None or "out.bias" not in tensors:
-        raise ValueError(f"{file} is not a classifier of --train-classifier")
+        raise ValueError(f"{file} is not a classifier of experiments/make_weights.py --only classifier")
     judge = Classifier(len(names))
     judge.load_state_dict({key: value.float() for key, value in tensors.items()})
     judge.classes = tuple(names)
