@@ -20,6 +20,7 @@ The paper's other strategies (A.8, A.9) are in experiments/.
 
 import argparse
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -112,30 +113,68 @@ def start_from_run(run: str, base: str, weights: str | None, merge: bool) -> Sta
     return Start("finetune", model, facts | {"from": str(run)}, own)
 
 
-# ---- previews ------------------------------------------------------------------------------------
+# ---- what is trained, carried along, left alone -----------------------------------------------------
+
+def split_parameters(start: Start, tune: str, final_adaln: bool) -> tuple[list[str], list[str]]:
+    """Names of what this stage trains, and of what an earlier run has trained and this one leaves alone."""
+    names = [name for name, _ in stage3_parameters(start.model, tune, final_adaln)]
+    own = {id(p) for p in start.own}                                 # by identity: a new LoRA renames them
+    carried = [name for name, p in start.model.named_parameters() if id(p) in own and name not in names]
+    return names, carried
+
+
+# ---- what a run is watched by ----------------------------------------------------------------------
 
 GUIDANCES = (1.0, 2.0, 3.5, 5.0)            # of the guidance grid
 
 
-class Previews:
-    """Pictures of the same conditions and the same noise, whenever they are drawn. All ranks draw, because a
-    sharded model needs all; rank 0 writes."""
+class Watch:
+    """Validation losses, and pictures of the same conditions and the same noise every time. All ranks draw,
+    because a sharded model needs all; rank 0 writes."""
 
-    def __init__(self, model, data, out: Path, seed: int, cfg_scale: float | None, dtype):
+    def __init__(self, model, data, objective, out: Path, seed: int, cfg_scale: float | None, dtype):
         self.model = model
-        self.conditions, self.titles = data.previews(8)
-        self.ae = data.autoencoders[model.cfg.ae]
+        self.data = data
+        self.objective = objective
         self.out = out
-        self.settings = (seed, cfg_scale, dtype)
+        self.conditions, self.titles = data.previews(8)
+        self.drawn_with = (seed, cfg_scale, dtype)
+        self.dtype = dtype
         self.facts = {"seed": str(seed), "cfg_scale": str(cfg_scale)}
+
+    def __call__(self, step: int, averaged) -> dict[str, float]:
+        """Evaluate the weights as trained and their average, and write a grid; returns metrics."""
+        self.model.eval()
+        rows = [(f"step {step}", self.draw())]
+        metrics = self.validate()
+        if step and averaged is not nullcontext:                     # at step 0 both are the same
+            with averaged():
+                rows.append(("average", self.draw()))
+                metrics["val_loss_ema"] = self.validate()["val_loss"]
+        self.write(f"samples_{step:06d}.png", rows)
+        self.model.train()
+        return metrics
+
+    def validate(self) -> dict[str, float]:
+        z = self.data.val_latents[self.model.cfg.ae]
+        return self.objective.validate(self.model, z, self.data.val_conditions, self.dtype)
 
     def draw(self, guidance: float | None = None):
         y = self.conditions if guidance is None else with_guidance(self.conditions, guidance)
-        return draw_previews(self.model, self.ae, y, *self.settings)
+        return draw_previews(self.model, self.data.autoencoders[self.model.cfg.ae], y, *self.drawn_with)
 
     def write(self, file: str, rows: list):
         if get_rank() == 0:
             save_grid(self.out / file, rows, self.titles, self.facts)
+
+    def finish(self, kind: str, log: list[dict]):
+        """Write the pictures and curves of a finished run."""
+        self.model.eval()
+        self.write("samples.png", [(kind, self.draw())])
+        if self.objective.guidance:
+            self.write("guidance.png", [(f"g = {g:g}", self.draw(g)) for g in GUIDANCES])
+        if get_rank() == 0:
+            plot_curves(self.out / "curves.png", {kind: log})
 
 
 # ---- main ----------------------------------------------------------------------------------------
@@ -209,10 +248,7 @@ def main(argv=None, hooks=None):
         info["lora"] = dict(rank=rank, alpha=args.alpha or rank)
         torch.manual_seed(args.seed + 1)
         add_lora(model, **info["lora"])
-    names = [name for name, _ in stage3_parameters(model, tune, args.final_adaln)]
-    # what an earlier run has trained and this one leaves alone; a LoRA has renamed it, so by identity
-    own = {id(p) for p in start.own}
-    carried = [name for name, p in model.named_parameters() if id(p) in own and name not in names]
+    names, carried = split_parameters(start, tune, args.final_adaln)
     sharded = args.parallel == "fsdp" or (args.parallel is None and count_parameters(model) > BIG)
     params = prepare_for_training(model, names, device, shard=sharded)
     named = [(name, params[name]) for name in names]
@@ -230,27 +266,11 @@ def main(argv=None, hooks=None):
     if args.compile:
         for block in model.blocks:
             block.compile()
-    previews = Previews(model, data, out, args.seed, args.cfg_scale, dtype)
+    watch = Watch(model, data, objective, out, args.seed, args.cfg_scale, dtype)
 
     def loss(indices, generator):
         z, _ = data.cache.batch(indices, generator)                  # of a KL-VAE: draws of its posterior
         return objective.train_loss(model, z[cfg.ae].to(device), data.conditions(indices), generator)
-
-    def validate():
-        return objective.validate(model, data.val_latents[cfg.ae], data.val_conditions, dtype)
-
-    def watch(step, averaged):
-        """Validation losses and a grid of pictures, of the weights as trained and of their average."""
-        model.eval()
-        rows = [(f"step {step}", previews.draw())]
-        metrics = validate()
-        if plan.ema and step:                                        # at step 0 both are the same
-            with averaged():
-                rows.append(("average", previews.draw()))
-                metrics["val_loss_ema"] = validate()["val_loss"]
-        previews.write(f"samples_{step:06d}.png", rows)
-        model.train()
-        return metrics
 
     begun = time.perf_counter()
     more = hooks(model) if hooks else {}
@@ -260,13 +280,8 @@ def main(argv=None, hooks=None):
         watch_every=args.sample_every, **more)
 
     # finish: pictures and curves, and the weights last
-    model.eval()
     with averaged():
-        previews.write("samples.png", [(start.kind, previews.draw())])
-        if objective.guidance:
-            previews.write("guidance.png", [(f"g = {g:g}", previews.draw(g)) for g in GUIDANCES])
-    if get_rank() == 0:
-        plot_curves(out / "curves.png", {start.kind: log})
+        watch.finish(start.kind, log)
     info |= dict(
         kind=start.kind, model=config_dict(cfg), objective=objective.name, classes=list(data.source.classes),
         images=args.images, captions=args.captions, ae_weights=weights[cfg.ae],
