@@ -1,27 +1,32 @@
 """Embedding alignment: stages 1 and 2 of DC-Gen (arXiv 2509.25180, Sec. 3.3).
 
-A finished model on f8 latents gets a new patch embedder and a new output head for the latents of a deeper
-autoencoder. With both random, fine-tuning starts from noise and destroys what the base has learned (Fig. 3).
-So first, with the trunk frozen:
+A pretrained model on f8 latents gets a new patch embedder and a new output head for the latents of a deeper
+autoencoder. If both start random, fine-tuning starts from noise and destroys what the base has learned (Fig.
+3). So first, with the trunk (all that lies between embedder and head) frozen:
 
-  stage 1  The embedder alone learns to give the base's own patch embeddings of the same picture, pooled to
-           the new grid (Eq. 1; clean latents, no noise, no time):
+  stage 1  The embedder alone learns to give the base's own patch embeddings of the same picture, averaged
+           over each cell of the new grid (Eq. 1; clean latents, no noise, no time):
 
-               L = || e_phi(z_dc) - pool(e(z_base)) ||^2
+               L = || embed(z_dc) - pool(embed_base(z_base)) ||^2
 
-  stage 2  Embedder and head learn together from the ordinary flow loss in the *new* latent space (Eq. 2):
+  stage 2  Embedder and head learn together from the ordinary flow loss in the *deep* latent space (Eq. 2):
 
-               L = || v(x_t, t, y) - (x1 - x0) ||^2,   x_t = (1-t) x0 + t x1,   x0 noise, x1 the deep latent
+               L = || v(x_t, t, y) - (x1 - x0) ||^2,   x_t = (1-t) x0 + t x1,   x0 noise, x1 = z_dc
 
-           The head needs no target from the old head, so it does not matter that the two latents have
-           different channels: the frozen trunk, the aligned embedder and the new latents define its output.
-           From here on the model draws.
+           The target x1 - x0 is computed from the deep latents, so it has their number of channels: the old
+           head is never used. It works because stage 1 feeds the frozen trunk tokens that it understands, so
+           its last features still describe the picture, and the new head only translates them. From here on
+           the model generates recognisable pictures.
 
-Both are linear least squares in what they train (a linear map and its bias; stage 2 while the embedder is
-fixed), so `--solver closed-form` finds the exact optimum from accumulated normal equations, without a
-learning rate.
+Stage 1 is linear least squares in the embedder. So is stage 2 in the head's last linear map, as long as the
+embedder is fixed. By default (`--solver closed-form`) stage 1 is solved exactly, the head is solved exactly
+as a starting point, and then embedder and head are trained together by AdamW. `--solver adamw` is the paper's
+way.
 
-    python align.py                                    the embedded base, minutes on a CPU
+A base that predicts epsilon on DDPM's clock (DiT) keeps its clock: model.DiT.to_native rescales x_t so that
+the trunk sees the signal-to-noise ratio that it was trained with. Only the new head predicts a velocity.
+
+    python align.py                                    the bundled base, minutes on a CPU
     python align.py --base dit-xl --images DIR         DiT-XL/2 from SD-VAE f8 patch 2 to DC-AE f32 patch 1
     torchrun --nproc-per-node 8 align.py ...           on eight GPUs; the same for finetune.py
 
@@ -46,7 +51,7 @@ from autoencoder import AUTOENCODERS, ae_config
 from checkpoints import config_dict, load_base
 from evaluate import gap_table, layer_gap, plot_curves, plot_gap
 from fast import peak_gib
-from model import cat_conditions, to_deep_latent, to_deep_model, where_conditions
+from model import to_deep_latent, to_deep_model, where_conditions
 from sample import add_model_args, dtype_of, path, run_main, sample_t, save_grid
 from shapes import pick_scorer
 from train import (
@@ -59,62 +64,61 @@ from train import (
 
 @dataclass(frozen=True)
 class Recipe:
-    """One column of Table 7, and what the authors' code adds to it: the shift of training times, the
-    range of the guidance g = 1 + w, the step of positions."""
+    """One column of Table 7, and what the authors' code adds to it."""
     ae: str                                 # the autoencoder to move to
     stage1: Plan
     stage2: Plan
     stage3: Plan
     then: str | None = None                 # the next one: f32 serves up to 1K, f64 serves 2K and 4K
     rank: int = 256                         # of LoRA in stage 3; alpha is the same
-    pictures: int | None = None             # of the procedural ones
-    shift: float | str = 1.0
-    pos_step: float = 1.0
-    guidance: tuple[float, float] = (1.0, 14.0)
+    pictures: int | None = None             # number of procedural ones (bundled bases)
+    shift: float | str = 1.0                # of times: a number, or a rule of sample.resolve_shift
+    pos_step: float = 1.0                   # distance between neighbouring tokens, in positions of the base
+    guidance: tuple[float, float] = (1.0, 14.0)    # range of g in training, as in the authors' code
 
 
 F32 = "dc-ae-f32c32-in-1.0"
-F64 = "dc-ae-f64c128-1.5"                   # the paper's reference [8], DC-AE 1.5
+F64 = "dc-ae-f64c128-1.5"                   # Table 2 cites another paper for f64c128 than for f32c32
 STAGE3 = dict(warmup=2000, weight_decay=1e-3, ema=0.999, clip=1.0)
 # the paper's recipe in minutes: larger learning rates that end at zero, fewer steps, a smaller rank
 TINY = Recipe(
     "tiny-dc-ae-f32c32",
-    stage1=Plan(400, 1e-2, 64),
-    stage2=Plan(1000, 5e-3, 64, schedule="cosine"),
-    stage3=Plan(2000, 1e-3, 64, schedule="cosine", **STAGE3 | dict(warmup=50)),
+    stage1=Plan(steps=400, lr=1e-2, batch=64),
+    stage2=Plan(steps=1000, lr=5e-3, batch=64, schedule="cosine"),
+    stage3=Plan(steps=2000, lr=1e-3, batch=64, schedule="cosine", **{**STAGE3, "warmup": 50}),
     pictures=4096, rank=32, pos_step=2.0, guidance=(1.0, 8.0))
 
-# pos_step: a base that knows one size only (DiT, the embedded ones) has its new tokens spread over the
-# positions that it knows. FLUX was trained at many sizes, so a smaller grid is nothing new to it and counts
-# by ones, as the authors have it and as diffusers' pipeline does.
+# pos_step: a base that was trained at one size only (DiT, the bundled ones) has its new tokens spread over
+# the positions that it was trained with. FLUX was trained at many sizes, so a smaller grid uses step 1, as in
+# the authors' code and in diffusers' pipeline.
 RECIPES = {
     "tiny": TINY,
     "tiny-text": replace(TINY, pictures=8192),
     "dit": Recipe(
         F32, pos_step=2.0,
-        stage1=Plan(50_000, 1e-4, 64),
-        stage2=Plan(20_000, 2e-4, 1024),
-        stage3=Plan(500_000, 2e-4, 1024, **STAGE3)),
+        stage1=Plan(steps=50_000, lr=1e-4, batch=64),
+        stage2=Plan(steps=20_000, lr=2e-4, batch=1024),
+        stage3=Plan(steps=500_000, lr=2e-4, batch=1024, **STAGE3)),
     "dit-512": Recipe(
         F32, pos_step=2.0,
-        stage1=Plan(50_000, 1e-4, 64),
-        stage2=Plan(20_000, 2e-4, 1024),
-        stage3=Plan(100_000, 2e-4, 1024, **STAGE3)),
+        stage1=Plan(steps=50_000, lr=1e-4, batch=64),
+        stage2=Plan(steps=20_000, lr=2e-4, batch=1024),
+        stage3=Plan(steps=100_000, lr=2e-4, batch=1024, **STAGE3)),
     "sana-1.6b": Recipe(
         F64, shift=3.0,
-        stage1=Plan(20_000, 1e-4, 64),
-        stage2=Plan(5_000, 2e-4, 1024),
-        stage3=Plan(150_000, 2e-4, 1024, **STAGE3)),
+        stage1=Plan(steps=20_000, lr=1e-4, batch=64),
+        stage2=Plan(steps=5_000, lr=2e-4, batch=1024),
+        stage3=Plan(steps=150_000, lr=2e-4, batch=1024, **STAGE3)),
     "sana-4.8b": Recipe(
         F64, shift=3.0,
-        stage1=Plan(20_000, 1e-4, 64),
-        stage2=Plan(5_000, 1e-4, 256),
-        stage3=Plan(50_000, 1e-4, 256, **STAGE3)),
+        stage1=Plan(steps=20_000, lr=1e-4, batch=64),
+        stage2=Plan(steps=5_000, lr=1e-4, batch=256),
+        stage3=Plan(steps=50_000, lr=1e-4, batch=256, **STAGE3)),
     "flux": Recipe(
         F32, then=F64, shift="flux2",
-        stage1=Plan(20_000, 1e-4, 64),
-        stage2=Plan(5_000, 1e-4, 256),
-        stage3=Plan(10_000, 1e-4, 256, **STAGE3)),
+        stage1=Plan(steps=20_000, lr=1e-4, batch=64),
+        stage2=Plan(steps=5_000, lr=1e-4, batch=256),
+        stage3=Plan(steps=10_000, lr=1e-4, batch=256, **STAGE3)),
 }
 
 
@@ -143,13 +147,13 @@ def next_autoencoder(asked: str | None, cfg, base: str):
 # ---- stage 1: Eq. 1 ------------------------------------------------------------------------------
 
 def grid_tokens(model, z: Tensor) -> Tensor:
-    """Patch embeddings with their positions, on their grid: z (B,C,H,W) -> (B,D,H/p,W/p)."""
+    """Patch embeddings with their positions, as a 2-D grid: z (B,C,H,W) -> (B,D,H/p,W/p)."""
     return rearrange(model.embed(z), "b (h w) d -> b d h w", h=z.shape[-2] // model.cfg.patch_size)
 
 
 @torch.no_grad()
 def pooled_base_tokens(base, z_base: Tensor, grid: tuple[int, int]) -> Tensor:
-    """e', the target of Eq. 1: the base's patch embeddings averaged over each cell of the new grid.
+    """The target of Eq. 1: the base's patch embeddings averaged over each cell of the new grid.
     z_base (B,C,H,W) -> (B,D,*grid) float32"""
     return F.adaptive_avg_pool2d(grid_tokens(base, z_base).float(), grid)
 
@@ -175,57 +179,56 @@ def embedding_loss(model, base, z_dc: Tensor, z_base: Tensor, match: str = "down
 # ---- stages 2 and 3: Eq. 2, and Eq. 6-7 for a distilled model ------------------------------------
 
 def flow_matching_loss(model, z: Tensor, t: Tensor, y, x0: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Stages 2 and 3 (Eq. 2): || v(x_t, t, y) - (x1 - x0) ||^2. z = x1 and x0 (B,C,H,W), t (B,), y conditions
-    (B,) -> the loss of every sample (B,), predicted and target velocity."""
-    xt, v = path(x0, z, t)
+    """Stages 2 and 3 (Eq. 2): || v(x_t, t, y) - (x1 - x0) ||^2.
+    z data x1, x0 noise (B,C,H,W), t (B,), y classes (B,) or a Text of prompts (model.Text)
+    -> the loss of every sample (B,), predicted and target velocity (B,C,H,W)"""
+    xt, v = path(x0, z, t)                                           # (1-t) x0 + t z,  z - x0
     pred = model(xt, t, y).float()
     return (pred - v).square().mean(dim=(1, 2, 3)), pred, v
 
 
+def unguided_null(model, y):
+    """The null condition of a distilled model: the empty prompt, at guidance 1, which is no guidance."""
+    return replace(model.null_condition(y), guidance=torch.ones_like(y.guidance))
+
+
+def corrected_velocity(model, xt: Tensor, t: Tensor, y) -> Tensor:
+    """What a guidance-distilled model would give without its distillation (Eq. 6).
+
+    Such a model takes the guidance scale g as an input and was trained to give the guided velocity in one
+    pass, v(c, g) = g v(c) - (g - 1) v(null)   (Eq. 4, where g = 1 + w). Solved for v(c), with v(null) =
+    v(null, 1):
+
+        v_hat(c) = ( v(c, g) + (g - 1) v(null, 1) ) / g
+
+    No gradient goes through the null term (as in the authors' code): otherwise training could lower the loss
+    by changing v(null) instead of v(c, g).
+    xt (B,C,H,W), t (B,), y a Text with its guidance (B,) -> (B,C,H,W)"""
+    g = y.guidance.view(-1, 1, 1, 1)
+    v = model(xt, t, y).float()
+    with torch.no_grad():
+        v_null = model(xt, t, unguided_null(model, y)).float()
+    return (v + (g - 1) * v_null) / g
+
+
 def guided_flow_matching_loss(model, z: Tensor, t: Tensor, y, x0: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Stages 2 and 3 of a guidance-distilled model (Eq. 7): || v_hat(x_t, t, y) - (x1 - x0) ||^2. The plain
-    loss would teach it to give v(c) where it reads g, and so to forget guidance (Fig. 6). As
-    flow_matching_loss otherwise."""
+    loss would teach it to give v(c) whatever g it takes, and so to forget guidance (Fig. 6). Arguments and
+    results are those of flow_matching_loss."""
     xt, v = path(x0, z, t)
     pred = corrected_velocity(model, xt, t, y)
     return (pred - v).square().mean(dim=(1, 2, 3)), pred, v
 
 
-def corrected_velocity(model, xt: Tensor, t: Tensor, y) -> Tensor:
-    """What a guidance-distilled model would have given before its distillation, Eq. 6 with g = 1 + w the
-    number it reads:
-
-        v_hat(c) = ( v(c, g) + (g - 1) v(null, 1) ) / g
-
-    It follows from v(c, g) = g v(c) - (g - 1) v(null), which it was distilled to give (Eq. 4). The null
-    branch reads 1 and passes no gradient: it stands for the base's own v(null), which is not to be bent until
-    the sum fits. xt (B,C,H,W), t (B,), y a Text with its guidance (B,) -> (B,C,H,W). Without gradients both
-    halves are one batch."""
-    g = y.guidance.view(-1, 1, 1, 1)
-    null = unguided_null(model, y)
-    if not torch.is_grad_enabled():
-        both = model(torch.cat([xt, xt]), torch.cat([t, t]), cat_conditions([y, null]))
-        v, v_null = both.float().chunk(2)
-    else:
-        v = model(xt, t, y).float()
-        with torch.no_grad():
-            v_null = model(xt, t, null).float()
-    return (v + (g - 1) * v_null) / g
-
-
-def unguided_null(model, y):
-    """The null condition of a distilled model: the empty prompt, at guidance 1."""
-    return replace(model.null_condition(y), guidance=torch.ones_like(y.guidance))
-
-
 @dataclass(frozen=True)
 class Objective:
-    """The training objective of stages 2 and 3: a loss, and how noise, time and guidance are drawn for it."""
+    """The training objective of stages 2 and 3: a loss, and how noise, time and guidance are sampled for
+    it."""
     loss: Callable = flow_matching_loss
     guidance: tuple[float, float] | None = None    # range of what a distilled model reads
     t_sampling: str = "logit-normal"
     shift: float = 1.0
-    label_dropout: float = 0.1              # null conditions: the model has to stay able to be guided
+    label_dropout: float = 0.1              # share of null conditions: classifier-free guidance needs them
 
     @property
     def guided(self) -> bool:
@@ -298,8 +301,8 @@ def pick_objective(cfg, kind: str | None = None, guidance: tuple[float, float] |
 # ---- both stages in closed form ------------------------------------------------------------------
 
 class LeastSquares:
-    """min_W,b || W x + b - y ||^2 + ridge, streaming: sums of outer products in float64, a row (1, x) at a
-    time. Sums of shards add up, so any number of passes or ranks give one answer."""
+    """min_W,b || W x + b - y ||^2 + ridge, streaming: sums of outer products in float64, every x with a
+    leading 1 for the bias. Sums add up, so any number of passes or ranks give one answer."""
 
     def __init__(self, size_in: int, size_out: int, device="cpu"):
         self.xx = torch.zeros(size_in + 1, size_in + 1, dtype=torch.float64, device=device)
@@ -318,15 +321,15 @@ class LeastSquares:
         self.n += len(x)
 
     def solve(self, ridge: float = 1e-6) -> tuple[Tensor, Tensor]:
-        """W (size_out,size_in), b (size_out,). The ridge is relative to the mean power of x, and spares the
-        bias."""
+        """W (size_out,size_in), b (size_out,). The ridge is relative to the mean power of x, and does not
+        penalise the bias."""
         penalty = torch.full_like(self.xx.diagonal(), ridge * float(self.xx.diagonal()[1:].mean()))
         penalty[0] = 0.0
         w = torch.linalg.solve(self.xx + penalty.diag(), self.xy)
         return w[1:].T.contiguous(), w[0].contiguous()
 
     def loss(self, w: Tensor, b: Tensor) -> float:
-        """Mean squared error of (W, b) on everything added, per number of y."""
+        """Mean squared error of (W, b) on everything added, averaged over the entries of y."""
         wb = torch.cat([b[:, None], w], dim=1).double().T
         residual = self.yy - 2 * (wb * self.xy).sum() + (wb * (self.xx @ wb)).sum()
         return float(residual / (self.n * self.xy.shape[1]))
@@ -335,7 +338,7 @@ class LeastSquares:
         """Add up the sums of all ranks, put the solution into the layer; returns its mean squared error."""
         all_reduce_sum([self.xx, self.xy, self.yy, self.n])
         w, b = self.solve()
-        layer.weight.copy_(w.reshape(layer.weight.shape))
+        layer.weight.copy_(w.reshape(layer.weight.shape))            # of a Linear, or a Conv2d
         layer.bias.copy_(b)
         return self.loss(w, b)
 
@@ -361,26 +364,6 @@ def solve_embedder(model, base, batches) -> float:
     return sums.solve_into(layer)
 
 
-@torch.no_grad()
-def solve_head(model, batches, dtype=torch.float32, guided: bool = False) -> float:
-    """Stage 2 exactly, while the embedder stands still: put the last linear map that minimises the flow loss
-    (Eq. 2), or the guided one (Eq. 7), over `batches` of (z, t, y, x0) into the head; returns its loss. The
-    map's input is fixed, so the loss is quadratic in it. So is the guided loss: v_hat is the same linear map
-    of (h(c, g) + (g - 1) h(null, 1)) / g, whose weights add up to one."""
-    layer = model.head_linear
-    sums = LeastSquares(layer.in_features, layer.out_features, layer.weight.device)
-    for z, t, y, x0 in share_of_rank(batches):
-        xt, v = path(x0, z, t)
-        with autocast(z.device, dtype):
-            h = head_input(model, xt, t, y)                          # B N D
-            if guided:
-                g = y.guidance.view(-1, 1, 1)
-                h = (h + (g - 1) * head_input(model, xt, t, unguided_null(model, y))) / g
-        # from velocity to the head's output: a sign at most, which is its own inverse
-        sums.add(h, model.patchify(model.to_velocity(v, xt, t)))
-    return sums.solve_into(layer)
-
-
 def head_input(model, xt: Tensor, t: Tensor, y) -> Tensor:
     """What the last linear map of the head reads in a forward pass, (B,N,D) float32."""
     read = []
@@ -390,6 +373,27 @@ def head_input(model, xt: Tensor, t: Tensor, y) -> Tensor:
     finally:
         hook.remove()
     return read[0].float()
+
+
+@torch.no_grad()
+def solve_head(model, batches, dtype=torch.float32, guided: bool = False) -> float:
+    """Stage 2 exactly, with the embedder fixed: put the last linear map that minimises the flow loss (Eq. 2),
+    or the guided one (Eq. 7), over `batches` of (z, t, y, x0) into the head; returns its loss. The map's
+    input is then fixed, so the loss is quadratic in the map. For Eq. 7 v_hat is the same linear map of
+    (h(c, g) + (g - 1) h(null, 1)) / g, whose weights add up to one, so that the bias is unchanged. This moves
+    the null branch too, which training by gradients leaves alone: as a starting point that is fine."""
+    layer = model.head_linear
+    sums = LeastSquares(layer.in_features, layer.out_features, layer.weight.device)
+    for z, t, y, x0 in share_of_rank(batches):
+        xt, v = path(x0, z, t)
+        with autocast(z.device, dtype):
+            h = head_input(model, xt, t, y)                          # B N D
+            if guided:
+                g = y.guidance.view(-1, 1, 1)
+                h = (h + (g - 1) * head_input(model, xt, t, unguided_null(model, y))) / g
+        # a deep model predicts v or -v, so that converting the target is converting back
+        sums.add(h, model.patchify(model.to_velocity(v, xt, t)))
+    return sums.solve_into(layer)
 
 
 # ---- the stages ----------------------------------------------------------------------------------
@@ -408,7 +412,8 @@ class Alignment:
     logs: dict[str, list] = field(default_factory=dict)              # of stages that AdamW trains
 
     def pairs(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Deep and base latents of the same pictures: posterior means, for a target should not be noise."""
+        """Deep and base latents of the same pictures: posterior means, because a target should not be
+        noisy."""
         z, _ = self.data.cache.batch(indices)
         return z[self.model.cfg.ae].to(self.device), z[self.base.cfg.ae].to(self.device)
 
@@ -439,9 +444,10 @@ def align_embedder_by_adamw(a: Alignment, plan: Plan, match: str):
 
 
 def align_head_exactly(a: Alignment, num_samples: int):
-    """The head of stage 2 in closed form, on so many noisy samples."""
+    """The head's initial value for stage 2 in closed form, on num_samples noisy samples."""
     size = min(256, num_samples, len(a.data.cache))
-    batches = islice(cycle(a.data.cache.batches(size)), math.ceil(num_samples / size))
+    num_batches = math.ceil(num_samples / size)
+    batches = islice(cycle(a.data.cache.batches(size)), num_batches)
 
     def draw(i, indices):
         generator = torch.Generator().manual_seed(a.seed * 1_000_003 + i)
@@ -449,11 +455,12 @@ def align_head_exactly(a: Alignment, num_samples: int):
 
     noisy = (draw(i, indices) for i, indices in enumerate(batches))
     loss = solve_head(a.model, noisy, a.dtype, a.objective.guided)
-    print(f"head in closed form: loss {loss:.4f} over {num_samples} samples")
+    print(f"head in closed form: loss {loss:.4f} over about {num_batches * size} noisy samples")
 
 
 def align_embedder_and_head(a: Alignment, plan: Plan, prefixes: tuple[str, ...]):
-    """Stage 2 as in the paper: the flow loss in the new latent space, the trunk frozen."""
+    """Stage 2 by AdamW: the flow loss in the deep latent space, the trunk frozen, the head from where it
+    is."""
     def loss(indices, generator):
         return a.objective.train_loss(a.model, *a.samples(indices), generator)
 
@@ -556,6 +563,8 @@ def parse_args(argv=None):
     p.add_argument("--count", type=int, default=128,
                    help="pictures a stage for its scores; 0 = no scores (default 128)")
     args = p.parse_args(argv)
+    if args.ae:
+        ae_config(args.ae)                  # a wrong name is an error before any weights are read
     if args.solver == "closed-form" and args.match != "downsample":
         raise ValueError(f"--match {args.match} has no closed form here; use --solver adamw")
     return args
@@ -571,6 +580,7 @@ def main(argv=None):
     base, info = load_base(args.base, args.weights, device, dtype=None)
     prepare_for_training(base, [], device)
     recipe = recipe_of(base.cfg)
+    # a base that is a deep run has spread positions already, so steps multiply
     pos_step = (args.pos_step or recipe.pos_step) * getattr(base.cfg, "pos_step", 1.0)
     ae = next_autoencoder(args.ae, base.cfg, args.base)
     cfg = to_deep_latent(base.cfg, ae, pos_step, args.shift or recipe.shift)
@@ -588,6 +598,7 @@ def main(argv=None):
     prefixes = trainable_prefixes(model, args.final_adaln)
     prepare_for_training(model, [name for name, _ in named_parameters_with(model, prefixes)], device)
     a = Alignment(base, model, data, objective, out, device, dtype, args.seed)
+    # only the bundled pictures have something that scores them
     report = Report(a, args.count if not args.images else 0, args.cfg_scale)
     print(f"{args.base}: {base.cfg.ae} patch {base.cfg.patch_size}, {report.tokens(base)} tokens -> "
           f"{cfg.ae} patch {cfg.patch_size}, {report.tokens(model)} tokens; "
@@ -615,13 +626,14 @@ def main(argv=None):
         align_head_exactly(a, args.head_samples)
         report.add("head in closed form", model)
     if stage2.steps:
+        # of the two prefixes the second is the head's
         align_embedder_and_head(a, stage2, prefixes[1:] if args.head_only else prefixes)
-        report.add("stage 2: both", model)
+        report.add("stage 2: embedder and head", model)
 
     # finish: tables and pictures, and the weights last
     steps = 0
     if args.solver == "closed-form":
-        # samples that the closed form has seen, counted as if they were steps
+        # samples that the head's closed form has seen, counted as if they were steps of stage 2
         steps += math.ceil(args.head_samples / stage2.batch)
     else:
         steps += stage1.steps

@@ -74,7 +74,7 @@ from finetune import stage3_parameters
 
 # ---- the paper: how it times, and what it reports ----------------------------------------------------
 
-# steps, and the scale of guidance in two passes (1 = one pass)
+# steps, and the scale of guidance in two passes (1 = one pass); for other bases their own sampling
 PROTOCOLS = {"flux-krea": (20, 1.0), "sana-1.6b": (20, 4.5), "sana-4.8b": (20, 4.5), "dit-xl": (250, 1.5)}
 
 
@@ -110,8 +110,9 @@ H100_FP8 = 1100e12
 
 
 def table_sizes(name: str) -> list[int]:
-    """Resolutions at which the paper compares this base with its DC-Gen."""
-    return [res for (model, res), figures in PAPER.items() if model == name and figures.per_minute[0]]
+    """Resolutions at which the paper compares this base with its DC-Gen, or else the base's own."""
+    sizes = [res for (model, res), figures in PAPER.items() if model == name and figures.per_minute[0]]
+    return sizes or [BASES[name].res]
 
 
 # ---- workloads: a base and its DC-Gen sibling, by the recipe -----------------------------------------
@@ -145,9 +146,9 @@ def workloads(name: str, res: int, twin: bool = False) -> tuple[Workload, Worklo
     own resolution where the base is at its own, without the paper's figures. ValueError for a size that
     does not fit the latents."""
     figures = PAPER.get((name, res), Figures())
-    protocol = PROTOCOLS[name]
     # DiT-XL/2 was published once for each size
-    base = BASES.get(f"{name}-{res}", BASES[name])
+    base = BASES["dit-xl-512"] if (name, res) == ("dit-xl", 512) else BASES[name]
+    protocol = PROTOCOLS.get(name, (base.sampling.num_steps, base.sampling.cfg_scale))
     recipe = RECIPES[base.recipe]
     # up to 1K the recipe's first autoencoder; beyond, where it goes on to a deeper one, that
     ae = recipe.then if recipe.then and res > 1024 else recipe.ae
@@ -925,8 +926,13 @@ def positive(kind):
 
 
 def add_args(p: argparse.ArgumentParser):
-    p.add_argument("--model", default="flux-krea", choices=PROTOCOLS,
-                   help="the base; its DC-Gen sibling comes with it (default flux-krea)")
+    # a base that is on a recipe's deep autoencoder already has no sibling
+    bases = []
+    for name, cfg in BASES.items():
+        if cfg.ae not in (RECIPES[cfg.recipe].ae, RECIPES[cfg.recipe].then):
+            bases.append(name)
+    p.add_argument("--model", default="flux-krea", choices=bases, metavar="NAME",
+                   help=f"the base; its DC-Gen sibling comes with it (default flux-krea): {', '.join(bases)}")
     p.add_argument("--res", help="pixels a side, or all of the paper's tables (default: the largest of them)")
     p.add_argument("--switches", nargs="+", default=SWITCHES, choices=SWITCHES,
                    help="rows to time; each has all before it on (default all)")
@@ -973,7 +979,7 @@ def check_args(args):
         raise ValueError("--switches graph: that needs a GPU")
     if args.against and args.train:
         raise ValueError("--train and --against are different things to time; one of them at a time")
-    if args.against and args.model == "dit-xl":
+    if args.against and isinstance(BASES[args.model], DiTConfig):
         raise ValueError("--against diffusers: FLUX and SANA are compared; its DiT has an embedder in every "
                          "block and is another work")
     if args.against and importlib.util.find_spec("diffusers") is None:
@@ -1000,7 +1006,7 @@ def main(argv=None):
     check_args(args)
     pairs = [workloads(args.model, res) for res in sizes_of(args.model, args.res)]
     # what was not given is the device's
-    is_flux = args.model == "flux-krea"
+    is_flux = isinstance(BASES[args.model], FluxConfig)
     if is_flux and args.batches is None:
         args.batches = []
     device = torch.device(device_here(args.device))

@@ -782,8 +782,9 @@ def load_autoencoder(
     tensors = read_tensors(path, "vae")
     # a file of ours brings its configuration, the scale included, in its metadata
     own = read_config(path)
-    cfg = replace(cfg, **{key: as_tuple(value) for key, value in own.items() if key in asdict(cfg)})
+    own = {key: as_tuple(value) for key, value in own.items() if key in asdict(cfg) and key != "name"}
     try:
+        cfg = same_latent(cfg, replace(cfg, **own))
         cfg = stated_config(cfg, folder_config(path, "vae"))
         with torch.device("meta"):
             model = build_autoencoder(cfg)
@@ -826,7 +827,11 @@ def stated_config(cfg, stated: dict):
     new = {ours: as_tuple(stated[name]) for ours, name in settings.items() if stated.get(name) is not None}
     if kind == "AutoencoderDC":
         new |= stated_dcae_stages(stated)
-    found = replace(cfg, **new)
+    return same_latent(cfg, replace(cfg, **new))
+
+
+def same_latent(cfg, found):
+    """`found`; ValueError if it is of another latent space than the preset's."""
     if (found.f, found.channels) != (cfg.f, cfg.channels):
         raise ValueError(f"this is an autoencoder of f{found.f}c{found.channels}, and {cfg.name} is "
                          f"f{cfg.f}c{cfg.channels}")

@@ -6,7 +6,7 @@
     python evaluate.py --ae tiny-dc-ae-f32c32                       reconstructions of an autoencoder
     python evaluate.py --fid DIR --reference DIR --inception FILE   folders of pictures, Inception features
 
-A small convolutional network, which never saw a generated picture, scores the embedded pictures: its answers
+A small convolutional network, which never saw a generated picture, scores the bundled pictures: its answers
 give the class accuracy, its features the Frechet distance. On pictures with captions shapes.py detects every
 object and compares form, colour, size and place with the words, as GenEval does. Two distances compare only
 if they come from the same number of pictures, the same features and the same reference: every table prints
@@ -405,7 +405,7 @@ class Metrics:
         known = self.classifier.classes
         if cfg.num_classes != len(known):
             return f"the classifier knows {len(known)} classes, the model {cfg.num_classes}"
-        # a preset's file has no class names; those of the embedded base are known
+        # a preset's file has no class names; those of the bundled base are known
         preset = SHAPES if cfg.num_classes == len(SHAPES) else known
         names = tuple(info.get("classes") or preset)
         if names != known:

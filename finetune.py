@@ -4,14 +4,14 @@ scratch.
 After alignment the model draws already. Now its trunk adapts to the new latents, by LoRA, while the new
 embedder and head go on training in full. The loss is stage 2's; only what is trainable differs.
 
-    python finetune.py                          LoRA on the newest alignment of the embedded base
+    python finetune.py                          LoRA on the newest alignment of the bundled base
     python finetune.py --init base              without alignment: what the paper's Fig. 3 shows
     python finetune.py --tune full              every weight instead of LoRA (Fig. 5)
     python finetune.py --base tiny-flux --objective flow
                                                 the plain loss on a distilled base: what Fig. 6 shows
     python finetune.py --init RUN --merge --res 1024
                                                 LoRA merged, and a new one at the next resolution
-    python finetune.py --init scratch           no base at all: how the embedded base itself was made
+    python finetune.py --init scratch           no base at all: how the bundled base itself was made
     torchrun --nproc-per-node 8 finetune.py --base flux-krea
                                                 eight GPUs, each with a shard of the model
 
@@ -33,7 +33,7 @@ from autoencoder import ae_config
 from checkpoints import build, config_dict, load_base, load_run, newest_run, read_tensors, run_file
 from evaluate import plot_curves
 from lora import add_lora, merge_lora
-from model import BASES, DiTConfig, FluxConfig, to_deep_latent, to_deep_model
+from model import BASES, to_deep_latent, to_deep_model
 from sample import add_model_args, dtype_of, run_main, save_grid, with_guidance
 from train import (
     BIG, add_data_args, add_plan_args, count_parameters, data_settings, destroy_distributed, draw_previews,
@@ -69,10 +69,10 @@ def start_from_scratch(base: str, ae: str | None, num_classes: int | None, seed:
     cfg = BASES[base]
     if ae and ae != cfg.ae:
         cfg = to_deep_latent(cfg, ae_config(ae))
-    if isinstance(cfg, FluxConfig):
+    if getattr(cfg, "guidance_embed", False):
         sampling = replace(cfg.sampling, cfg_scale=cfg.sampling.guidance, guidance=None)
         cfg = replace(cfg, guidance_embed=False, sampling=sampling)
-    if isinstance(cfg, DiTConfig):
+    if cfg.text_encoder is None:
         cfg = replace(cfg, num_classes=num_classes or cfg.num_classes, clock="flow", predict="velocity",
                       guided_channels=None, sampling=replace(cfg.sampling, sampler="euler"))
     cfg = replace(cfg, sampling=replace(cfg.sampling, shift=1.0))

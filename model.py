@@ -170,6 +170,7 @@ class SanaConfig:
 # SD's latents in patches of 2, as all published DiTs have them
 SD_LATENT = dict(patch_size=2, in_channels=4, ae="sd-vae-f8c4")
 # the published DiTs read DDPM's clock, predict epsilon and a variance, and guide three of four channels
+# to be drawn with otherwise: **PUBLISHED_DIT | dict(sampling=Sampling(...))
 PUBLISHED_DIT = dict(clock="ddpm", predict="epsilon", guided_channels=3, sampling=Sampling(sampler="ddpm"))
 DC_GEN_FLUX = "nvidia/DC-Gen-FLUX.1-Krea-Dev::DC-Gen-FLUX.1-Krea-Dev-v1.0-Res"
 # captions of the procedural pictures: few words, encoded without a network
@@ -717,13 +718,12 @@ def to_deep_latent(cfg, ae, pos_step: float = 1.0, shift: float | str | None = N
     deep = replace(cfg, in_channels=ae.channels, patch_size=1, ae=ae.name, weights=None)
     deep = replace(deep, sampling=sampling)
     # SANA has no positions
-    if not isinstance(cfg, SanaConfig):
+    if hasattr(cfg, "pos_step"):
         deep = replace(deep, pos_step=pos_step)
-    # DiT's new head predicts a velocity, without a variance: DDPM's samplers need the epsilon of the old one
-    if isinstance(cfg, DiTConfig):
-        deep = replace(deep, predict="velocity", guided_channels=None)
-        if sampling.sampler in ("ddpm", "ddim"):
-            deep = replace(deep, sampling=replace(sampling, sampler="euler"))
+    # a new head predicts a velocity, without a variance: DDPM's samplers need the epsilon of the old one
+    if cfg.predict == "epsilon":
+        sampling = replace(sampling, sampler="euler")
+        deep = replace(deep, predict="velocity", guided_channels=None, sampling=sampling)
     return deep
 
 

@@ -5,7 +5,7 @@
 Forward (`path`, for training) and reverse (`integrate`, for sampling) of the one ODE stand on the first page;
 then DDPM's chain, for DiT as it was published, and `Pipeline`, which puts on what makes it fast (fast.py).
 
-    python sample.py                                   the newest run, or the embedded base if there is none
+    python sample.py                                   the newest run, or the bundled base if there is none
     python sample.py --base dit-xl --classes 207 360   an official model
     python sample.py --ckpt runs/finetune-tiny-1 --cfg-scale 3 --num-steps 50 --seed 7
     python sample.py --base dc-gen-flux-1k --prompt "a lighthouse at dusk" --res 1216x832
@@ -625,7 +625,7 @@ def parse_size(text: str | None, res: int) -> tuple[int, int]:
 
 
 def class_names(cfg, info: dict) -> tuple[str, ...]:
-    """The names of a model's classes: the run's own, the embedded shapes, or numbers."""
+    """The names of a model's classes: the run's own, the bundled shapes, or numbers."""
     if info.get("classes"):
         return tuple(info["classes"])
     return SHAPES if cfg.num_classes == len(SHAPES) else tuple(map(str, range(cfg.num_classes)))

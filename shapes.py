@@ -1,9 +1,9 @@
-"""The embedded world: pictures, captions and judges that need no download.
+"""The bundled world: pictures, captions and judges that need no download.
 
     draw   shapes(index, size)      one shaded shape on a gradient, with its class         ShapesSource
            scenes(index, size)      one to four shapes on a muted colour, with a caption   ScenesSource
     write  caption(scene)           "a large red ring above a small blue square on green"
-           encode_words(prompts)    the text encoder of the embedded models
+           encode_words(prompts)    the text encoder of the bundled models
     judge  detect_objects(images)   pixels -> shapes, colours, sizes and places
            scene_scores(images, captions), accuracy(judge, images, y)
 
@@ -389,7 +389,7 @@ class ScenesSource(ShapesSource):
         return scenes(indices, self.size, self.seed), indices
 
 
-# ---- the text encoder of the embedded models -----------------------------------------------------
+# ---- the text encoder of the bundled models -----------------------------------------------------
 
 WORD = 64                                                        # numbers of a word
 CONTEXT = 3                                                      # words in a token

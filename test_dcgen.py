@@ -317,14 +317,14 @@ def test_stage_3_trains_embedder_and_head_in_full_and_the_trunk_by_lora():
     assert names == lora | {re.sub(r"\.\d+\.", ".N.", name) for name in ends}
 
 
-# ---- the embedded models, from end to end --------------------------------------------------------
+# ---- the bundled models, from end to end --------------------------------------------------------
 
 QUICK = ["--pictures", "64", "--batch", "8", "--device", "cpu", "--dtype", "fp32"]
 
 
 @pytest.fixture(scope="module")
 def aligned(tmp_path_factory):
-    """A folder in which the embedded base was aligned in a hurry, by the script itself."""
+    """A folder in which the bundled base was aligned in a hurry, by the script itself."""
     root = tmp_path_factory.mktemp("project")
     with pytest.MonkeyPatch.context() as m:
         m.chdir(root)
@@ -358,7 +358,7 @@ def test_finetune_continues_from_the_alignment_and_sample_draws_the_result(align
     assert len(list(Path("runs/tuned/samples").glob("*.png"))) == 2
 
 
-def test_the_embedded_text_bases_draw_what_captions_say():
+def test_the_bundled_text_bases_draw_what_captions_say():
     """And guidance makes them better: as a number for tiny-flux, in two passes for tiny-sana."""
     ae = load_autoencoder("tiny-kl-f8c4")
     source = ScenesSource(128, split="val")

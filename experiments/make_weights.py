@@ -1,4 +1,4 @@
-"""How the embedded weights were made: from random numbers and procedural pictures, so they carry no
+"""How the bundled weights were made: from random numbers and procedural pictures, so they carry no
 photograph's licence.
 
     python experiments/make_weights.py                   all of them, about 5 hours on two CPU cores
@@ -9,7 +9,7 @@ photograph's licence.
     stage        file                  what is trained                                            minutes
     kl           tiny-kl-f8c4          KL-VAE, at 64 px, then at 128                              17 + 10
     dc           tiny-dc-ae-f32c32     DC-AE at 128 px                                            36
-    classifier   tiny-classifier       what scores pictures of the embedded classes               6
+    classifier   tiny-classifier       what scores pictures of the bundled classes                6
     tiny         tiny-dit              DiT                                                        36
     flux         tiny-flux             FLUX: a teacher, then one with its guidance distilled      67 + 25
     sana         tiny-sana             SANA: logit-normal times, then uniform ones                41 + 35

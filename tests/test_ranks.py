@@ -151,7 +151,8 @@ def test_a_log_row_that_was_being_made_is_of_all_ranks_and_continues(tmp_path):
 def align_words(root, out, *more):
     os.chdir(root)
     make_words_base(root)
-    align.main([*WORDS_FLAGS, "--stage2-steps", "3", "--head-samples", "32", "--count", "0", "--out", out, *more])
+    flags = ["--stage2-steps", "3", "--head-samples", "32", "--count", "0", "--out", out]
+    align.main([*WORDS_FLAGS, *flags, *more])
 
 
 def finetune_words(root, out, *more):

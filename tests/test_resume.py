@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from helpers import ROOT
+from checkpoints import read_config, read_tensors
+from helpers import ROOT, digest
 
 SAME = ["--pictures", "64", "--batch", "8", "--save-every", "2", "--device", "cpu", "--dtype", "fp32"]
 # script, flags, flags to resume with, the file after whose appearance it is killed
@@ -19,14 +20,15 @@ WRITERS = {
         "align.py", [*SAME, "--head-samples", "64", "--stage2-steps", "12", "--count", "0"], ["--resume"],
         "stage2.state.safetensors"),
     "alignment by AdamW": (
-        "align.py", [*SAME, "--solver", "adamw", "--stage1-steps", "12", "--stage2-steps", "2", "--count", "0"],
-        ["--resume"], "stage1.state.safetensors"),
+        "align.py", [*SAME, "--solver", "adamw", "--stage1-steps", "12", "--stage2-steps", "2",
+                     "--count", "0"], ["--resume"], "stage1.state.safetensors"),
     "fine-tuning": (
         "finetune.py", [*SAME, "--init", "base", "--rank", "4", "--train-steps", "12"], ["--resume"],
         "train.state.safetensors"),
     "a data set": (
-        "sample.py", ["--base", "tiny-sana", "--prompts", "prompts.txt", "--count", "12", "--batch", "2", "--dataset",
-                      "--num-steps", "4", "--device", "cpu", "--dtype", "fp32"], [], "00001_seed1.png"),
+        "sample.py", ["--base", "tiny-sana", "--prompts", "prompts.txt", "--count", "12", "--batch", "2",
+                      "--dataset", "--num-steps", "4", "--device", "cpu", "--dtype", "fp32"], [],
+        "00001_seed1.png"),
 }
 
 
@@ -35,17 +37,17 @@ def command(script, *flags):
 
 
 def contents(folder: Path) -> dict:
-    """Every file of a run: bytes, or rows without what a clock measures. Settings name the folder, so they
-    differ."""
+    """Every file of a run: bytes, tensors and facts, or rows without what a clock measures. config.json names
+    the folder, and the state of training is compared in test_train.py."""
     files = {}
-    for file in sorted(folder.rglob("*")):
+    for file in sorted(folder.rglob("*.*")):
         name = file.relative_to(folder).as_posix()
-        if file.suffix == ".safetensors" and "state" in name or name in ("config.json", "curves.png"):
-            continue                                                 # curves show the speed of nothing, but a font's cache
         if name == "metrics.jsonl":
             rows = [json.loads(line) for line in file.read_text().splitlines()]
             files[name] = [{k: v for k, v in row.items() if k != "images_per_s"} for row in rows]
-        elif file.is_file():
+        elif file.suffix == ".safetensors" and ".state." not in name:
+            files[name] = digest(read_tensors(file)), read_config(file)
+        elif file.suffix == ".png" or name in ("metadata.jsonl", "dataset.json"):
             files[name] = file.read_bytes()
     return files
 

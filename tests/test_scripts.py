@@ -24,7 +24,7 @@ CPU = ["--device", "cpu", "--dtype", "fp32"]
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
-    """A folder in which the embedded base was aligned in a hurry."""
+    """A folder in which the bundled base was aligned in a hurry."""
     root = tmp_path_factory.mktemp("project")
     with pytest.MonkeyPatch.context() as m:
         m.chdir(root)
