@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from autoencoder import AUTOENCODERS, DCAEConfig, KLConfig
 from checkpoints import write_tensors
+from lora import lora_state
 from model import (BASES, FAMILIES, DiT, DiTConfig, Flux, FluxConfig, Sampling, SanaConfig, Text,
                    to_deep_latent, to_deep_model)
 
@@ -218,6 +219,15 @@ def deep_model(base: nn.Module, seed: int = 1) -> nn.Module:
     for key, value in model.state_dict().items():
         if key.startswith((model.EMBEDDER, model.HEAD)):
             value.normal_(std=0.2, generator=g)
+    return model
+
+
+def randomize_b(model: nn.Module) -> nn.Module:
+    """Random B, which starts at zero: the LoRA does something."""
+    g = torch.Generator().manual_seed(1)
+    for key, value in lora_state(model).items():
+        if key.endswith(".B"):
+            value.normal_(std=0.05, generator=g)
     return model
 
 
