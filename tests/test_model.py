@@ -11,13 +11,13 @@ from torch.testing import assert_close
 import autoencoder
 from autoencoder import AUTOENCODERS, build_autoencoder
 from checkpoints import TABLES, build, detect_layout, load_weights, write_tensors
-from helpers import (DCAE_STYLES, DDPM_DIT, EVERY, TINIES, TINY_FLUX, TINY_SANA, assert_near, fixed_forward,
-                     fresh_compiler, manifest, on_meta, parity, parity_cases, random_condition, random_text,
-                     relative_error, scramble, tiny_model)
-from model import (DDPM_T_MIN, FAMILIES, FP16_MAX, DiT, Flux, Sana, Text, cat_conditions, ddpm_alphas_cumprod,
-                   ddpm_step, ddpm_times, linear_attention, rotary_table, rotate, sincos_2d,
-                   timestep_embedding, to_deep_latent, to_deep_model, where_conditions)
-from sample import guided_velocity, integrate, resolve_shift, time_grid
+from helpers import (
+    DCAE_STYLES, DDPM_DIT, EVERY, TINIES, TINY_FLUX, TINY_SANA, assert_near, fixed_forward, manifest, on_meta,
+    parity, parity_cases, random_condition, random_text, relative_error, scramble, tiny_model)
+from model import (
+    FAMILIES, FP16_MAX, DiT, Flux, Sana, Text, cat_conditions, ddpm_alphas_cumprod, ddpm_step, ddpm_times,
+    linear_attention, rotary_table, rotate, sincos_2d, timestep_embedding, to_deep_latent, to_deep_model,
+    where_conditions)
 
 DEEP_AE = AUTOENCODERS["tiny-dc-ae-f32c32"]
 CPU = torch.device("cpu")
@@ -132,80 +132,24 @@ def test_a_forward_pass_equals_the_official_one(name):
     out = net.forward_native(*stored_inputs(net, case))
     if isinstance(net, Flux):
         out = net.patchify(out)
+    # diffusers divides DiT's exponent by 127 where the weights were trained with 128
     assert_near(out, pick(case.outputs, "forward_original_frequencies", "forward"))
-
-
-@pytest.mark.parametrize("name", parity_cases("dit_diffusers"))
-def test_dit_has_the_frequencies_of_its_training_and_not_of_diffusers(name):
-    """diffusers divides the exponent by 127 where the weights were trained with 128."""
-    case, net = stored(name)
-    assert relative_error(net.forward_native(*stored_inputs(net, case)), case.outputs["forward"]) > 1e-3
 
 
 @pytest.mark.parametrize("name", parity_cases("flux_bfl", "flux_diffusers_dcgen"))
 def test_flux_packs_as_the_official_code(name):
     case, net = stored(name)
     assert torch.equal(net.patchify(case.inputs["latent"]), case.outputs["packed"])
-    assert torch.equal(net.unpatchify(case.outputs["packed"], grid_of(case)), case.inputs["latent"])
-
-
-def assert_rotary(rotary, theirs, ids):
-    """Our rotary table equals rotations (T,hd/2,4), [cos, -sin, sin, cos] each, at position ids (T,3)."""
-    cos, sin = (x[:, 0].unflatten(-1, (-1, 2)) for x in rotary)      # T hd/2 2: (cos, cos) and (-sin, sin)
-    ours = torch.stack([cos[..., 0], sin[..., 0], sin[..., 1], cos[..., 1]], dim=-1)
-    assert_sinusoids(ours, theirs, ids.amax(dim=1))
-
-
-def diffusers_rotations(cos, sin):
-    """Tables (T,hd) of diffusers, every value twice, as rotations (T,hd/2,4)."""
-    assert torch.equal(cos[:, ::2], cos[:, 1::2]) and torch.equal(sin[:, ::2], sin[:, 1::2])
-    cos = cos[:, ::2]
-    sin = sin[:, ::2]
-    return torch.stack([cos, -sin, sin, cos], dim=-1)
-
-
-@pytest.mark.parametrize("name", parity_cases("flux_bfl", "flux_diffusers", "flux_diffusers_dcgen"))
-def test_flux_has_the_official_positions(name):
-    case, net = stored(name)
-    x = case.inputs
-    out = case.outputs
-    if "pe" in out:
-        ids = torch.cat([x["txt_ids"][0], x["img_ids"][0]])
-        theirs = out["pe"][0, 0].flatten(-2)
-    else:
-        ids = torch.cat([x["txt_ids"], x["img_ids"]])
-        theirs = diffusers_rotations(out["rope_cos"], out["rope_sin"])
-    assert_rotary(net.positions(case.config["text_tokens"], grid_of(case)), theirs, ids)
-
-
-@pytest.mark.parametrize("name", parity_cases("flux_bfl"))
-def test_flux_loop_equals_the_official_denoise(name):
-    case, net = stored(name)
-    grid = grid_of(case)
-    start = net.unpatchify(case.inputs["start"], grid)
-    guidance = torch.full((len(start),), float(case.config["denoise_guidance"]))
-    text = replace(stored_condition(net, case.inputs), guidance=guidance)
-
-    def velocity(x, t):
-        return net(x, t, text)
-
-    shift = resolve_shift("mu", net.cfg.in_channels, *grid, net.cfg.patch_size)
-    out = integrate(velocity, start, time_grid(case.config["denoise_steps"], shift))
-    assert_near(net.patchify(out), case.outputs["denoise_final"], 1e-4)
 
 
 @pytest.mark.parametrize("name", parity_cases("sana_dcgen"))
-def test_sana_equals_the_official_code_in_its_parts_and_its_loss(name):
+def test_sana_has_the_official_loss(name):
     case, net = stored(name)
-    x, step, text = stored_inputs(net, case)
+    x = case.inputs
     out = case.outputs
-    assert_near(net.condition(step, text), out["t_emb"])
-    assert_near(net.read_text(text)[:, None], out["caption"])
-    all_tokens = replace(text, mask=torch.ones_like(text.mask))
-    assert_near(net.forward_native(x, step, all_tokens), out["forward_all_tokens"])
     # on our clock, with our sign
-    v = net(out["loss_xt"], 1 - out["loss_model_t"] / 1000, text)
-    error = v - (case.inputs["loss_x0"] - case.inputs["loss_noise"])
+    v = net(out["loss_xt"], 1 - out["loss_model_t"] / 1000, stored_condition(net, x))
+    error = v - (x["loss_x0"] - x["loss_noise"])
     assert_near(error.square().mean(dim=(1, 2, 3)), out["loss"], 1e-4)
 
 
@@ -218,39 +162,22 @@ def test_sana_without_a_mask_attends_to_all_tokens(name):
 
 
 @pytest.mark.parametrize("name", parity_cases("sana_dcgen"))
-def test_sana_reads_fractions_of_a_step_unless_it_truncates_them(name):
-    case, official = stored(name, integer_time=True)
-    x, step, text = stored_inputs(official, case)
-    assert_near(official.forward_native(x, step + 0.9, text), case.outputs["forward_fractional_t"])
-    ours = stored(name)[1]
-    assert relative_error(ours.forward_native(x, step + 0.9, text), case.outputs["forward"]) > 1e-3
+def test_sana_truncates_its_clock_as_the_official_code_if_asked(name):
+    case, net = stored(name, integer_time=True)
+    x, step, text = stored_inputs(net, case)
+    assert_near(net.forward_native(x, step + 0.9, text), case.outputs["forward_fractional_t"])
 
 
 # ---- tables ----------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name", parity_cases("tables"))
-def test_timestep_tables_are_the_official_ones(name):
+def test_tables_of_clock_and_positions_are_the_official_ones(name):
     case = parity(name)
-    x = case.inputs
-    readings = {
-        "flux_timestep_embedding_256": 1000 * x["t01"],
-        "flux_guidance_embedding_256": 1000 * x["guidance"],
-        "sana_timestep_embedding_256": x["dit_t"],
-    }
-    # an odd width ends in a column of zeros, which no model has
-    for dim in case.config["dit_dims"]:
-        if dim % 2 == 0:
-            readings[f"dit_timestep_embedding_{dim}"] = x["dit_t"]
-    for key, reading in readings.items():
-        dim = int(key.split("_")[-1])
-        assert_sinusoids(timestep_embedding(reading, dim), case.outputs[key], reading)
-
-
-@pytest.mark.parametrize("name", parity_cases("tables"))
-def test_position_tables_are_the_official_ones(name):
-    case = parity(name)
+    out = case.outputs
+    t = case.inputs["dit_t"]
+    assert_sinusoids(timestep_embedding(t, 256), out["dit_timestep_embedding_256"], t)
     for dim, n in case.config["sincos"]:
-        want = case.outputs[f"dit_sincos_{dim}_grid{n}"]
+        want = out[f"dit_sincos_{dim}_grid{n}"]
         assert_sinusoids(sincos_2d(dim, n, n), want, torch.full((n * n,), n))
 
 
@@ -258,33 +185,27 @@ def test_position_tables_are_the_official_ones(name):
 def test_rotary_tables_turn_queries_and_keys_as_the_official_code(name):
     case = parity(name)
     x = case.inputs
-    out = case.outputs
     for i, (axes, height, width, text_tokens) in enumerate(case.config["rope"]):
-        ids = x[f"rope{i}_ids"]
         rotary = rotary_table(tuple(axes), 1e4, text_tokens, height, width, 1.0, CPU)
-        cos, sin = (out[f"rope{i}_diffusers_{wave}"] for wave in ("cos", "sin"))
-        assert_rotary(rotary, out[f"rope{i}_bfl"][0, 0].flatten(-2), ids)
-        assert_rotary(rotary, diffusers_rotations(cos, sin), ids)
+        cos, sin = (table[:, 0, 1::2] for table in rotary)
+        ours = torch.stack([cos, -sin, sin, cos], dim=-1)
+        theirs = case.outputs[f"rope{i}_bfl"][0, 0].flatten(-2)
+        assert_sinusoids(ours, theirs, x[f"rope{i}_ids"].amax(dim=1))
         # the stored queries and keys are as long as one of the tables
-        if x["rope_q"].shape[-2:] == (len(ids), sum(axes)):
+        if x["rope_q"].shape[-2:] == (len(ours), sum(axes)):
             for key in ("rope_q", "rope_k"):
                 turned = rotate(x[key].transpose(1, 2), rotary).transpose(1, 2)
-                assert_near(turned, out[f"{key}_rotated"], 1e-6)
+                assert_near(turned, case.outputs[f"{key}_rotated"], 1e-6)
 
 
-def test_the_timestep_embedding_separates_all_thousand_steps():
-    emb = timestep_embedding(torch.arange(1001).float(), 256)
-    assert len(emb.unique(dim=0)) == 1001
-    assert timestep_embedding(torch.arange(1001).bfloat16(), 256).dtype == torch.float32
+def test_a_clock_in_bf16_is_embedded_in_float32():
+    assert timestep_embedding(torch.arange(9).bfloat16(), 256).dtype == torch.float32
 
 
 def test_positions_of_a_non_square_grid_are_those_of_the_square_one():
     square = sincos_2d(32, 5, 5).view(5, 5, 32)
     assert_close(sincos_2d(32, 3, 5).view(3, 5, 32), square[:3])
     assert_close(sincos_2d(32, 5, 2).view(5, 2, 32), square[:, :2])
-    # columns in the first half, rows in the second
-    assert torch.equal(square[0, :, :16], square[4, :, :16])
-    assert torch.equal(square[:, 0, 16:], square[:, 4, 16:])
 
 
 def test_a_cached_table_is_not_made_on_the_default_device():
@@ -292,16 +213,20 @@ def test_a_cached_table_is_not_made_on_the_default_device():
         assert sincos_2d(36, 3, 2).device.type == "cpu"
 
 
-def test_rotary_positions_follow_the_grid_and_the_step():
-    # 2 text tokens, 2 rows of 3 columns; of a head, numbers 0-3 stay, 4-9 turn by row, 10-15 by column
-    sin = rotary_table((4, 6, 6), 1e4, 2, 2, 3, 1.0, CPU)[1][:, 0]
-    text, row0, row1 = sin.split([2, 3, 3])
-    assert not text.any()
-    assert not row0[:, 4:10].any() and row1[:, 4:10].all()
-    assert not row0[0, 10:].any() and torch.equal(row0[1, 10:], row1[1, 10:])
-    # with a step of 2 a token stands in the middle of the two cells that it covers
+def test_with_a_step_of_2_a_token_stands_in_the_middle_of_the_cells_that_it_covers():
+    middles = torch.tensor([0.5, 2.5]).sin()
+    # the column's first frequency is 1
     sin = rotary_table((4, 6, 6), 1e4, 0, 1, 2, 2.0, CPU)[1][:, 0]
-    assert_near(sin[:, 11], torch.tensor([0.5, 2.5]).sin(), 1e-6)
+    assert_near(sin[:, 11], middles, 1e-6)
+    assert_near(sincos_2d(16, 1, 2, 2.0)[:, 0], middles, 1e-6)
+
+
+@pytest.mark.parametrize("name", ["dit", "flux"])
+def test_a_model_reads_the_step_of_its_positions(name):
+    net = tiny_model(name)
+    before = fixed_forward(net)
+    net.cfg = replace(net.cfg, pos_step=2.0)
+    assert relative_error(fixed_forward(net), before) > 1e-3
 
 
 # ---- parity with diffusers' classes ----------------------------------------------------------------
@@ -310,8 +235,10 @@ def test_rotary_positions_follow_the_grid_and_the_step():
 def test_dit_matches_diffusers(patch, size):
     diffusers = pytest.importorskip("diffusers")
     config = dict(
-        num_attention_heads=4, attention_head_dim=12, in_channels=4, out_channels=8, num_layers=2,
-        sample_size=size, patch_size=patch, num_embeds_ada_norm=9)
+        num_attention_heads=4, attention_head_dim=12,
+        in_channels=4, out_channels=8,
+        num_layers=2, num_embeds_ada_norm=9,
+        sample_size=size, patch_size=patch)
     theirs = scramble(diffusers.DiTTransformer2DModel(**config).double())
     shared = theirs.transformer_blocks[0].norm1.emb.state_dict()
     for block in theirs.transformer_blocks:
@@ -326,33 +253,46 @@ def test_dit_matches_diffusers(patch, size):
     assert_near(net.forward_native(x, t, y), theirs(x, timestep=t, class_labels=y).sample, 1e-7)
 
 
-@pytest.mark.parametrize("channels, patch, grid, guided", [(4, 2, (6, 10), True), (12, 1, (3, 4), False)])
+@pytest.mark.parametrize("channels, patch, grid, guided", [
+    (4, 2, (6, 10), True),
+    (12, 1, (3, 4), False),
+])
 def test_flux_matches_diffusers(channels, patch, grid, guided):
     diffusers = pytest.importorskip("diffusers")
     config = dict(
-        in_channels=channels * patch**2, num_layers=2, num_single_layers=2, attention_head_dim=16,
-        num_attention_heads=3, joint_attention_dim=24, pooled_projection_dim=12, guidance_embeds=guided,
+        in_channels=channels * patch**2,
+        num_layers=2, num_single_layers=2,
+        num_attention_heads=3, attention_head_dim=16,
+        joint_attention_dim=24, pooled_projection_dim=12,
+        guidance_embeds=guided,
         axes_dims_rope=(4, 6, 6))
     theirs = scramble(diffusers.FluxTransformer2DModel(**config).double())
     net = fill({**config, "latent_channels": channels}, theirs.state_dict())
     x = torch.randn(2, channels, *grid).double()
     t = torch.tensor([0.1, 0.9]).double()
     text = random_text(net.cfg).to(dtype=torch.float64)
-    rows, cols = torch.meshgrid(*(torch.arange(side // patch) for side in grid), indexing="ij")
-    ids = torch.stack([0 * rows, rows, cols], dim=-1).view(-1, 3)
+    rows, cols = (torch.arange(side / patch) for side in grid)
+    ids = torch.cartesian_prod(torch.zeros(1), rows, cols)
     guidance = text.guidance.double() if guided else None
     want = theirs(net.patchify(x), text.tokens, text.pooled, t, ids, torch.zeros(5, 3), guidance).sample
     # the tables of clock and positions are float32
     assert_near(net.patchify(net.forward_native(x, t, text)), want, 2e-6)
 
 
-@pytest.mark.parametrize("channels, patch, grid", [(8, 2, (6, 10)), (12, 1, (5, 4))])
+@pytest.mark.parametrize("channels, patch, grid", [
+    (8, 2, (6, 10)),
+    (12, 1, (5, 4)),
+])
 def test_sana_matches_diffusers(channels, patch, grid):
     diffusers = pytest.importorskip("diffusers")
     config = dict(
-        in_channels=channels, out_channels=channels, patch_size=patch, sample_size=6, num_layers=2,
-        num_attention_heads=2, attention_head_dim=32, mlp_ratio=1.5, qk_norm="rms_norm_across_heads",
-        num_cross_attention_heads=4, cross_attention_head_dim=16, cross_attention_dim=64, caption_channels=24)
+        in_channels=channels, out_channels=channels,
+        patch_size=patch, sample_size=6,
+        num_layers=2, mlp_ratio=1.5,
+        num_attention_heads=2, attention_head_dim=32,
+        num_cross_attention_heads=4, cross_attention_head_dim=16,
+        cross_attention_dim=64, caption_channels=24,
+        qk_norm="rms_norm_across_heads")
     theirs = scramble(diffusers.SanaTransformer2DModel(**config).double())
     for block in theirs.transformer_blocks:
         # as trained; diffusers has 1e-5
@@ -366,80 +306,33 @@ def test_sana_matches_diffusers(channels, patch, grid):
     assert_near(net.forward_native(x, t, text), want, 1e-6)
 
 
-# ---- the three stages ------------------------------------------------------------------------------
+# ---- what the families share -----------------------------------------------------------------------
 
 @pytest.mark.parametrize("name", EVERY)
-def test_every_family_has_the_same_three_stages(name, monkeypatch):
-    net = tiny_model(name)
-    calls = []
-
-    def record(stage):
-        method = getattr(net, stage)
-
-        def recorded(x, *args, **kwargs):
-            out = method(x, *args, **kwargs)
-            calls.append((x, out))
-            return out
-
-        monkeypatch.setattr(net, stage, recorded)
-
-    for stage in ("embed", "trunk", "head"):
-        record(stage)
-    x, t, y = draw(net, size=(6, 10))
-    out = net.forward_native(x, t, y)
-    (latent, embedded), (h, features), (last, image) = calls
-    assert latent is x and h is embedded and last is features and image is out
-    tokens = (2, 60 // net.cfg.patch_size**2, net.cfg.hidden_size)
-    assert h.shape == features.shape == tokens                       # image tokens only
-    assert out.shape == (2, net.cfg.out_channels, 6, 10)
-
-
-@pytest.mark.parametrize("name", EVERY)
-def test_embedder_and_head_are_one_linear_map_each(name):
-    net = tiny_model(name)
-    for layer, prefix in ((net.embed_linear, net.EMBEDDER), (net.head_linear, net.HEAD)):
-        named = {id(p) for key, p in net.named_parameters() if key.startswith(prefix)}
-        assert named == {id(p) for p in layer.parameters()}
-    # nothing follows the head's map but unpatchify
-    maps = []
-    net.head_linear.register_forward_hook(lambda layer, args, out: maps.append(out))
-    x, t, y = draw(net, size=(6, 10))
-    assert torch.equal(net.forward_native(x, t, y), net.unpatchify(maps[0], (6, 10)))
+def test_patches_become_the_same_latent_again(name):
+    net = on_meta(FAMILIES[type(EVERY[name])], replace(EVERY[name], patch_size=2))
+    x = torch.randn(2, 3, 6, 10)
     assert torch.equal(net.unpatchify(net.patchify(x), (6, 10)), x)
 
 
-@pytest.mark.parametrize("name, scale, sign", [("dit", 1000, 1), ("flux", 1, -1), ("sana", 1000, -1)])
+@pytest.mark.parametrize("name, scale, sign", [
+    ("dit", 1000, 1),
+    ("flux", 1, -1),
+    ("sana", 1000, -1),
+])
 def test_clocks_and_signs_are_turned_to_the_projects(name, scale, sign):
     net = tiny_model(name)
     x, t, y = draw(net)
     step = scale * (t if sign == 1 else 1 - t)
     assert torch.equal(net(x, t, y), sign * net.forward_native(x, step, y))
-    assert relative_error(net(x, 1 - t, y), net(x, t, y)) > 1e-3
 
 
 @pytest.mark.parametrize("name", EVERY)
 def test_a_sample_reads_its_own_condition_and_no_neighbour(name):
     net = tiny_model(name)
     x, t, y = draw(net)
-    assert_near(net(x[1:], t[1:], y[1:]), net(x, t, y)[1:])
-    assert relative_error(net(x, t, y[[1, 0]]), net(x, t, y)) > 1e-4
-
-
-@pytest.mark.parametrize("name, part", [
-    ("flux", "tokens"), ("flux", "pooled"), ("flux", "guidance"), ("sana", "tokens")])
-def test_a_text_model_reads_every_part_of_its_condition(name, part):
-    net = tiny_model(name)
-    x, t, text = draw(net)
-    changed = replace(text, **{part: getattr(text, part) + 1})
-    assert relative_error(net(x, t, changed), net(x, t, text)) > 1e-4
-
-
-def test_sana_reads_no_padding():
-    net = tiny_model("sana")
-    x, t, text = draw(net)
-    assert not text.mask.all()
-    changed = torch.where(text.mask[..., None], text.tokens, 7.0)
-    assert torch.equal(net(x, t, replace(text, tokens=changed)), net(x, t, text))
+    alone = net(x[1:], t[1:], y[1:])
+    assert_near(alone, net(x, t, y)[1:])
 
 
 @pytest.mark.parametrize("part", ["pooled", "guidance"])
@@ -451,14 +344,6 @@ def test_flux_refuses_a_text_that_lacks_what_it_reads(part):
 
 
 # ---- DDPM's clock ----------------------------------------------------------------------------------
-
-def test_every_ddpm_step_has_the_signal_to_noise_ratio_of_its_time():
-    ab = ddpm_alphas_cumprod()
-    times = ddpm_times().double()
-    assert torch.all(times.diff() < 0)                               # t falls as the noise rises
-    assert_close((times / (1 - times)) ** 2, ab / (1 - ab), rtol=1e-4, atol=0)
-    assert DDPM_T_MIN == times[-1]
-
 
 def test_a_point_of_the_path_is_a_state_of_the_ddpm_chain():
     net = on_meta(DiT, DDPM_DIT)
@@ -488,21 +373,16 @@ def test_the_velocity_of_an_exact_epsilon_is_exact():
 
 # ---- conditions ------------------------------------------------------------------------------------
 
-def test_labels_are_concatenated_and_chosen():
-    y = torch.tensor([1, 2, 3])
-    assert cat_conditions([y, y]).tolist() == [1, 2, 3, 1, 2, 3]
-    assert where_conditions(torch.tensor([True, False, True]), 0 * y, y).tolist() == [0, 2, 0]
-
-
 def test_texts_are_concatenated_and_chosen():
     text = random_text(TINY_FLUX, 3)
     zeros = text.map(torch.zeros_like)
     both = cat_conditions([text, zeros])
-    assert len(both) == 6 and both.mask is None
-    assert torch.equal(both[:3].tokens, text.tokens) and torch.equal(both[3:].pooled, zeros.pooled)
+    assert both.mask is None
+    assert torch.equal(both[:3].tokens, text.tokens)
+    assert not both[3:].pooled.any()
     some = where_conditions(torch.tensor([True, False, True]), zeros, text)
-    assert not some.tokens[[0, 2]].any() and torch.equal(some.tokens[1], text.tokens[1])
     assert some.guidance.tolist() == [0, 3.5, 0]
+    assert some.tokens.flatten(1).any(dim=1).tolist() == [False, True, False]
 
 
 def test_texts_of_two_lengths_cannot_share_a_batch():
@@ -510,26 +390,10 @@ def test_texts_of_two_lengths_cannot_share_a_batch():
         cat_conditions([random_text(TINY_FLUX), random_text(TINY_FLUX, length=6)])
 
 
-def test_a_dtype_is_that_of_tokens_and_pooled_text_alone():
+def test_the_guidance_stays_float32():
     half = random_text(TINY_FLUX).to("cpu", torch.bfloat16)
     assert half.tokens.dtype == half.pooled.dtype == torch.bfloat16
     assert half.guidance.dtype == torch.float32
-    assert random_text(TINY_SANA).to(dtype=torch.float64).mask.dtype == torch.bool
-
-
-def test_the_null_class_follows_the_last_class():
-    assert tiny_model("dit").null_condition(torch.tensor([1, 5])).tolist() == [8, 8]
-
-
-@pytest.mark.parametrize("name", ["flux", "sana"])
-def test_the_null_prompt_is_one_for_training_and_sampling(name):
-    net = tiny_model(name)
-    x, t, text = draw(net, 3)
-    null = net.null_condition(text)
-    assert all(torch.equal(row, net.null.tokens[0]) for row in null.tokens)
-    v = net(x, t, text)
-    v0 = net(x, t, null)
-    assert_near(guided_velocity(net, x, t, text, 3.0), v0 + 3 * (v - v0))
 
 
 def test_a_null_prompt_has_its_own_mask_and_the_guidance_of_the_prompt():
@@ -537,7 +401,9 @@ def test_a_null_prompt_has_its_own_mask_and_the_guidance_of_the_prompt():
     assert torch.equal(tiny_model("flux").null_condition(text).guidance, text.guidance)
     net = tiny_model("sana")
     text = random_text(TINY_SANA, 3)
-    assert torch.equal(net.null_condition(text).mask, net.null.mask.expand(3, -1))
+    null = net.null_condition(text)
+    assert torch.equal(null.mask, net.null.mask.expand(3, -1))
+    assert torch.equal(null.tokens[2], net.null.tokens[0])
     net.null = Text(net.null.tokens)
     assert torch.equal(net.null_condition(text).mask, text.mask)
 
@@ -547,7 +413,7 @@ def test_a_text_model_without_a_null_prompt_names_the_remedy():
         on_meta(Sana, TINY_SANA).null_condition(random_text(TINY_SANA))
 
 
-# ---- deep models, new models -----------------------------------------------------------------------
+# ---- deep models, new models: the shared trunk is tested in test_dcgen.py ---------------------------
 
 @pytest.mark.parametrize("name", EVERY)
 def test_a_deep_config_has_the_new_latent_and_predicts_a_velocity(name):
@@ -555,7 +421,7 @@ def test_a_deep_config_has_the_new_latent_and_predicts_a_velocity(name):
     deep = to_deep_latent(cfg, DEEP_AE, pos_step=2.0, shift=3.0)
     assert (deep.ae, deep.patch_size, deep.in_channels, deep.out_channels) == (DEEP_AE.name, 1, 32, 32)
     assert (deep.predict, deep.guided_channels, deep.weights) == ("velocity", None, None)
-    assert (deep.clock, deep.hidden_size, deep.depth) == (cfg.clock, cfg.hidden_size, cfg.depth)
+    assert deep.clock == cfg.clock
     assert getattr(deep, "pos_step", 2.0) == 2.0                     # SANA has no positions
     # DDPM's sampler needs the epsilon of the old head
     sampler = "euler" if name == "ddpm" else cfg.sampling.sampler
@@ -563,17 +429,11 @@ def test_a_deep_config_has_the_new_latent_and_predicts_a_velocity(name):
     assert to_deep_latent(cfg, DEEP_AE).sampling.shift == cfg.sampling.shift
 
 
-@pytest.mark.parametrize("name", EVERY)
-def test_a_deep_model_shares_its_base_and_gets_a_new_embedder_and_head(name):
+@pytest.mark.parametrize("name", TINIES)
+def test_a_new_embedder_and_head_are_xavier_uniform(name):
+    """Neither zero, which would pass no gradient, nor the base's rows."""
     base = tiny_model(name)
     deep = to_deep_model(base, to_deep_latent(base.cfg, DEEP_AE))
-    old = base.state_dict()
-    for key, value in deep.state_dict().items():
-        if not key.startswith((deep.EMBEDDER, deep.HEAD)):
-            # what learns with the new head is a copy: the base must not learn
-            shared = value.data_ptr() == old[key].data_ptr()
-            assert torch.equal(value, old[key]) and shared != key.startswith(deep.HEAD_TRAINED), key
-    # Xavier-uniform: neither zero nor the base's rows
     for layer in (deep.embed_linear, deep.head_linear):
         limit = math.sqrt(6 / (layer.weight.shape[0] + layer.weight[0].numel()))
         assert layer.weight.abs().max() <= limit
@@ -581,15 +441,6 @@ def test_a_deep_model_shares_its_base_and_gets_a_new_embedder_and_head(name):
         assert not layer.bias.any()
     assert deep.null is base.null
     assert not any(p.requires_grad for p in deep.parameters())
-
-
-@pytest.mark.parametrize("name", EVERY)
-def test_a_new_embedder_and_head_receive_gradients(name):
-    base = tiny_model(name)
-    deep = to_deep_model(base, to_deep_latent(base.cfg, DEEP_AE)).requires_grad_(True)
-    deep(*draw(deep)).square().mean().backward()
-    assert deep.embed_linear.weight.grad.norm() > 1e-4
-    assert deep.head_linear.weight.grad.norm() > 1e-4
 
 
 @pytest.mark.parametrize("name", TINIES)
@@ -604,20 +455,13 @@ def test_a_model_from_scratch_starts_at_zero_and_can_learn(name):
 
 # ---- numbers ---------------------------------------------------------------------------------------
 
-WIDER = {
-    "dit": replace(DDPM_DIT, hidden_size=96, depth=12),
-    "flux": replace(TINY_FLUX, hidden_size=96, num_heads=6),
-    "sana": replace(TINY_SANA, hidden_size=96, num_heads=6, depth=8),
-}
-
-
-@pytest.mark.parametrize("name", WIDER)
+@pytest.mark.parametrize("name", TINIES)
 def test_bf16_autocast_stays_within_a_percent_of_fp64(name):
-    cfg = WIDER[name]
-    net = scramble(FAMILIES[type(cfg)](cfg))
+    net = tiny_model(name)
     x, t, y = draw(net, 4, size=(8, 8))
     with torch.autocast("cpu", torch.bfloat16):
         half = net(x, t, y)
+        assert net.embed(x).dtype == torch.float32                   # the residual stream
     wide_y = y.to(dtype=torch.float64) if isinstance(y, Text) else y
     assert relative_error(half, net.double()(x.double(), t, wide_y)) < 0.01
 
@@ -629,13 +473,6 @@ def test_linear_attention_keeps_its_core_in_float32():
     assert half.dtype == torch.bfloat16
     # one rounding, of the result
     assert_near(half, linear_attention(q.double(), k.double(), v.double(), 1e-15), 2**-8)
-
-
-def test_linear_attention_equals_its_quadratic_form():
-    q, k, v = torch.randn(3, 1, 2, 32, 300).double()
-    weights = torch.einsum("bhdi,bhdj->bhij", q.relu(), k.relu())
-    weights = weights / weights.sum(dim=-1, keepdim=True)
-    assert_near(linear_attention(q, k, v, 1e-15), torch.einsum("bhij,bhdj->bhdi", weights, v), 1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
@@ -681,19 +518,8 @@ def test_the_epsilon_of_dc_ae_s_linear_attention_is_the_official_one(monkeypatch
 
     def record(q, k, v, eps):
         seen.add(eps)
-        return linear_attention(q, k, v, eps)
+        return v
 
     monkeypatch.setattr(autoencoder, "linear_attention", record)
-    scramble(build_autoencoder(DCAE_STYLES["in"])).moments(torch.randn(1, 3, 16, 16))
+    build_autoencoder(DCAE_STYLES["in"]).moments(torch.randn(1, 3, 16, 16))
     assert seen == {1e-15}
-
-
-@pytest.mark.parametrize("name, kinds", [("dit", 1), ("flux", 2), ("sana", 1)])
-def test_blocks_compile_without_a_graph_break(name, kinds, fresh_compiler):
-    net = tiny_model(name)
-    want = fixed_forward(net)
-    for block in net.blocks:
-        block.compile(fullgraph=True, backend="eager")
-    assert_near(fixed_forward(net), want, 1e-6)
-    # blocks of a kind share a graph
-    assert fresh_compiler["stats"]["unique_graphs"] == kinds
