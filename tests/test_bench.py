@@ -6,23 +6,21 @@ import math
 import time
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.nn as nn
 
 import bench
 from align import RECIPES
-from autoencoder import AUTOENCODERS
 from bench import SWITCHES, DiffusersVariant, Variant, theory, workloads
-from helpers import DDPM_DIT, TINY_FLUX, fresh_compiler, needs_gpu, relative_error, scramble
-from model import Flux, to_deep_latent
-from quant import FP8Linear, fp8_linears
+from evaluate import token_features
+from helpers import fresh_compiler, needs_gpu, relative_error
+from quant import FP8Linear
 
 CPU = torch.device("cpu")
 TRACED = dict(backend="eager")
-PAIRS = [("flux-krea", 1024), ("sana-1.6b", 1024), ("dit-xl", 256)]
 
 
 def twins(name, res):
@@ -40,112 +38,81 @@ def run(capfd, *flags):
 
 # ---- theory --------------------------------------------------------------------------------------
 
-# counted by others: text and image tokens; TFLOP of linear maps and of attention in a step, and of decoding
+# counted by others: image tokens; TFLOP of a forward pass and of decoding
 COUNTS = {
-    1024: ((4608, 59.51, 14.87, 10.47), (1536, 19.85, 1.65, 11.08)),
-    2048: ((16896, 218.2, 200.0, 48.5), (1536, 19.85, 1.65, 47.6)),
-    4096: ((66048, 852.8, 3055, 299.5), (4608, 59.52, 14.87, 190.4)),
-}
-# tokens; tera multiplications of a forward pass, TFLOP of decoding
-FORWARDS = {
+    ("flux-krea", 1024): ((4096, 74.38, 10.47), (1024, 21.5, 11.08)),
+    ("flux-krea", 4096): ((65536, 3907.8, 299.5), (4096, 74.39, 190.4)),
     ("sana-1.6b", 1024): ((1024, 2.967, 8.37), (256, 0.837, 11.9)),
     ("dit-xl", 256): ((256, 0.2372, 0.62), (64, 0.0581, 0.69)),
     ("dit-xl", 512): ((1024, 1.0491, 2.51), (256, 0.2373, 2.77)),
 }
 
 
-@pytest.mark.parametrize("res", COUNTS)
-def test_flux_is_as_much_arithmetic_as_others_counted(res):
-    pair = workloads("flux-krea", res)
-    for work, memory, counts in zip(pair, (80, 40), COUNTS[res]):
-        tokens, linear, attention, decode = counts
+@pytest.mark.parametrize("name, res", COUNTS)
+def test_models_are_as_much_arithmetic_as_others_counted(name, res):
+    passes = 1 if name == "flux-krea" else 2
+    for work, (tokens, forward, decode) in zip(workloads(name, res), COUNTS[name, res]):
         counted = theory(work)
-        assert counted["tokens"] + 512 == tokens
-        assert counted["linear_tf"] == pytest.approx(linear, rel=0.005)
-        assert counted["attention_tf"] == pytest.approx(attention, rel=0.005)
-        assert counted["decode_tf"] == pytest.approx(decode, rel=0.005)
-        assert counted["floor_bf16_s"] == pytest.approx((20 * (linear + attention) + decode) / 800, rel=0.005)
-        fp8 = 20 * linear / 1100 + (20 * attention + decode) / 800
-        assert counted["floor_fp8_s"] == pytest.approx(fp8, rel=0.005)
-        assert counted["memory_gib"] < memory
-
-
-@pytest.mark.parametrize("name, res", FORWARDS)
-def test_sana_and_dit_are_as_much_arithmetic_as_others_counted(name, res):
-    for work, (tokens, forward, decode) in zip(workloads(name, res), FORWARDS[name, res]):
-        counted = theory(work)
-        assert (counted["tokens"], counted["passes"]) == (tokens, 2)
-        assert counted["step_tf"] / 2 == pytest.approx(forward, rel=0.01)
+        assert (counted["tokens"], counted["passes"]) == (tokens, passes)
+        assert counted["step_tf"] / passes == pytest.approx(forward, rel=0.01)
         assert counted["decode_tf"] == pytest.approx(decode, rel=0.01)
 
 
+def test_floors_by_hand():
+    """Linear maps at 800 or 1100 TFLOP/s, all else at 800; FLUX at 4K, in 80 GiB."""
+    counted = theory(workloads("flux-krea", 4096)[0])
+    linear = 20 * 852.8
+    rest = 20 * 3055 + 299.5
+    assert counted["floor_bf16_s"] == pytest.approx((linear + rest) / 800, rel=0.005)
+    assert counted["floor_fp8_s"] == pytest.approx(linear / 1100 + rest / 800, rel=0.005)
+    assert counted["memory_gib"] < 80
+
+
 @pytest.mark.parametrize("name, res, latency, throughput", [
-    ("flux-krea", 1024, 4.22, 4.12), ("flux-krea", 2048, 16.85, 26.37), ("flux-krea", 4096, 52.92, 56.46),
-    ("sana-1.6b", 1024, None, 3.94), ("sana-4.8b", 1024, None, 3.88),
-    ("dit-xl", 256, None, 4.92), ("dit-xl", 512, None, 4.74)])
+    ("flux-krea", 1024, 4.22, 4.12),
+    ("flux-krea", 2048, 16.85, 26.37),
+    ("flux-krea", 4096, 52.92, 56.46),
+    ("sana-1.6b", 1024, None, 3.94),
+    ("sana-4.8b", 1024, None, 3.88),
+    ("dit-xl", 256, None, 4.92),
+    ("dit-xl", 512, None, 4.74),
+])
 def test_the_papers_figures_have_the_ratios_that_the_paper_names(name, res, latency, throughput):
     paper = bench.PAPER[name, res]
     assert paper.per_minute[1] / paper.per_minute[0] == pytest.approx(throughput, abs=0.01)
     if latency:
         assert paper.seconds[0] / paper.seconds[1] == pytest.approx(latency, abs=0.01)
-    assert res in bench.table_sizes(name)
-    assert [work.paper_s for work in workloads(name, res)] == list(paper.seconds)
 
 
-@pytest.mark.parametrize("name, res, base, deep, stage3", [
-    ("flux-krea", 1024, "flux-vae-f8c16", "dc-ae-f32c32-in-1.0", 10_000),
-    ("flux-krea", 4096, "flux-vae-f8c16", "dc-ae-f64c128-1.5", 10_000),
-    ("sana-1.6b", 1024, "dc-ae-f32c32-sana-1.1", "dc-ae-f64c128-1.5", 150_000),
-    ("dit-xl", 256, "sd-vae-f8c4", "dc-ae-f32c32-in-1.0", 500_000),
-    ("dit-xl", 512, "sd-vae-f8c4", "dc-ae-f32c32-in-1.0", 100_000)])
-def test_a_workload_follows_the_recipe_of_its_size(name, res, base, deep, stage3):
-    configs = [work.cfg for work in workloads(name, res)]
-    assert [cfg.ae for cfg in configs] == [base, deep]
-    assert all(RECIPES[cfg.recipe].stage3.steps == stage3 for cfg in configs)
+def test_dit_at_512_has_a_recipe_of_its_own():
+    work, _ = workloads("dit-xl", 512)
+    assert RECIPES[work.cfg.recipe].stage3.steps == 100_000
 
 
 # ---- random weights ------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("name, res", PAIRS)
+@pytest.mark.parametrize("name, res", [("flux-krea", 1024), ("sana-1.6b", 1024), ("dit-xl", 256)])
 def test_random_weights_are_no_zeros_and_keep_every_block_finite(name, res):
     pair, models = twins(name, res)
     for work, (net, _) in zip(pair, models):
-        sizes = []
-        for block in net.blocks:
-            def keep(block, args, out):
-                image = out[0] if isinstance(out, tuple) else out
-                sizes.append(float(image.square().mean().sqrt()))
-            block.register_forward_hook(keep)
         x = torch.randn(1, work.cfg.in_channels, *work.grid)
-        v = net(x, torch.tensor([0.5]), bench.random_condition(work.cfg, 1, CPU))
-        bench.check_magnitude("velocity", v)
-        assert len(sizes) == len(net.blocks) and all(0.1 < size < 100 for size in sizes)
+        layers = token_features(net, x, torch.tensor([0.5]), bench.random_condition(work.cfg, 1, CPU))
+        assert all(0.1 < layer.square().mean().sqrt() < 100 for layer in layers)
         assert all(p.any() for p in net.parameters() if p.ndim > 1)
 
 
 def test_a_network_that_predicts_noise_stays_finite_on_random_weights():
     """Its velocity is divided by t: from t = 0.006 on, the full DiT-XL's latent used to grow to 250."""
-    cfg = replace(DDPM_DIT, num_classes=1000)
-    deep = to_deep_latent(cfg, AUTOENCODERS["tiny-dc-ae-f32c32"])
-    pair = [bench.Workload(name, c, 64, 250, 1.5) for name, c in (("old", cfg), ("dc-gen-old", deep))]
-    model, ae = bench.build_pair(pair, CPU, torch.float32)[0]
-    seconds = bench.draw(Variant(pair[0], model, ae, ("eager", "attention", "hoist"), num_steps=20))
-    assert seconds["image"] > 0
+    works = workloads("dit-xl", 256, twin=True)
+    pair = [replace(work, cfg=replace(work.cfg, clock="ddpm", predict="epsilon")) for work in works]
+    parts = bench.build_pair(pair, CPU, torch.float32)[0]
+    assert bench.draw(Variant(pair[0], *parts, ("eager",), num_steps=20))["image"] > 0
 
 
-@pytest.mark.parametrize("x", [0.0, math.nan, 1e3, math.inf])
+@pytest.mark.parametrize("x", [0.0, math.nan, 1e3])
 def test_data_that_would_run_fast_is_no_timing(x):
     with pytest.raises(RuntimeError, match="root mean square"):
         bench.check_magnitude("it", torch.tensor([x, x, x, 1e-3]))
-
-
-def test_a_shared_copy_has_the_same_tensors_and_modules_of_its_own():
-    net = scramble(Flux(TINY_FLUX))
-    copy = bench.shared_copy(net)
-    assert all(a is b for a, b in zip(net.parameters(), copy.parameters(), strict=True))
-    fp8_linears(copy)
-    assert isinstance(copy.single_blocks[0].linear1, FP8Linear)
-    assert isinstance(net.single_blocks[0].linear1, nn.Linear)
 
 
 # ---- variants draw the same ----------------------------------------------------------------------
@@ -162,7 +129,6 @@ def test_every_switch_draws_the_same_picture(fresh_compiler):
         variant = Variant(pair[1], *models[1], on, compiler=TRACED, num_steps=3)
         error = bench.relative_error(variant, x0, 3, z)
         drawn = variant.to_host(variant.decode(variant.denoise(x0)))
-        assert drawn.dtype == torch.uint8 and drawn.shape == (1, 128, 128, 3)
         is_on = dict(
             hoist=variant.hoisted is not None,
             compile=all(block._compiled_call_impl for block in variant.model.blocks),
@@ -174,6 +140,10 @@ def test_every_switch_draws_the_same_picture(fresh_compiler):
         else:
             assert error < 1e-5, switch
             assert (drawn.int() - pixels).abs().max() <= 1
+    # the modules are each variant's own, the tensors all variants' in common
+    net = models[1][0]
+    assert not any(isinstance(m, FP8Linear) for m in net.modules())
+    assert variant.model.embed_linear.weight is net.embed_linear.weight
 
 
 def test_a_variant_that_does_nothing_is_as_far_from_eager_as_can_be():
@@ -232,16 +202,14 @@ def test_parts_and_images_are_summarized_by_hand():
 
 
 def test_ratios_by_hand():
-    def row(work, res, image, denoise):
-        return dict(work=work, res=res, switch="graph", image_s=image, denoise_ms=denoise)
-
-    rows = [row("flux-krea", 1024, 3.0, 2000), row("dc-gen-flux-krea", 1024, 1.0, 500),
-            row("flux-krea", 4096, 140.0, 139), row("dc-gen-flux-krea", 4096, 4.0, 2),
-            dict(work="dc-gen-flux-krea", res=2048, switch="graph", failed="no")]
-    one, four = bench.ratios(rows)
-    assert (one["against_our_base"], one["denoise"]) == (3.0, 4.0)
-    assert one["paper"] == pytest.approx(4.227, abs=0.01)
-    assert (four["against_our_base"], four["against_paper_base"]) == (35.0, 213.81 / 4.0)
+    rows = [
+        dict(work="flux-krea", res=1024, switch="graph", image_s=3.0, denoise_ms=2000),
+        dict(work="dc-gen-flux-krea", res=1024, switch="graph", image_s=1.0, denoise_ms=500),
+        dict(work="dc-gen-flux-krea", res=2048, switch="graph", failed="no"),
+    ]
+    ratio, = bench.ratios(rows)
+    assert (ratio["denoise"], ratio["against_our_base"]) == (4.0, 3.0)
+    assert (ratio["against_paper_base"], ratio["paper"]) == (4.65, 4.65 / 1.10)
 
 
 @pytest.mark.parametrize("change, note", [
@@ -250,20 +218,20 @@ def test_ratios_by_hand():
     (dict(tflop_per_s=900.0, precision="fp8", error=0.1), ""),
     (dict(error=0.04), "DRAWS SOMETHING ELSE"),
     (dict(error=math.nan), "DRAWS SOMETHING ELSE"),
-    (dict(error=None), "DRAWS SOMETHING ELSE"),
     (dict(error=0.2, precision="fp8"), "DRAWS SOMETHING ELSE"),
     (dict(estimated=True, p90=1.03), "THEY SHOULD AGREE"),
-    (dict(full_run_s=3.0), "a full run: 3.0 s")])
+])
 def test_what_is_wrong_with_a_row_is_noted(change, note):
     row = dict(switch="graph", precision="bfloat16", estimated=False, p10=1.0, p90=1.5)
     row |= dict(error=0.01, tflop_per_s=700.0)
     notes = "; ".join(bench.notes_on(row | change, on_h100=True))
-    assert note in notes and bool(note) == bool(notes)
+    assert note in notes
+    assert bool(note) == bool(notes)
 
 
-@pytest.mark.parametrize("fails_at", [0, 1, 2, 4])
+@pytest.mark.parametrize("fails_at", [0, 1, 2])
 def test_a_row_that_fails_leaves_the_others_alive(fails_at):
-    """While it is made, at its first call, in the first round, in the last. Inductor's stride check raises an
+    """While it is made, at its first call, in the first round. Inductor's stride check raises an
     AssertionError: it used to end the run."""
     def make():
         if fails_at == 0:
@@ -273,36 +241,31 @@ def test_a_row_that_fails_leaves_the_others_alive(fails_at):
     rows, variants = bench.measure({"a": Played, "b": make, "c": Played}, 3)
     assert rows["b"] == dict(failed="AssertionError: expected size 3==4")
     assert set(variants) == {"a", "c"}
-    assert all(len(variants[name].calls) == 4 and rows[name]["repeats"] == 3 for name in "ac")
+    assert all(rows[name]["repeats"] == 3 for name in "ac")
 
 
-@pytest.mark.parametrize("seconds, most, left, fewest, largest", [
-    (0.0, 50, -1, 3, 3), (0.0, 5, 100, 5, 5), (0.001, 500, 0.3, 4, 49)])
-def test_rounds_end_in_time_but_not_before_the_third(seconds, most, left, fewest, largest):
-    until = time.perf_counter() + left
-    rows, _ = bench.measure({"a": partial(Played, None, seconds)}, most, until=until)
-    assert fewest <= rows["a"]["repeats"] <= largest
+@pytest.mark.parametrize("most, left, repeats", [(50, -1, 3), (5, 100, 5)])
+def test_rounds_end_in_time_but_not_before_the_third(most, left, repeats):
+    rows, _ = bench.measure({"a": Played}, most, until=time.perf_counter() + left)
+    assert rows["a"]["repeats"] == repeats
 
 
-def test_work_warms_up_before_it_is_timed():
-    _, variants = bench.measure({"a": partial(Played, None, 0.001)}, 1, warm=0.1)
-    assert len(variants["a"].calls) > 3
-
-
-def test_long_steps_are_timed_one_at_a_time_and_scaled():
-    rows, variants = bench.measure({"a": partial(Played, None, 0.005)}, 3, steps=1)
-    assert variants["a"].calls == [1, 1, 1, 1]
-    assert rows["a"]["estimated"] and 100 < rows["a"]["denoise_ms"] < 1e3 * rows["a"]["image_s"]
+def test_long_steps_are_timed_one_at_a_time_and_scaled_after_a_warm_up():
+    rows, variants = bench.measure({"a": partial(Played, None, 0.005)}, 3, warm=0.1, steps=1)
+    calls = variants["a"].calls
+    assert len(calls) > 4
+    assert set(calls) == {1}
+    assert rows["a"]["estimated"]
+    assert 100 < rows["a"]["denoise_ms"] < 1e3 * rows["a"]["image_s"]
 
 
 @pytest.mark.parametrize("left, confirmed", [(100.0, True), (0.05, False)])
 def test_long_steps_are_confirmed_by_a_full_run_if_there_is_time(monkeypatch, left, confirmed):
-    settings = bench.Settings(CPU, torch.float32, ("graph",), {})
     monkeypatch.setattr(bench.Settings, "has_long_steps", lambda self, work: True)
+    settings = bench.Settings(CPU, torch.float32, ("graph",), {})
     make = partial(Played, None, 0.005)
     row = bench.time_group({"graph": make}, make(), settings, time.perf_counter() + left)["graph"]
-    assert ("full_run_s" in row) == confirmed
-    assert not confirmed or row["full_run_s"] > 0.1
+    assert (row.get("full_run_s", 0) > 0.1) == confirmed
 
 
 @pytest.mark.parametrize("kernels, kind", [
@@ -321,29 +284,28 @@ def test_bench_runs_the_twins_on_a_cpu_and_says_so(tmp_path, capfd, fresh_compil
     out = str(tmp_path / "b-1.6")
     flags = ["--res", "1024", "--num-steps", "2", "--out", out, "--switches"]
     result, printed = run(capfd, *flags, "fp8", "eager", "graph", "uint8")
-    assert "NOT GPU figures" in printed and "USDT" not in printed and result["gpu_figures"] is False
+    assert "NOT GPU figures" in printed
     assert result == json.loads((tmp_path / "b-1.6.json").read_text())
     assert (tmp_path / "b-1.6.png").stat().st_size > 5000
-    assert {"command", "date", "torch", "device", "dtype", *bench.COLUMNS} <= set(result)
 
     rows = result["rows"]
-    assert [row["work"] for row in rows] == 3 * ["dc-gen-tiny-flux"] + 3 * ["tiny-flux"]
-    assert [row["switch"] for row in rows] == 2 * ["eager", "uint8", "fp8"]
+    drawn = [(row["work"], row["switch"]) for row in rows]
+    assert drawn == list(product(["dc-gen-tiny-flux", "tiny-flux"], ["eager", "uint8", "fp8"]))
     for row in rows:
-        assert row["image_s"] > 0 and row["num_steps"] == 2 and row["first_s"] > 0
         assert row["tflop_per_s"] * row["image_s"] == pytest.approx(row["image_tf"])
-        assert row["error"] < (0.15 if row["switch"] == "fp8" else 0.03) and row["notes"] == ""
-        assert row["paper_s"] is None and "floor_s" not in row       # those of full models only
-        assert row.get("attention") == ("flash" if row["switch"] == "uint8" else None)
-    assert {ratio["switch"] for ratio in result["ratios"]} == {"eager", "uint8", "fp8"}
+        assert row["notes"] == ""
+        assert row["paper_s"] is None                                # those of full models only
+    assert len(result["ratios"]) == 3
     floors = [(floor["work"], floor["paper_s"]) for floor in result["floors"]]
     assert floors == [("flux-krea", 4.65), ("dc-gen-flux-krea", 1.10)]
 
 
-@pytest.mark.parametrize("error, end", [
-    (torch.OutOfMemoryError("too much"), pytest.raises(SystemExit, match="1 rows failed")),
-    (KeyboardInterrupt(), pytest.raises(KeyboardInterrupt))])
-def test_what_was_timed_is_kept_when_the_rest_fails_or_is_killed(tmp_path, monkeypatch, capfd, error, end):
+@pytest.mark.parametrize("error, kept, failed", [
+    (torch.OutOfMemoryError("too much"), 3, ["OutOfMemoryError: too much"]),
+    (KeyboardInterrupt(), 2, []),
+])
+def test_what_was_timed_is_kept_when_the_rest_fails_or_is_killed(
+        tmp_path, monkeypatch, capfd, error, kept, failed):
     real = Variant.denoise
 
     def denoise(self, *args):
@@ -352,25 +314,19 @@ def test_what_was_timed_is_kept_when_the_rest_fails_or_is_killed(tmp_path, monke
         return real(self, *args)
 
     monkeypatch.setattr(Variant, "denoise", denoise)
-    with end:
-        run(capfd, "--res", "1024", "--num-steps", "1", "--switches", "eager", "attention",
-            "--out", str(tmp_path / "b"))
+    flags = ["--res", "1024", "--num-steps", "1", "--switches", "eager", "attention"]
+    with pytest.raises((SystemExit, KeyboardInterrupt)):
+        run(capfd, *flags, "--out", str(tmp_path / "b"))
     rows = json.loads((tmp_path / "b.json").read_text())["rows"]
-    drawn = [(row["work"], row["switch"]) for row in rows if "image_s" in row]
-    assert drawn[:2] == [("dc-gen-tiny-flux", "eager"), ("dc-gen-tiny-flux", "attention")]
-    if isinstance(error, RuntimeError):
-        assert drawn[2:] == [("tiny-flux", "eager")]
-        assert "FAILED, OutOfMemoryError: too much" in capfd.readouterr().out
+    assert len([row for row in rows if "image_s" in row]) == kept
+    assert [row["failed"] for row in rows if "failed" in row] == failed
 
 
 def test_throughput_of_the_twins(capfd):
-    flags = ["--model", "dit-xl", "--res", "256", "--num-steps", "2", "--no-latency", "--batches", "1", "3"]
+    flags = ["--model", "dit-xl", "--res", "256", "--num-steps", "2", "--no-latency", "--batches", "3"]
     result, _ = run(capfd, *flags, "--switches", "hoist")
-    rows = result["throughput"]
-    assert result["rows"] == []
-    assert [(row["work"], row["batch"]) for row in rows] == [
-        ("dc-gen-tiny", 1), ("dc-gen-tiny", 3), ("tiny", 1), ("tiny", 3)]
-    for row in rows:
+    assert [row["work"] for row in result["throughput"]] == ["dc-gen-tiny", "tiny"]
+    for row in result["throughput"]:
         assert row["denoise_per_min"] > row["with_decode_per_min"] > 0
 
 
@@ -395,17 +351,13 @@ def test_throughput_uses_every_switch_up_to_the_last_one_and_scales_twenty_steps
 def test_training_steps_of_the_twins_and_the_counted_memory_of_stage_3(capfd):
     result, _ = run(capfd, "--model", "flux-krea", "--res", "1024", "--train", "--train-batch", "2")
     rows = result["train"]
-    assert [row["stage"] for row in rows] == [1, 2, 3]
     # the full model's
     assert [row["schedule"] for row in rows] == [[20_000, 64], [5_000, 256], [10_000, 256]]
     assert rows[0]["trainable_m"] < rows[1]["trainable_m"] < rows[2]["trainable_m"]
-    assert all(row["images_per_s"] > 0 and row["h100_days"] is None for row in rows)
     assert bench.gpu_days(RECIPES["flux"].stage1, 10.0) == 128_000 / 86_400
 
     # one GPU holds FLUX
     memory = result["memory"][0]
-    parts = ("frozen", "trained", "gradients", "optimizer", "average", "activations")
-    assert memory["total"] == pytest.approx(sum(memory[part] for part in parts))
     assert 2 * 11.5e9 / 2**30 < memory["frozen"] < memory["total"] < 70
     assert memory["optimizer"] == 2 * memory["trained"]
 
@@ -424,11 +376,10 @@ def test_what_cannot_be_timed_is_an_error(flags, message):
         bench.main(flags)
 
 
-@pytest.mark.parametrize("flag", ["--repeats", "--num-steps", "--batches", "--train-batch", "--minutes"])
-def test_numbers_are_positive(flag, capsys):
+def test_numbers_are_positive(capsys):
     with pytest.raises(SystemExit):
-        bench.main([flag, "0"])
-    assert f"argument {flag}: invalid positive" in capsys.readouterr().err
+        bench.main(["--batches", "0"])
+    assert "argument --batches: invalid positive int value" in capsys.readouterr().err
 
 
 # ---- on a GPU ------------------------------------------------------------------------------------

@@ -34,12 +34,10 @@ def encode(kind, root, prompts, length, cache, **options):
     return cache_prompts(kind, root / kind, prompts, length, cache=cache, **options)
 
 
-@pytest.mark.parametrize("length", [16, 40])
-def test_flux_prompts_match_diffusers(length, encoders, tmp_path):
-    got = encode("flux", encoders, PROMPTS, length, tmp_path)[:]
+def test_flux_prompts_match_diffusers(encoders, tmp_path):
+    got = encode("flux", encoders, PROMPTS, 40, tmp_path)[:]
     pipeline = official_pipeline("flux", encoders)
-    tokens, pooled, _ = pipeline.encode_prompt(PROMPTS, device="cpu", max_sequence_length=length)
-    assert got.tokens.shape == (3, length, 64)
+    tokens, pooled, _ = pipeline.encode_prompt(PROMPTS, device="cpu", max_sequence_length=40)
     assert got.mask is None
     assert got.guidance is None
     assert_near(got.tokens, tokens)
@@ -57,8 +55,6 @@ def test_sana_prompts_match_diffusers(length, encoders, tmp_path):
         complex_human_instruction=instruction)
     texts = encode("sana", encoders, PROMPTS[:2], length, tmp_path, negative="two dogs")
     got = texts[:]
-    assert got.tokens.shape == (2, length, 64)
-    assert got.mask.sum() > 10
     assert torch.equal(got.mask, mask.bool())
     assert torch.equal(texts.null.mask, null_mask[:1].bool())
     assert_near(got.tokens, tokens)
@@ -89,20 +85,32 @@ def test_encoders_are_loaded_one_after_the_other_and_only_for_new_prompts(encode
     three = encode("flux", encoders, PROMPTS, 16, tmp_path)[:]
     assert loads == ["T5EncoderModel", "CLIPTextModel"]
     texts = encode("flux", encoders, [PROMPTS[1], PROMPTS[1], PROMPTS[0]], 16, tmp_path)
-    again = texts[torch.tensor([0, 1, 2])]
     assert len(loads) == 2
-    assert len(texts) == 3
-    assert torch.equal(again.tokens, three.tokens[[1, 1, 0]])
-    assert torch.equal(again.pooled, three.pooled[[1, 1, 0]])
-    assert torch.equal(texts[torch.tensor([2])].tokens, three.tokens[:1])
-    assert all(file.suffix == ".safetensors" for file in tmp_path.iterdir())
+    assert torch.equal(texts[:].tokens, three.tokens[[1, 1, 0]])
+    assert torch.equal(texts[torch.tensor([2])].pooled, three.pooled[:1])
 
 
-def test_a_prompt_is_the_same_whatever_it_is_encoded_with(encoders, tmp_path):
-    three = encode("flux", encoders, PROMPTS, 16, tmp_path / "together")[:]
-    alone = encode("flux", encoders, PROMPTS[1:2], 16, tmp_path / "alone")[:]
-    assert torch.equal(alone.tokens, three.tokens[1:2])
-    assert torch.equal(alone.pooled, three.pooled[1:2])
+class Killed(BaseException):
+    """Unlike KeyboardInterrupt, it does not end pytest too."""
+
+
+def test_a_killed_filling_goes_on_and_encodes_nothing_twice(encoders, tmp_path, monkeypatch):
+    """Killed while the third of eight files is written."""
+    save = data.save_file
+    files = []
+
+    def dies_once(tensors, file):
+        files.append(file)
+        save(tensors, file)
+        if len(files) == 3:
+            raise Killed
+
+    monkeypatch.setattr(data, "save_file", dies_once)
+    with pytest.raises(Killed):
+        encode("flux", encoders, PROMPTS, 16, tmp_path)
+    encode("flux", encoders, PROMPTS, 16, tmp_path)
+    assert len(files) == 8 + 1
+    assert len(list(tmp_path.iterdir())) == 8
 
 
 @pytest.mark.parametrize("change", [
@@ -110,17 +118,16 @@ def test_a_prompt_is_the_same_whatever_it_is_encoded_with(encoders, tmp_path):
 def test_everything_that_changes_the_numbers_is_another_file(change, encoders, tmp_path, loads):
     given = dict(prompts=PROMPTS[:1], length=16, cache=tmp_path)
     cache_prompts("flux", encoders / "flux", **given)
-    assert len(loads) == 2
     texts = cache_prompts("flux", encoders / "flux", **{**given, **change})
     assert len(loads) == 4
-    assert texts[:].tokens.dtype == texts[:].pooled.dtype == change.get("dtype", torch.float32)
+    assert texts[:].pooled.dtype == change.get("dtype", torch.float32)
 
 
 def test_prompts_belong_to_the_encoder_wherever_it_lies(encoders, tmp_path, loads):
     cache = tmp_path / "cache"
     before = encode("flux", encoders, PROMPTS, 16, cache)[:].tokens
     shutil.copytree(encoders / "flux", tmp_path / "flux")
-    assert torch.equal(encode("flux", tmp_path, PROMPTS, 16, cache)[:].tokens, before)
+    encode("flux", tmp_path, PROMPTS, 16, cache)
     assert len(loads) == 2
     # a fine-tuned T5
     file = tmp_path / "flux/text_encoder_2/model.safetensors"
@@ -132,14 +139,10 @@ def test_prompts_belong_to_the_encoder_wherever_it_lies(encoders, tmp_path, load
     assert loads[2:] == ["T5EncoderModel"]
 
 
-@pytest.mark.parametrize("damage", ["short", "gone"])
-def test_a_damaged_encoded_prompt_is_refused_with_the_reason(damage, encoders, tmp_path):
+def test_a_damaged_encoded_prompt_is_refused_with_the_reason(encoders, tmp_path):
     texts = encode("sana", encoders, PROMPTS, 16, tmp_path)
     for file in tmp_path.iterdir():
-        if damage == "short":
-            file.write_bytes(file.read_bytes()[:-8])
-        else:
-            file.unlink()
+        file.write_bytes(file.read_bytes()[:-8])
     with pytest.raises(ValueError, match="text-.*safetensors is missing or damaged .*delete it and run"):
         texts[:]
 
@@ -147,26 +150,16 @@ def test_a_damaged_encoded_prompt_is_refused_with_the_reason(damage, encoders, t
 def test_the_null_prompt_is_the_encoded_empty_one(encoders, tmp_path):
     """SANA dropped captions but kept their masks when it was trained; a negative prompt has its own mask."""
     null = encode("sana", encoders, PROMPTS, 20, tmp_path).null
-    negative = encode("sana", encoders, PROMPTS, 20, tmp_path, negative="two blue squares").null
-    assert len(null) == 1
     assert null.mask is None
-    assert negative.mask.sum() > 3
-    assert relative_error(null.tokens, negative.tokens) > 0.1
-    official = official_pipeline("sana", encoders).encode_prompt("x", device="cpu", max_sequence_length=20)
-    assert_near(null.tokens, official[2])
     flux = encode("flux", encoders, PROMPTS, 20, tmp_path).null
-    assert flux.mask is None
-    assert flux.guidance is None
+    assert len(flux) == 1
     assert flux.pooled.abs().max() > 0.1                             # not zeros
     assert flux.tokens.abs().max() > 0.1
 
 
 def test_words_are_encoded_at_once_behind_the_same_interface(tmp_path):
     texts = cache_prompts("words", None, ["a red ring", "a blue cross"], 8, cache=tmp_path)
-    assert len(texts) == 2
     assert torch.equal(texts[torch.tensor([1])].tokens, encode_words(["a blue cross"], 8).tokens)
-    assert len(texts.null) == 1
-    assert texts.null.mask is None
     assert not any(tmp_path.iterdir())
 
 
@@ -193,7 +186,6 @@ def test_text_encoders_that_are_missing_or_damaged_are_one_clear_error(encoders,
 def test_text_encoders_are_looked_for_where_the_weights_came_from(encoders, tmp_path):
     flux = BASES["flux-krea"]
     assert text_folder("test", BASES["tiny-flux"], None, None) is None
-    assert text_folder("test", BASES["dit-xl"], None, None) is None
     assert text_folder("test", flux, None, str(encoders / "flux")) == encoders / "flux"
     assert text_folder("test", flux, str(tmp_path), str(encoders / "flux")) == tmp_path
     with pytest.raises(ValueError, match="--text-encoders .*gone: no such file"):
@@ -207,12 +199,9 @@ def test_prompt_files_have_a_prompt_a_line(tmp_path):
 
 
 @pytest.mark.parametrize("content, error", [
-    (b"# nothing\n", "no prompts in it"),
-    (b"\xff\xfe\xff", "not a readable text file"),
-    (None, "not a readable text file .FileNotFound")])
+    (b"# nothing\n", "no prompts in it"), (b"\xff\xfe\xff", "not a readable text file")])
 def test_prompt_files_without_prompts_are_one_clear_error(content, error, tmp_path):
     file = tmp_path / "p.txt"
-    if content is not None:
-        file.write_bytes(content)
+    file.write_bytes(content)
     with pytest.raises(ValueError, match=f"--prompts .*p.txt: {error}"):
         read_prompts(file)
