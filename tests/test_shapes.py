@@ -50,7 +50,10 @@ def test_training_and_validation_share_no_picture():
         facts = shape_facts(torch.arange(32768), ShapesSource(32, split=split).seed)
         places.append(torch.stack([facts["x"], facts["y"]], dim=1))
     assert len(torch.cat(places).unique(dim=0)) == 2 * 32768
-    assert ShapesSource(32).identity != ShapesSource(32, split="val").identity
+    train, val = (ShapesSource(32, split=split) for split in ("train", "val"))
+    rows = torch.arange(8)
+    assert (train.batch(rows)[0] - val.batch(rows)[0]).abs().mean() > 0.1
+    assert train.identity != val.identity
 
 
 # ---- captions ------------------------------------------------------------------------------------
