@@ -11,9 +11,9 @@ import align
 import evaluate
 import finetune
 import sample
-from checkpoints import load_run, newest_run, read_tensors
+from checkpoints import load_autoencoder, load_run, newest_run, read_tensors
 from data import ImageFolder
-from helpers import WORDS_FLAGS, tiny_base, words_base  # noqa: F401
+from helpers import ROOT, WORDS_FLAGS, tiny_base, words_base  # noqa: F401
 from lora import merge_lora
 from shapes import SHAPES
 from train import Plan
@@ -180,3 +180,9 @@ def test_no_folder_is_left_by_a_size_that_does_not_fit(tmp_path, monkeypatch):
         with pytest.raises(ValueError, match="--res 100: .* needs a multiple of 32; try 96 or 128"):
             script.main([*QUICK, *flags, "--res", "100", "--out", "run"])
     assert not Path("run").exists()
+
+
+def test_the_file_of_another_autoencoder_is_refused(tmp_path):
+    """It was loaded under the name that was asked for, and broke alignment later."""
+    with pytest.raises(ValueError, match="this is an autoencoder of f8c4, and flux-vae-f8c16 is f8c16"):
+        load_autoencoder("flux-vae-f8c16", str(ROOT / "weights/tiny-kl-f8c4.safetensors"))
