@@ -440,7 +440,9 @@ def test_fast_draws_the_same_pictures_on_a_cpu(tiny_base, capsys, fresh_compiler
 
 
 def test_a_second_interrupt_kills_at_once():
-    program = ("import atexit, sys, time\nsys.path.insert(0, sys.argv[1])\nimport sample\n"
+    # a process that was started in the background ignores SIGINT, and so do its children
+    program = ("import atexit, signal, sys, time\nsys.path.insert(0, sys.argv[1])\nimport sample\n"
+               "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
                "atexit.register(time.sleep, 60)\n"
                "def main():\n    print('ready', flush=True)\n    time.sleep(60)\n"
                "sample.run_main(main)")
