@@ -408,14 +408,15 @@ def known_flags(script: str) -> set[str]:
     add_argument = argparse._ActionsContainer.add_argument
 
     def note(self, *names, **settings):
-        seen.update(names)
-        return add_argument(self, *names, **settings)
+        action = add_argument(self, *names, **settings)
+        seen.update(action.option_strings)                           # with --no-... of a switch
+        return action
 
     with pytest.MonkeyPatch.context() as m:
         m.setattr(argparse._ActionsContainer, "add_argument", note)
         with pytest.raises(SystemExit):
             main(["--help"])
-    return {flag for flag in seen if flag.startswith("--")}
+    return seen
 
 
 @pytest.mark.parametrize("script", ["align", "finetune", "sample", "evaluate", "bench"])
