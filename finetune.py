@@ -226,7 +226,8 @@ def main(argv=None, hooks=None):
         start = start_from_base(args.base, args.weights, args.ae, args.pos_step, args.seed)
     else:
         start = start_from_run(args.init, args.base, args.weights, args.merge)
-    model, info = start.model, start.info
+    model = start.model
+    info = start.info
     cfg = resized(model.cfg, args.res, args.text_tokens)
     if args.shift:
         cfg = replace(cfg, sampling=replace(cfg.sampling, shift=args.shift))
