@@ -164,6 +164,15 @@ def test_least_squares_is_the_exact_optimum():
     assert sums.loss(w, b) == pytest.approx(float((x.double() @ w.T + b - y).square().mean()), abs=1e-10)
 
 
+def test_the_ridge_does_not_penalise_the_bias():
+    sums = LeastSquares(3, 2)
+    x = torch.randn(100, 3, generator=torch.Generator().manual_seed(0))
+    sums.add(x - x.mean(dim=0), torch.tensor([5.0, -2.0]).expand(100, 2))
+    w, b = sums.solve(ridge=1e6)
+    assert_close(b, torch.tensor([5.0, -2.0], dtype=torch.float64))
+    assert w.abs().max() < 1e-6
+
+
 # ---- Eq. 2 again: stage 2, the head --------------------------------------------------------------
 
 def test_the_closed_form_head_leaves_no_gradient_in_the_flow_loss():

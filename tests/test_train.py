@@ -209,6 +209,15 @@ def test_a_run_killed_between_its_last_step_and_its_last_evaluation_only_evaluat
     assert [row["step"] for row in log if "val_loss" in row] == [0, 12]
 
 
+def test_a_run_that_is_resumed_after_its_last_evaluation_makes_nothing_twice(tmp_path):
+    def watch(step, averaged):
+        return {"val_loss": float(step)}
+
+    _, _, log, _ = run_train(tmp_path, watch=watch)
+    _, _, again, _ = run_train(tmp_path, watch=watch, wrap=fails_at(1, AssertionError("trained again")))
+    assert again == log
+
+
 @pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_finishes_the_step_saves_and_ends(tmp_path, sign):
     old = signal.getsignal(sign)
