@@ -14,10 +14,13 @@ then DDPM's chain, for DiT as it was published, and `Pipeline`, which puts on wh
 """
 
 import argparse
+import copy
+import difflib
 import hashlib
 import json
 import math
 import os
+import re
 import signal
 import sys
 import textwrap
@@ -551,30 +554,122 @@ def short_hash(value) -> str:
 
 # ---- flags that scripts share, and what they mean ------------------------------------------------
 
-def add_model_args(p: argparse.ArgumentParser, res=int):
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """The docstring as it is written; names such as dit-xl stay on one line."""
+
+    def _split_lines(self, text, width):
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
+
+
+class Parser(argparse.ArgumentParser):
+    """A script's command line: a short usage line, whole flags only, and one line for a wrong one.
+    doc: the script's docstring; usage: the arguments to show first, as "[RUN]"."""
+
+    def __init__(self, doc: str, usage: str = ""):
+        usage = f"{usage} [options]".strip()
+        super().__init__(description=doc, usage=f"%(prog)s {usage}; --help lists them",
+                         formatter_class=HelpFormatter, allow_abbrev=False)
+
+    def parse_args(self, args=None, namespace=None):
+        namespace, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            flag = unknown[0].split("=")[0]
+            self.error(f"unrecognised {flag}{did_you_mean(flag, self._option_string_actions)}")
+        return namespace
+
+    def typed(self, argv=None) -> dict:
+        """What the command line gives, {dest: value}, without defaults."""
+        bare = copy.deepcopy(self)
+        bare._defaults.clear()                                       # those of set_defaults
+        for action in bare._actions:
+            action.default = argparse.SUPPRESS
+        return vars(bare.parse_args(argv))
+
+    def _check_value(self, action, value):
+        if action.choices is not None and value not in action.choices:
+            hint = did_you_mean(str(value), map(str, action.choices))
+            choices = ", ".join(map(str, action.choices))
+            raise argparse.ArgumentError(action, f"{value}: choose from {choices}{hint}")
+
+    def error(self, message: str):
+        # argparse writes "argument --batch: 0: at least 1"
+        message = re.sub(r"^argument (\S+): (?=\S+: )", r"\1 ", message).removeprefix("argument ")
+        self.exit(2, f"error: {message}\n")
+
+
+def did_you_mean(word: str, known) -> str:
+    near = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def within(kind, low, high):
+    """A flag's type: an int or a float from low to high; nan and infinity are neither."""
+    wanted = f"{low} to {high}" if high < math.inf else f"at least {low}"
+    noun = "a whole number" if kind is int else "a number"
+
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text}: not {noun}; {wanted}") from None
+        if not low <= value <= high or value == math.inf:
+            raise argparse.ArgumentTypeError(f"{text}: {wanted}")
+        return value
+    return parse
+
+
+def at_least(kind, low):
+    """A flag's type: an int or a float that is not below low."""
+    return within(kind, low, math.inf)
+
+
+def add_model_args(p: argparse.ArgumentParser, res=at_least(int, 1)):
     """Add the flags that choose a model: what load_base and load_autoencoder take. res: the type of --res."""
-    p.add_argument("--base", default="tiny", metavar="NAME|RUN",
-                   help=f"pretrained model: {', '.join(BASES)}, or a finished run's folder (default tiny)")
-    p.add_argument("--weights", metavar="PATH",
-                   help="the base's weights: a file in any published layout, or a pipeline folder (default: "
-                        "shipped, or the model hub's cache)")
-    p.add_argument("--base-ae-weights", metavar="FILE",
-                   help="weight file of the base's own autoencoder (default: as above)")
+    model = p.add_argument_group("the model")
+    model.add_argument(
+        "--base", default="tiny", metavar="NAME|RUN",
+        help=f"pretrained model: {', '.join(BASES)}, or a finished run's folder (default tiny)")
+    model.add_argument(
+        "--weights", metavar="PATH",
+        help="the base's weights: a file in any published layout, or a pipeline folder (default: shipped, or "
+             "the model hub's cache)")
+    model.add_argument(
+        "--base-ae-weights", metavar="FILE",
+        help="weight file of the base's own autoencoder (default: as above)")
     sides = ", or WIDTHxHEIGHT" if res is str else ""
-    p.add_argument("--res", type=res, help=f"pixels a side{sides} (default: the base's)")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
-                   help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
-    p.add_argument("--dtype", default="auto", choices=("auto", "bf16", "fp32"),
-                   help="arithmetic; auto = bf16 where it is faster (default auto)")
-    p.add_argument("--seed", type=int, default=0, help="seed; picture i of a batch uses seed + i (default 0)")
+    model.add_argument("--res", type=res, help=f"pixels a side{sides} (default: the base's)")
+    add_device_arg(p).add_argument(
+        "--dtype", default="auto", choices=("auto", "bf16", "fp32"),
+        help="arithmetic; auto = bf16 where it is faster (default auto)")
+    p.add_argument("--seed", type=within(int, 0, 2**32 - 1), default=0,
+                   help="seed; picture i of a batch uses seed + i (default 0)")
+
+
+def add_device_arg(p: argparse.ArgumentParser):
+    """Add --device, which device_here reads; returns its group."""
+    group = p.add_argument_group("the device")
+    group.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+                       help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
+    return group
 
 
 def device_here(device: str) -> str:
     """The device of this process, made the current one: streams, events and graphs are of the current device.
-    "cuda" as torchrun means it: every process on a machine has its own."""
+    "cuda" as torchrun means it: every process on a machine has its own. ValueError if there is none."""
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise ValueError(f"--device {device}: unknown; give cpu, cuda, or cuda:1 for the second GPU")
+    if device == "cpu":
+        return device
+    if not torch.cuda.is_available():
+        raise ValueError(f"--device {device}: this PyTorch sees no GPU; use --device cpu, or install PyTorch "
+                         "for CUDA (pytorch.org) and a driver")
     if device == "cuda" and "LOCAL_RANK" in os.environ:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
-    if device.startswith("cuda:") and torch.cuda.is_available():
+    number = torch.device(device).index or 0
+    count = torch.cuda.device_count()
+    if number >= count:
+        raise ValueError(f"--device {device}: this machine has {count} GPU(s), the last is cuda:{count - 1}")
+    if device != "cuda":
         torch.cuda.set_device(device)
     return device
 
@@ -586,17 +681,28 @@ def dtype_of(args) -> torch.dtype:
 
 
 def run_main(main):
-    """Run a script's main: a user's error is one line and exit code 2, an interrupt exits with 130."""
+    """Run a script's main: an error of the user, a file or memory is one line and exit code 2, an interrupt
+    exits with 130. Anything else is a bug, and keeps its traceback."""
     try:
         main()
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+        print(f"error: {message_of(error)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as error:
         # from here on a second Ctrl-C kills at once, whatever thread or process is still waited for
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         print(str(error) or "interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def message_of(error: Exception) -> str:
+    """The message for the user."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return ("the GPU's memory is full; lower --batch (in training split it with --accumulate) or --res, "
+                "or give --dtype bf16")
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
 
 
 def choose_sampling(cfg, **given) -> Sampling:
@@ -831,8 +937,8 @@ def write_pictures(pipeline: Pipeline, request: Request, batches: list[Tensor], 
     return small
 
 
-def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser() -> Parser:
+    p = Parser(__doc__, "[--base NAME | --ckpt RUN]")
     add_model_args(p, res=str)
     p.set_defaults(base=None)
     p.add_argument("--ckpt", metavar="RUN",

@@ -461,6 +461,74 @@ def test_an_error_of_the_user_is_one_line(capsys):
     assert capsys.readouterr().err == "error: invalid literal for int() with base 10: 'x'\n"
 
 
+@pytest.mark.parametrize("error, line", [
+    (OSError(28, "No space left on device", "x/ckpt.pt"), "x/ckpt.pt: No space left on device"),
+    (torch.OutOfMemoryError("CUDA out of memory. Tried"), "the GPU's memory is full; lower --batch"),
+])
+def test_a_full_disk_and_a_full_gpu_are_one_line(error, line, capsys):
+    def main():
+        raise error
+    with pytest.raises(SystemExit, match="2"):
+        sample.run_main(main)
+    printed = capsys.readouterr().err
+    assert printed.startswith(f"error: {line}") and printed.count("\n") == 1
+
+
+def make_parser():
+    p = sample.Parser("What it does.\n\n    as written", "[RUN]")
+    sample.add_model_args(p)
+    p.add_argument("--prompt", action="append")
+    p.add_argument("--lr", type=sample.within(float, 0, 1), default=0.5)
+    p.add_argument("run", nargs="?")
+    p.set_defaults(base="dit-xl")
+    return p
+
+
+@pytest.mark.parametrize("flags, line", [
+    ("--sede 3", "unrecognised --sede; did you mean --seed?"),
+    ("--wei x", "unrecognised --wei; did you mean --weights?"),
+    ("--dtype fp33", "--dtype fp33: choose from auto, bf16, fp32; did you mean fp32?"),
+    ("--seed -1", "--seed -1: 0 to 4294967295"),
+    ("--res 0", "--res 0: at least 1"),
+    ("--res 0.5", "--res 0.5: not a whole number; at least 1"),
+    ("--lr nan", "--lr nan: 0 to 1"),
+    ("--lr inf", "--lr inf: 0 to 1"),
+    ("--lr", "--lr: expected one argument"),
+])
+def test_a_wrong_flag_is_one_line_with_a_hint(flags, line, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        make_parser().parse_args(flags.split())
+    assert capsys.readouterr().err == f"error: {line}\n"
+
+
+def test_help_has_one_line_of_usage_and_the_docstring_as_written():
+    text = make_parser().format_help()
+    assert text.split("\n")[0].endswith(" [RUN] [options]; --help lists them")
+    assert "What it does.\n\n    as written" in text
+    assert "the model:" in text and "the device:" in text
+    for name in BASES:
+        assert re.search(rf"\s{name},", text)
+
+
+def test_what_was_typed_is_known_from_what_is_a_default():
+    p = make_parser()
+    assert p.typed([]) == {}
+    assert p.typed(["--prompt", "a", "--seed", "0", "r"]) == dict(prompt=["a"], seed=0, run="r")
+    assert p.parse_args([]).base == "dit-xl"
+
+
+@pytest.mark.parametrize("device, gpus, message", [
+    ("cuda", 0, "--device cuda: this PyTorch sees no GPU; use --device cpu"),
+    ("cuda:7", 1, "--device cuda:7: this machine has 1 GPU"),
+    ("gpu", 1, "--device gpu: unknown; give cpu"),
+])
+def test_a_device_that_is_not_here_is_an_error(device, gpus, message, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    with pytest.raises(ValueError, match=message):
+        sample.device_here(device)
+
+
 # ---- the script: prompts -------------------------------------------------------------------------
 
 @pytest.fixture
