@@ -623,6 +623,14 @@ def at_least(kind, low):
     return within(kind, low, math.inf)
 
 
+def positive(text: str) -> float:
+    """A flag's type: a float above zero."""
+    value = at_least(float, 0)(text)
+    if value == 0:
+        raise argparse.ArgumentTypeError(f"{text}: above 0")
+    return value
+
+
 def add_model_args(p: argparse.ArgumentParser, res=at_least(int, 1)):
     """Add the flags that choose a model: what load_base and load_autoencoder take. res: the type of --res."""
     model = p.add_argument_group("the model")
