@@ -22,6 +22,7 @@ import hashlib
 import json
 import os
 import re
+import subprocess
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -87,6 +88,22 @@ def fingerprint(module: nn.Module) -> str:
         start = value.detach().flatten()[:64].float().cpu()
         digest.update(f"{key}{tuple(value.shape)}".encode() + start.numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+@lru_cache(maxsize=1)
+def code_version() -> str:
+    """The commit of this code, "-dirty" if files differ from it; without git a hash of the files."""
+    command = ["git", "-C", str(HERE), "describe", "--always", "--dirty"]
+    # a folder without a repository of its own would give the commit of one around it
+    if (HERE / ".git").exists():
+        try:
+            return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+        except (OSError, subprocess.SubprocessError):
+            pass
+    digest = hashlib.sha256()
+    for file in sorted(HERE.glob("*.py")):
+        digest.update(file.name.encode() + file.read_bytes())
+    return f"files {digest.hexdigest()[:12]}"
 
 
 # ---- reading files: nothing in them is executed, and nothing outside of them is read --------------
