@@ -3,24 +3,35 @@
     order(step, batch, n, seed)      -> indices (batch,) of a training step
     LatentCache(root, source, aes)   -> cache.batch(indices): {autoencoder: z (B,C,H,W)}, label (B,)
     open_source(images, res)         -> source.batch(indices): image (B,3,H,W) in [-1,1], label (B,)
+    number_classes(folders, names)   -> {folder: class number}
     cache_prompts(kind, folder, ...) -> texts[indices]: Text
 
 Latents and prompts are encoded once, and read from the disk a batch at a time.
 
-A source of pictures has len(), .size, .classes (names), .identity (a text that changes with any of its
-pictures) and .batch(indices). A source with captions has no classes: a label is the picture's number,
-.caption(number) its text. Autoencoders come in as arguments, text encoders as folders.
+A source of pictures has len(), .size, .classes (names), .captioned, .identity (a text that changes with any
+of its pictures or labels) and .batch(indices). A source with captions has no classes: a label is the
+picture's number, .caption(number) its text. Autoencoders come in as arguments, text encoders as folders.
 """
 
 import hashlib
 import json
+import math
 import os
+import shutil
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
+
+try:
+    import fcntl
+except ImportError:                         # Windows, where folders are not locked
+    fcntl = None
 
 import numpy as np
 import torch
@@ -29,9 +40,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from model import Text
-from autoencoder import KLConfig
-from checkpoints import atomic, find_weights, fingerprint, write_json
-from shapes import ScenesSource, ShapesSource, encode_words
+from autoencoder import AUTOENCODERS, KLConfig
+from checkpoints import HERE, atomic, find_weights, fingerprint, write_json
+from shapes import SHAPES, ScenesSource, ShapesSource, encode_words, note_unknown_words
 
 
 # ---- the order of a run --------------------------------------------------------------------------
@@ -56,21 +67,89 @@ def order(step: int, batch: int, n: int, seed: int) -> Tensor:
 
 # ---- latents -------------------------------------------------------------------------------------
 
-def check_scale(cfg, latents: np.ndarray, report=None):
+def check_scale(cfg, latents: np.ndarray, foreign: bool = False, report=None):
     """ValueError unless latents (N,C,H,W) have a standard deviation of about 1: a scale forgotten, doubled or
-    of another autoencoder trains to a finite loss, and ruins the run. report: where they are, printed with
-    their statistics."""
+    of another autoencoder trains to a finite loss, and ruins the run.
+    foreign: the pictures are a user's own. The bundled autoencoders have seen procedural pictures alone: of
+    photographs they make latents of 1.45 to 1.7, of plain black 2.4. That is noted, not refused.
+    report: where the latents are, printed with their statistics."""
     z = latents[:: max(1, len(latents) // 2048)].astype(np.float32)
+    std = z.std()
+    trial = foreign and is_bundled(cfg.name)
+    low, high = (0.3, 2.5) if trial else (0.6, 1.6)
+    if not low < std < high:
+        raise ValueError(f"{cfg.name}: latents of standard deviation {std:.2f}, where {low} to {high} is "
+                         f"expected; is its scale {cfg.scale} right for these weights? If so, are the "
+                         "pictures nearly empty?")
     if report:
-        print(f"{cfg.name}: latents of mean {z.mean():+.3f}, standard deviation {z.std():.3f} -> {report}")
-    if not 0.6 < z.std() < 1.6:
-        raise ValueError(f"{cfg.name}: latents of standard deviation {z.std():.2f} where about 1 is "
-                         f"expected; is its scale {cfg.scale} right for these weights?")
+        print(f"{cfg.name}: latents of mean {z.mean():+.3f}, standard deviation {std:.3f} -> {report}")
+    if report and trial and not 0.7 < std < 1.4:
+        print(f"note: {cfg.name} was trained on procedural pictures, and these are unlike them (standard "
+              f"deviation {std:.2f} instead of 1): it blurs them. Fine for a trial; for photographs take a "
+              "base with published weights, as --base dit-xl --ae dc-ae-f32c32-in-1.0")
+
+
+def is_bundled(autoencoder: str) -> bool:
+    """Whether the weights of this autoencoder are in this repository."""
+    cfg = AUTOENCODERS.get(autoencoder)
+    return cfg is not None and cfg.weights.startswith("weights/")
 
 
 def has_posterior(ae) -> bool:
     """Whether an autoencoder's latents are drawn from a Gaussian; a DC-AE's are points."""
     return isinstance(ae.cfg, KLConfig)
+
+
+def progress(items, title: str, many: bool):
+    """The items behind a bar if they are many; where there is no terminal, behind one printed line."""
+    if many and not sys.stderr.isatty():
+        print(f"{title} ...", flush=True)
+    return tqdm(items, desc=title, leave=False, disable=None if many else True)
+
+
+def make_writable(folder):
+    """Make a cache folder. ValueError if nothing can be written there."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        reason = None if os.access(folder, os.W_OK) else "no permission to write"
+    except OSError as e:
+        reason = e.strerror
+    if reason:
+        raise ValueError(f"--cache {folder}: {reason}; give a folder that can be written")
+
+
+def reserve(file: Path):
+    """Have the disk set aside all bytes of a file: a write into a memory map of a full disk kills the
+    process. OSError if there is no room."""
+    size = file.stat().st_size
+    with file.open("rb+") as f:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(f.fileno(), 0, size)
+            return
+        # macOS has none: write what is there, the zeros of a hole
+        while block := f.read(2**20):
+            f.seek(-len(block), os.SEEK_CUR)
+            f.write(block)
+
+
+@contextmanager
+def turn_to_fill(folder: Path):
+    """Of two processes that would fill one folder, the second waits here until the first is done."""
+    if fcntl is None:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        print(f"{folder}: another process fills it; waiting", flush=True)
+        fcntl.flock(handle, fcntl.LOCK_EX)
+    except OSError:
+        pass                                # a file system without locks
+    try:
+        yield
+    finally:
+        os.close(handle)
 
 
 class LatentCache:
@@ -84,7 +163,7 @@ class LatentCache:
 
     The folder's name is a hash of all that decides the latents; meta.json spells it out and counts the
     finished rows: a killed filling goes on there, to the same bytes. What is missing, short or of another
-    source is refused with the reason (ValueError)."""
+    source is refused with the reason (ValueError), and so is a disk without room for all of it."""
 
     def __init__(self, root, source, autoencoders: list, n: int | None = None, flip: bool = False,
                  batch: int | None = None, device="cpu"):
@@ -102,11 +181,12 @@ class LatentCache:
         self.length = 2 * n if flip else n
 
         # fill what is missing, then map the arrays into memory
-        finished = self._finished_rows()
-        if finished < self.length:
+        if self._finished_rows() < self.length:
             # 32 pictures up to 512 px, 8 of 1K, 1 of 4K
             batch = batch or max(1, min(32, 2**23 // source.size**2))
-            self._fill(finished, n, autoencoders, batch, device)
+            make_writable(self.dir)
+            with turn_to_fill(self.dir):
+                self._fill(self._finished_rows(), n, autoencoders, batch, device)
         self.labels = torch.from_numpy(np.array(self._open("labels")))
         self.mean = {ae.cfg.name: self._open(ae.cfg.name) for ae in autoencoders}
         drawn = [ae.cfg.name for ae in autoencoders if has_posterior(ae)]
@@ -133,6 +213,15 @@ class LatentCache:
     def captions(self) -> list[str]:
         """The captions of all rows in order."""
         return [self.source.caption(label) for label in self.labels.tolist()]
+
+    def facts(self) -> dict:
+        """What a run has to say about its data: plain values that change with pictures, labels, captions and
+        autoencoders."""
+        facts = {"pictures": self.what["n"], "source": self.what["source"], "flip": self.what["flip"]}
+        if self.source.captioned:
+            facts["captions"] = hashlib.sha256("\n".join(self.captions()).encode()).hexdigest()[:16]
+        facts["autoencoders"] = {ae["name"]: ae["weights"] for ae in self.what["autoencoders"]}
+        return facts
 
     def _finished_rows(self) -> int:
         meta = self.dir / "meta.json"
@@ -172,15 +261,27 @@ class LatentCache:
                 shapes[f"{ae.cfg.name}.std"] = latent, np.float16
         if finished:
             return {name: self._open(name, "r+") for name in shapes}
-        self.dir.mkdir(parents=True, exist_ok=True)
-        return {name: np.lib.format.open_memmap(self.dir / f"{name}.npy", "w+", dtype, (self.length, *shape))
-                for name, (shape, dtype) in shapes.items()}
+        files = {name: self.dir / f"{name}.npy" for name in shapes}
+        try:
+            arrays = {name: np.lib.format.open_memmap(files[name], "w+", dtype, (self.length, *shape))
+                      for name, (shape, dtype) in shapes.items()}
+            for file in files.values():
+                reserve(file)
+        except OSError as e:
+            shutil.rmtree(self.dir, ignore_errors=True)
+            row = sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in shapes.values())
+            needed = self.length * row / 1e6
+            free = shutil.disk_usage(self.dir.parent).free / 1e6
+            raise ValueError(f"--cache {self.dir.parent}: latents of {self.length} pictures need {needed:,.1f}"
+                             f" MB, and {free:,.1f} MB are free ({e.strerror}); make room, give another "
+                             "folder, or fewer --pictures") from None
+        return arrays
 
     @torch.no_grad()
     def _fill(self, finished: int, n: int, autoencoders: list, batch: int, device):
         arrays = self._arrays_to_fill(finished, autoencoders)
         starts = range(finished, self.length, batch)
-        for start in tqdm(starts, desc=f"encoding {self.length} pictures", leave=False):
+        for start in progress(starts, f"encoding {self.length - finished} pictures", len(starts) > 8):
             end = min(start + batch, self.length)
             rows = torch.arange(start, end)
             # one draw of every picture, mirrored in the second half, for all encoders
@@ -200,8 +301,10 @@ class LatentCache:
     def _commit(self, arrays: dict[str, np.ndarray], rows: int, autoencoders: list):
         """Record that so many rows are finished."""
         # the scale first: a second try must not find a cache that counts as whole
+        foreign = isinstance(self.source, ImageFolder)
+        report = self.dir if rows == self.length else None
         for ae in autoencoders:
-            check_scale(ae.cfg, arrays[ae.cfg.name][:rows], self.dir if rows == self.length else None)
+            check_scale(ae.cfg, arrays[ae.cfg.name][:rows], foreign, report)
         # the latents reach the disk before the count that includes them
         for array in arrays.values():
             array.flush()
@@ -242,7 +345,7 @@ def read_metadata(root: Path) -> tuple[dict[Path, str], list[tuple[Path, str]]]:
     captions = {}
     first_samples = {}                                               # (prompt, seed) -> name
     bad = []
-    lines = (root / "metadata.jsonl").read_text(encoding="utf-8", errors="replace").splitlines()
+    lines = (root / "metadata.jsonl").read_text(encoding="utf-8-sig", errors="replace").splitlines()
     for number, line in enumerate(lines, 1):
         place = root / f"metadata.jsonl:{number}"
         try:
@@ -285,15 +388,92 @@ def find_copies(files: list[Path]) -> list[tuple[Path, Path]]:
     return copies
 
 
+@lru_cache(maxsize=1)
+def imagenet_classes() -> dict[str, str]:
+    """The 1,000 classes of ImageNet (ILSVRC 2012) in their order: {"n01440764": "tench", ...}"""
+    lines = (HERE / "imagenet_classes.txt").read_text(encoding="utf-8").splitlines()
+    return dict(line.split(" ", 1) for line in lines)
+
+
+def imagenet_names() -> tuple[str, ...]:
+    """The names of ImageNet's classes by number."""
+    return tuple(imagenet_classes().values())
+
+
+def plain(name: str) -> str:
+    """A class's name as it is compared: "Golden_Retriever" is "golden retriever"."""
+    return name.lower().replace("_", " ")
+
+
+def first_few(items) -> str:
+    items = list(items)
+    return ", ".join(items[:4]) + (", ..." if len(items) > 4 else "")
+
+
+def model_classes(names, num_classes: int) -> tuple[tuple[str, ...], dict[str, int]]:
+    """The names of a model's classes (a number where there is no name), and the number of every plain name.
+    1000 classes without names of their own are ImageNet's, which its synsets name too."""
+    numbers = tuple(map(str, range(num_classes)))
+    synsets = {}
+    if num_classes == 1000 and names in (None, numbers, imagenet_names()):
+        names = imagenet_names()
+        synsets = {wnid: k for k, wnid in enumerate(imagenet_classes())}
+    names = tuple(names or ())
+    names += numbers[len(names):]
+    return names, {plain(name): k for k, name in enumerate(names)} | synsets
+
+
+def number_classes(folders: list[str], names=None, num_classes: int | None = None,
+                   any_classes: bool = False) -> tuple[dict[str, int], tuple[str, ...]]:
+    """The class numbers of folders, and the names of all classes in order. The first rule that covers every
+    folder holds:
+
+    numbers   "0207" is class 207 (six digits and more are a date)
+    names     "golden_retriever" is the model's class of this name; for ImageNet, "n02099601" too
+    order     alphabetical: new classes, if any_classes says so or there is no model
+
+    names, num_classes: of the model, if there is one. ValueError if these are not its classes."""
+    if num_classes is None and not folders:
+        return {}, ()
+    if not folders:
+        raise ValueError(f"no class folders, and the model has {num_classes} classes; sort the pictures into "
+                         "a folder a class")
+    known = {}
+    if num_classes is not None and not any_classes:
+        names, known = model_classes(names, num_classes)
+    by_number = {folder: int(folder) for folder in folders if folder.isdecimal() and len(folder) <= 5}
+    by_name = {folder: known[plain(folder)] for folder in folders if plain(folder) in known}
+    by_order = {folder: k for k, folder in enumerate(folders)}
+    if len(by_number) == len(folders):
+        chosen = by_number
+        names = names if known else tuple(map(str, range(1 + max(chosen.values()))))
+    elif len(by_name) == len(folders):
+        chosen = by_name
+    else:
+        chosen = by_order
+
+    last = max(chosen, key=chosen.get)
+    if num_classes is not None and chosen[last] >= num_classes:
+        raise ValueError(f"{len(folders)} class folders, of which {last!r} is class {chosen[last]}; the "
+                         f"model has {num_classes} classes, 0 to {num_classes - 1}")
+    if chosen is not by_order:
+        return chosen, names
+    if known:
+        stranger = next(folder for folder in folders if folder not in by_name)
+        mapping = first_few(f"{folder} -> {k} (was {names[k]})" for folder, k in chosen.items())
+        raise ValueError(f"folder {stranger!r} is none of the model's {num_classes} classes "
+                         f"({first_few(names)}); name every folder by the name or the number of its class. "
+                         f"If they are new classes, --any-classes takes them in this order: {mapping}")
+    return chosen, tuple(folders)
+
+
 class ImageFolder:
     """Pictures of a folder, cropped to the central square, with classes or captions or neither:
-    captions=None     the classes of subfolders, if it has any
+    captions=None     the classes of subfolders, if it has any; see number_classes
             "txt"     captions, those of metadata.jsonl, else of the .txt file beside each picture
             "... {}"  a text in which {} is the name of the picture's subfolder, or its name in classes.json,
                       {subfolder: name}
-
-    Subfolders that are all named by numbers are those classes, so that a part of ImageNet keeps the numbers
-    that a model was trained with; others are classes in alphabetical order.
+    names, num_classes, any_classes: as in number_classes.
 
     Broken files, entries and copies are listed and left out, unless they are more than max_broken
     (ValueError): a wrong folder should not become a small data set. Most are found when they are opened,
@@ -301,7 +481,8 @@ class ImageFolder:
     label and caption."""
 
     def __init__(self, root, size: int, split: str = "all", max_broken: float = 0.05,
-                 captions: str | None = None):
+                 captions: str | None = None, names: tuple[str, ...] | None = None,
+                 num_classes: int | None = None, any_classes: bool = False):
         self.root = Path(root)
         self.size = size
         self.max_broken = max_broken
@@ -313,9 +494,9 @@ class ImageFolder:
             raise ValueError(f"--images {root}: this data set is not finished, {len(files)} pictures and no "
                              "metadata.jsonl; the command that draws it goes on")
 
-        # the names of subfolders are classes, or words of a caption; a number of more digits is a date
+        # the names of subfolders are classes, or words of a caption
         folders = sorted({self._subfolder(file) for file in files} - {"."})
-        self.numbered = bool(folders) and all(name.isdecimal() and len(name) <= 5 for name in folders)
+        self.captioned = captions is not None
         self.classes = ()
         self.texts = {}                                              # captions of metadata.jsonl
         self.template = None
@@ -324,15 +505,12 @@ class ImageFolder:
         elif captions == "txt":
             self._check_txt_files(files)
         else:
-            self._check_classes(files, folders, captions)
+            self._check_folders(files, folders, captions)
             if captions:
                 self.template = captions
-                names = self.root / "classes.json"
-                self.names = json.loads(names.read_text(encoding="utf-8")) if names.is_file() else {}
-            elif self.numbered:
-                self.classes = tuple(map(str, range(1 + max(map(int, folders)))))
+                self.words = self._read_words()
             else:
-                self.classes = tuple(folders)
+                self.numbers, self.classes = self._number_classes(folders, names, num_classes, any_classes)
 
         # every 20th picture is for validation; the share of broken ones is that of this part from here on
         if split != "all":
@@ -343,8 +521,8 @@ class ImageFolder:
             self.total = len(files)
             self.broken = []
         # most broken files show when they are opened
-        progress = tqdm(files, desc=f"opening {self.root.name}", disable=len(files) < 5000)
-        self.files = [file for file in progress if self._opens(file)]
+        opening = progress(files, f"opening {len(files)} pictures of {self.root}", len(files) >= 5000)
+        self.files = [file for file in opening if self._opens(file)]
         self.labels = self._labels()
         self.identity = self._identity()
 
@@ -364,10 +542,10 @@ class ImageFolder:
             return self.texts[file]
         if self.template:
             folder = self._subfolder(file)
-            return self.template.replace("{}", self.names.get(folder, folder.replace("_", " ")))
+            return self.template.replace("{}", self.words.get(folder, folder.replace("_", " ")))
         text = file.with_suffix(".txt")
         try:
-            return text.read_text(encoding="utf-8").strip()
+            return text.read_text(encoding="utf-8-sig").strip()
         except (OSError, UnicodeDecodeError) as e:
             raise ValueError(f"{text}: not a readable caption ({type(e).__name__}: {e})") from None
 
@@ -406,7 +584,7 @@ class ImageFolder:
                                  "class folders and make captions of their names: "
                                  "--captions 'a photo of a {}'")
 
-    def _check_classes(self, files: list[Path], folders: list[str], template: str | None):
+    def _check_folders(self, files: list[Path], folders: list[str], template: str | None):
         loose = [file for file in files if file.parent == self.root]
         if folders and loose:
             raise ValueError(f"{loose[0]} lies beside class folders and has no class; "
@@ -417,25 +595,29 @@ class ImageFolder:
         if template and "{}" not in template:
             raise ValueError(f"--captions {template!r}: mark with {{}} where the subfolder's name goes")
 
+    def _read_words(self) -> dict[str, str]:
+        """The words for folders in classes.json, {folder: words}, if there is one."""
+        file = self.root / "classes.json"
+        return json.loads(file.read_text(encoding="utf-8-sig")) if file.is_file() else {}
+
+    def _number_classes(self, folders, *model) -> tuple[dict[str, int], tuple[str, ...]]:
+        try:
+            return number_classes(folders, *model)
+        except ValueError as e:
+            raise ValueError(f"--images {self.root}: {e}") from None
+
     def _labels(self) -> Tensor:
         if not self.classes:
             return torch.arange(len(self.files))
-        folders = [self._subfolder(file) for file in self.files]
-        if self.numbered:
-            return torch.tensor([int(folder) for folder in folders])
-        number = {name: k for k, name in enumerate(self.classes)}
-        return torch.tensor([number[folder] for folder in folders])
+        return torch.tensor([self.numbers[self._subfolder(file)] for file in self.files])
 
     def _identity(self) -> str:
-        kind = "numbers"
-        if self.classes:
-            kind = "given" if self.numbered else "classes"
         listing = []
-        for file in self.files:
+        for file, label in zip(self.files, self.labels.tolist()):
             stat = file.stat()
-            listing.append(f"{file.relative_to(self.root)} {stat.st_size} {stat.st_mtime_ns}")
+            listing.append(f"{label} {file.relative_to(self.root)} {stat.st_size} {stat.st_mtime_ns}")
         digest = hashlib.sha256("\n".join(listing).encode()).hexdigest()[:16]
-        return f"folder {self.root.name} size={self.size} crop=centre labels={kind} {digest}"
+        return f"folder {self.root.name} size={self.size} crop=centre {digest}"
 
     def _opens(self, path: Path) -> bool:
         from PIL import Image
@@ -466,12 +648,22 @@ class ImageFolder:
                 self._leave_out(self.files[j], e)
 
 
-def open_source(images: str | None, res: int, split: str = "train", captions: str | None = None):
+def open_source(images: str | None, res: int, split: str = "train", captions: str | None = None,
+                names: tuple[str, ...] | None = None, num_classes: int | None = None,
+                any_classes: bool = False):
     """A folder of pictures (every 20th is kept for "val"), or the procedural ones (None). captions: as in
-    ImageFolder; the procedural pictures have classes, or captions if it is a text."""
+    ImageFolder; the procedural pictures have classes, or captions if it is a text. names, num_classes,
+    any_classes: as in number_classes; ValueError if a model of these classes cannot learn from the source."""
     if images:
-        return ImageFolder(images, res, split, captions=captions)
-    return ScenesSource(res, split=split) if captions else ShapesSource(res, split=split)
+        return ImageFolder(images, res, split, captions=captions, names=names, num_classes=num_classes,
+                           any_classes=any_classes)
+    if captions:
+        return ScenesSource(res, split=split)
+    same_names = any_classes or names in (None, SHAPES)
+    if num_classes not in (None, len(SHAPES)) or not same_names:
+        raise ValueError(f"the procedural pictures have {len(SHAPES)} classes ({first_few(SHAPES)}), the "
+                         f"model has {num_classes} others; give --images DIR with a folder a class")
+    return ShapesSource(res, split=split)
 
 
 # ---- text encoders: each encodes one prompt -> {part of a Text: (1,...)} -------------------------
@@ -591,8 +783,9 @@ def files_digest(*folders: Path) -> str:
     return h.hexdigest()[:16]
 
 
-def find_encoders(kind: str, folder) -> list[FoundEncoder]:
-    """The text encoders of this kind in a pipeline folder. ValueError if one is missing."""
+def encoder_folders(kind: str, folder) -> list[tuple[TextEncoder, Path, Path]]:
+    """The text encoders of this kind in a pipeline folder: each, its folder and its tokenizer's. ValueError
+    if one is missing."""
     folder = Path(folder)
     encoders = TEXT_ENCODERS[kind]
     # the folder may be the one encoder itself
@@ -605,8 +798,33 @@ def find_encoders(kind: str, folder) -> list[FoundEncoder]:
                 names = ", ".join(text_parts(kind))
                 raise ValueError(f"{part}: no such folder; the text encoders are {names} of a diffusers "
                                  "pipeline folder: give one with --text-encoders DIR")
-        found.append(FoundEncoder(encoder, *parts, files_digest(*dict.fromkeys(parts))))
+        found.append((encoder, *parts))
     return found
+
+
+NO_TRANSFORMERS = "prompts need text encoders: pip install transformers sentencepiece"
+
+
+def check_encoders(kind: str | None, folder=None):
+    """ValueError for what is missing before anything is loaded or downloaded: transformers, or a part of the
+    folder that was given. kind: a configuration's text_encoder."""
+    if not TEXT_ENCODERS.get(kind):
+        return
+    if find_spec("transformers") is None:
+        raise ValueError(NO_TRANSFORMERS)
+    if folder is None:
+        return
+    for _, _, tokenizer in encoder_folders(kind, folder):
+        # without the fast tokenizer's file it is made of the slow one's
+        slow = any(tokenizer.glob("*.model")) and not (tokenizer / "tokenizer.json").is_file()
+        if slow and find_spec("sentencepiece") is None:
+            raise ValueError(f"{tokenizer} holds no tokenizer.json: pip install sentencepiece")
+
+
+def find_encoders(kind: str, folder) -> list[FoundEncoder]:
+    """The text encoders of this kind in a pipeline folder. ValueError if one is missing."""
+    return [FoundEncoder(encoder, model, tokenizer, files_digest(*dict.fromkeys([model, tokenizer])))
+            for encoder, model, tokenizer in encoder_folders(kind, folder)]
 
 
 def load_encoder(found: FoundEncoder, dtype: torch.dtype, device):
@@ -614,7 +832,7 @@ def load_encoder(found: FoundEncoder, dtype: torch.dtype, device):
     try:
         import transformers
     except ImportError:
-        raise ValueError("prompts need text encoders: pip install transformers sentencepiece") from None
+        raise ValueError(NO_TRANSFORMERS) from None
     cls = found.encoder.class_name
     local = dict(local_files_only=True)
     try:
@@ -634,7 +852,7 @@ def load_encoder(found: FoundEncoder, dtype: torch.dtype, device):
 def read_prompts(file) -> list[str]:
     """The prompts of a text file, one a line; empty lines and those that start with # are left out."""
     try:
-        lines = [line.strip() for line in Path(file).read_text(encoding="utf-8").splitlines()]
+        lines = [line.strip() for line in Path(file).read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as e:
         raise ValueError(f"--prompts {file}: not a readable text file ({type(e).__name__})") from None
     prompts = [line for line in lines if line and not line.startswith("#")]
@@ -686,6 +904,8 @@ def cache_prompts(kind: str, folder, prompts: list[str], length: int, negative: 
     part of the folder is missing."""
     # faster to compute than to read from a disk
     if kind == "words":
+        note_unknown_words([negative, *prompts])
+
         def encode(chosen, plain):
             return encode_words(chosen, length)
         return EncodedPrompts(prompts, negative, encode)
@@ -712,9 +932,10 @@ def cache_prompts(kind: str, folder, prompts: list[str], length: int, negative: 
         missing = [(prompt, plain) for prompt, plain in wanted if not file_of(part, prompt, plain).is_file()]
         if not missing:
             continue
+        make_writable(cache)
         tokenizer, model = load_encoder(part, dtype, device)
-        title = f"encoding prompts ({part.encoder.class_name})"
-        for prompt, plain in tqdm(missing, desc=title, leave=False, disable=len(missing) < 4):
+        title = f"encoding {len(missing)} prompts ({part.encoder.class_name})"
+        for prompt, plain in progress(missing, title, len(missing) > 3):
             encoded = part.encoder.encode(tokenizer, model, prompt, length, plain)
             encoded = {name: value.cpu().contiguous() for name, value in encoded.items()}
             with atomic(file_of(part, prompt, plain)) as tmp:

@@ -3,7 +3,7 @@
     draw   shapes(index, size)      one shaded shape on a gradient, with its class         ShapesSource
            scenes(index, size)      one to four shapes on a muted colour, with a caption   ScenesSource
     write  caption(scene)           "a large red ring above a small blue square on green"
-           encode_words(prompts)    the text encoder of the bundled models
+           encode_words(prompts)    the text encoder of the bundled models, who know known_words()
     judge  detect_objects(images)   pixels -> shapes, colours, sizes and places
            scene_scores(images, captions), accuracy(judge, images, y)
 
@@ -12,6 +12,7 @@ resolution. The shipped weights were trained on exactly these pictures, so no nu
 The method itself needs nothing of this file.
 """
 
+import difflib
 import hashlib
 import math
 import re
@@ -194,6 +195,7 @@ class ShapesSource:
     """A source of endless pictures with classes. split: "train" or "val", which share no picture."""
 
     classes = SHAPES
+    captioned = False
 
     def __init__(self, size: int, length: int = 32768, split: str = "train"):
         self.size = size
@@ -245,9 +247,19 @@ def caption(scene: Scene) -> str:
     for group in scene.groups:
         form = group.form
         if group.number > 1:
-            form += "es" if form == "cross" else "s"
+            form = plural(form)
         phrases.append(f"{NUMBERS[group.number - 1]} {group.size} {group.colour} {form}")
     return f" {scene.relation} ".join(phrases) + f" on {scene.background}"
+
+
+def plural(form: str) -> str:
+    return form + ("es" if form == "cross" else "s")
+
+
+def known_words() -> list[str]:
+    """The words of all captions, which are those that the bundled text models were trained on."""
+    related = " ".join(RELATIONS).split()
+    return list(dict.fromkeys([*NUMBERS, *SIZES, *COLOURS, *FORMS, *map(plural, FORMS), *related, "on"]))
 
 
 def one_of(words: tuple[str, ...]) -> str:
@@ -377,6 +389,7 @@ class ScenesSource(ShapesSource):
     """A source of endless pictures with captions. A picture's label is its number."""
 
     classes = ()
+    captioned = True
 
     def __init__(self, size: int, length: int = 32768, split: str = "train"):
         super().__init__(size, length, split)
@@ -415,6 +428,26 @@ def print_once(text: str):
     print(text)
 
 
+def split_words(prompt: str) -> list[str]:
+    return re.findall(r"[^\W_]+", prompt.lower())
+
+
+def note_unknown_words(prompts: list[str]):
+    """Print the words of prompts that the bundled text models were not trained on, with the nearest known
+    ones."""
+    known = known_words()
+    unknown = {word for prompt in set(prompts) for word in split_words(prompt)} - set(known)
+    if not unknown:
+        return
+    said = []
+    for word in sorted(unknown)[:8]:
+        nearest = difflib.get_close_matches(word, known, 1)
+        said.append(f"{word} ({nearest[0]}?)" if nearest else word)
+    more = f" and {len(unknown) - 8} more" if len(unknown) > 8 else ""
+    print_once(f"note: the bundled text models were not trained on: {', '.join(said)}{more}; they know: "
+               f"{' '.join(known)}")
+
+
 def encode_words(prompts: list[str], length: int) -> Text:
     """Prompts -> a Text of `length` tokens a prompt; no file, nothing trained.
 
@@ -425,7 +458,7 @@ def encode_words(prompts: list[str], length: int) -> Text:
     mask = torch.zeros(len(prompts), length, dtype=torch.bool)
     before = [torch.zeros(WORD)] * (CONTEXT - 1)
     for row, prompt in enumerate(prompts):
-        words = [*re.findall(r"[^\W_]+", prompt.lower()), "."]
+        words = [*split_words(prompt), "."]
         if len(words) > length:
             print_once(f"note: a prompt of {len(words)} words is cut to {length}; "
                        f"its end is lost: ... {prompt[-40:]!r}")
