@@ -6,8 +6,8 @@ Forward (`path`, for training) and reverse (`integrate`, for sampling) of the on
 then DDPM's chain, for DiT as it was published, and `Pipeline`, which puts on what makes it fast (fast.py).
 
     python sample.py                                   the newest run, or the bundled base if there is none
-    python sample.py --base dit-xl --classes 207 360   an official model
-    python sample.py --ckpt runs/finetune-tiny-1 --cfg-scale 3 --num-steps 50 --seed 7
+    python sample.py --base dit-xl --classes "golden retriever" 360      an official model
+    python sample.py runs/finetune-tiny-1 --cfg-scale 3 --num-steps 50 --seed 7
     python sample.py --base dc-gen-flux-1k --prompt "a lighthouse at dusk" --res 1216x832
     python sample.py --base sana-4.8b --prompts FILE --dry-run           memory and arithmetic, no weights
     python sample.py --base sana-4.8b --prompts FILE --out DIR --dataset a training set, drawn by a base
@@ -83,7 +83,7 @@ def resolve_shift(rule: str | float, channels: int, H: int, W: int, patch_size: 
         shift = float(rule)
     except ValueError:
         shift = -1.0
-    if not shift > 0:
+    if not 0 < shift < math.inf:
         raise ValueError(f"--shift {rule}: give a positive number, or one of {', '.join(SHIFTS)}")
     return shift
 
@@ -149,7 +149,7 @@ def integrate(velocity, x: Tensor, times: list[float], method="euler", progress=
 
     guess = None                                                     # the last guess of the data
     before = None                                                    # and its time
-    for a, b in tqdm(list(zip(times, times[1:])), desc=method, leave=False, disable=not progress):
+    for a, b in tqdm(list(zip(times, times[1:])), desc=method, leave=False, disable=not progress or None):
         v = velocity(x, at(a)).float()
         # the mean of the slopes at both ends of the step
         if method == "heun" and b < 1.0:
@@ -228,7 +228,8 @@ class DDPMChain:
         or DDIM's deterministic ones (eta 0).
         network(x, clock) -> (B,2C,H,W). each(x): called after every step."""
         name = "ddim" if ddim else "ddpm"
-        for i in tqdm(range(len(self.steps) - 1, -1, -1), desc=name, leave=False, disable=not progress):
+        places = range(len(self.steps) - 1, -1, -1)
+        for i in tqdm(places, desc=name, leave=False, disable=not progress or None):
             clock = torch.full((len(x),), float(self.steps[i]), device=x.device)
             out = network(x, clock).float()
             mean, log_var, x1 = self.predict(out, x, i)
@@ -300,6 +301,20 @@ def latent_size(cfg, ae_cfg, size: tuple[int, int]) -> tuple[int, int]:
     return H // ae_cfg.f, W // ae_cfg.f
 
 
+def make_clock(cfg, sampling: Sampling, shape: tuple[int, int, int]) -> tuple[DDPMChain | None, list[float]]:
+    """The chain of a sampler, or None for an ODE, and the ODE's times, for latents of this shape (C,H,W).
+    ValueError for a sampler of another kind of model, and for steps or a shift that it does not have."""
+    in_chain = sampling.sampler in ("ddim", "ddpm")
+    if in_chain and cfg.predict != "epsilon":
+        raise ValueError(f"--sampler {sampling.sampler} is for a model that predicts epsilon on DDPM's "
+                         "clock; this one predicts a velocity: use euler or heun, or dpm")
+    if sampling.num_steps < 1:
+        raise ValueError(f"--num-steps {sampling.num_steps}: at least 1")
+    chain = DDPMChain.spaced(sampling.num_steps, sampling.sampler == "ddim") if in_chain else None
+    shift = resolve_shift(sampling.shift, *shape, cfg.patch_size)
+    return chain, time_grid(sampling.num_steps, shift, START.get(sampling.sampler, 0.0))
+
+
 def numbered(device) -> torch.device:
     """The device with its number: "cuda" is the current one, and tensors there are on cuda:0."""
     return torch.empty(0, device=device).device
@@ -338,15 +353,7 @@ class Pipeline:
                  dtype: torch.dtype = torch.float32, device=None, speed: Speed = Speed()):
         self.size = size or (model.cfg.res, model.cfg.res)
         self.shape = (model.cfg.in_channels, *latent_size(model.cfg, ae.cfg, self.size))
-        in_chain = sampling.sampler in ("ddim", "ddpm")
-        if in_chain and model.cfg.predict != "epsilon":
-            raise ValueError(f"--sampler {sampling.sampler} is for a model that predicts epsilon on DDPM's "
-                             "clock; this one predicts a velocity: use euler or heun, or dpm")
-        if sampling.num_steps < 1:
-            raise ValueError(f"--num-steps {sampling.num_steps}: at least 1")
-        self.chain = DDPMChain.spaced(sampling.num_steps, sampling.sampler == "ddim") if in_chain else None
-        shift = resolve_shift(sampling.shift, *self.shape, model.cfg.patch_size)
-        self.times = time_grid(sampling.num_steps, shift, START.get(sampling.sampler, 0.0))
+        self.chain, self.times = make_clock(model.cfg, sampling, self.shape)
         self.model = model
         self.ae = ae
         self.sampling = sampling
@@ -466,17 +473,36 @@ class Pipeline:
             uncompile(self.ae)
 
 
-def generate(model, ae, cond, seeds: list[int], sampling: Sampling, size: tuple[int, int] | None = None,
+def generate(model, ae, cond, seeds, sampling: Sampling | None = None, size: tuple[int, int] | None = None,
              dtype=torch.float32, progress=False, device=None, seconds: dict | None = None) -> Tensor:
-    """Pictures (B,3,H,W) in [-1,1] on the CPU for conditions, classes (B,) or a Text, drawn eagerly in
-    batches of sampling.batch. The rest as for Pipeline."""
+    """Pictures (B,3,H,W) in [-1,1] on the CPU for conditions, classes (B,) or a Text, and as many seeds,
+    drawn eagerly in batches of sampling.batch (default: the model's own sampling). The rest as for
+    Pipeline."""
+    sampling = sampling or model.cfg.sampling
+    if len(seeds) != len(cond):
+        raise ValueError(f"{len(cond)} conditions and {len(seeds)} seeds: every picture needs one of each")
     pipeline = Pipeline(model, ae, sampling, size, dtype, device)
     starts = range(0, len(cond), sampling.batch)
     images = []
-    for i in tqdm(starts, desc="drawing", disable=not progress or len(starts) == 1, leave=False):
+    for i in tqdm(starts, desc="drawing", disable=not progress or len(starts) == 1 or None, leave=False):
         batch = slice(i, i + sampling.batch)
-        images.append(pipeline(cond[batch], seeds[batch], progress, seconds).cpu())
+        images.append(pipeline(cond[batch], list(seeds[batch]), progress, seconds).cpu())
     return torch.cat(images)
+
+
+def conditions(model, wanted: list[str], info: dict | None = None, encoders=None):
+    """What `generate` takes for a list of class names or numbers, (B,), or of prompts, a Text with the
+    guidance that the model's authors draw with. The prompts' null condition becomes the model's.
+    info: what load_base gave with the model; encoders: a pipeline folder with the text encoders."""
+    cfg = model.cfg
+    info = info or {}
+    if not cfg.text_encoder:
+        return parse_classes(wanted, class_names(cfg, info), len(wanted))
+    device = next(model.parameters()).device
+    folder = text_folder(info.get("base", "the model"), cfg, encoders, None)
+    texts = cache_prompts(cfg.text_encoder, folder, wanted, cfg.text_tokens, device=device)
+    model.null = texts.null.to(device)
+    return with_guidance(texts[:], guidance_of(cfg, cfg.sampling))
 
 
 # ---- pictures on disk ----------------------------------------------------------------------------
@@ -523,6 +549,43 @@ def thumbnails(images: Tensor, side: int = 512) -> Tensor:
     return images if scale >= 1 else F.interpolate(images, scale_factor=scale, mode="area")
 
 
+# ---- results of other settings are not overwritten ------------------------------------------------
+
+def free_path(path, settings: str) -> Path:
+    """Where results of these settings go, a digest of short_hash: to `path`, if nothing is there or the same
+    settings made it, since they make the same; else to path-2, path-3 ... A line says so."""
+    path = Path(path)
+    suffix = "" if path.is_dir() else path.suffix
+    place = path
+    n = 1
+    while is_taken(place) and settings_of(place) != settings:
+        n += 1
+        place = path.with_name(f"{path.name.removesuffix(suffix)}-{n}{suffix}")
+    if place != path:
+        print(f"{path} holds results of other settings and stays; the new ones go to {place}")
+    return place
+
+
+def is_taken(path: Path) -> bool:
+    return any(path.iterdir()) if path.is_dir() else path.exists()
+
+
+def settings_of(path: Path) -> str | None:
+    """The digest in a picture, in a folder of pictures or in a JSON file; None if it has none."""
+    file = min(path.glob("*.png"), default=path) if path.is_dir() else path
+    try:
+        if file.suffix == ".png":
+            with Image.open(file) as picture:
+                return picture.info.get("settings")
+        return json.loads(file.read_text(encoding="utf-8"))["settings"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def short_hash(value) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
+
+
 # ---- data sets: what a base draws, to train its successor on -------------------------------------
 # A folder of pictures as others keep them: metadata.jsonl has a line a picture, {"file_name", "text", ...}.
 # It is written last, so without it a folder is not finished. dataset.json has the settings from the start.
@@ -546,10 +609,6 @@ def write_captions(folder: Path, entries: list[dict]):
     lines = [json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries]
     with atomic(folder / "metadata.jsonl") as tmp:
         tmp.write_text("".join(lines), encoding="utf-8")
-
-
-def short_hash(value) -> str:
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
 # ---- flags that scripts share, and what they mean ------------------------------------------------
@@ -730,6 +789,49 @@ def reject(condition, flag: str, why: str):
         raise ValueError(f"{flag}: {why}")
 
 
+def check_paths(args, *names: str):
+    """ValueError for a flag's path that is given and not there: found before anything is loaded."""
+    for name in names:
+        path = getattr(args, name)
+        reject(path and not Path(path).exists(), f"{flag_of(name)} {path}", "no such file or folder")
+
+
+def check_writable(path, flag="--out"):
+    """ValueError if a file or folder cannot be made at this path."""
+    place = Path(path).absolute()
+    while not place.exists():
+        place = place.parent
+    inside = place != Path(path).absolute()
+    reject(inside and not place.is_dir(), f"{flag} {path}", f"{place} is a file, not a folder")
+    reject(not os.access(place, os.W_OK), f"{flag} {path}", f"{place} cannot be written to")
+
+
+def check_base(base: str | None, run, info: dict):
+    """ValueError if a base is given that is not the one of a run with this info."""
+    own = info["base"]
+    reject(base is not None and Path(base) != Path(own), f"--base {base}",
+           f"{run} was trained from {own}; leave --base out")
+
+
+def check_finite(module: torch.nn.Module, source: str):
+    """ValueError naming the first weight that is NaN or infinite: one spoils every picture."""
+    for name, value in module.state_dict().items():
+        if not value.isfinite().all():
+            raise ValueError(f"{source}: {name} is not finite (NaN or infinity), so nothing can be drawn; "
+                             "take another file, or an earlier state of the run")
+
+
+def check_pictures(images: Tensor, source: str):
+    """ValueError if pictures (B,3,H,W) are not finite."""
+    broken = int((~images.isfinite()).flatten(1).any(dim=1).sum())
+    reject(broken, source, f"{broken} of {len(images)} pictures are not finite (NaN or infinity); try "
+                           "--dtype fp32, and a --cfg-scale and a --shift nearer to the model's own")
+
+
+def flag_of(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
 def parse_size(text: str | None, res: int) -> tuple[int, int]:
     """"1024" or "1216x832", width first as everybody writes it -> (H,W) in pixels."""
     sides = str(text or res).lower().split("x")
@@ -739,23 +841,27 @@ def parse_size(text: str | None, res: int) -> tuple[int, int]:
 
 
 def class_names(cfg, info: dict) -> tuple[str, ...]:
-    """The names of a model's classes: the run's own, the bundled shapes, or numbers."""
+    """The names of a model's classes: the run's own, the bundled shapes, ImageNet's, or numbers."""
     if info.get("classes"):
         return tuple(info["classes"])
-    return SHAPES if cfg.num_classes == len(SHAPES) else tuple(map(str, range(cfg.num_classes)))
+    if cfg.num_classes == len(SHAPES):
+        return SHAPES
+    if cfg.num_classes == 1000:
+        from data import imagenet_names
+        return imagenet_names()
+    return tuple(map(str, range(cfg.num_classes)))
 
 
 def parse_classes(text: list[str] | None, names: tuple[str, ...], count: int) -> Tensor:
     """Class numbers or names -> (B,); None -> the first classes in turn. ValueError lists the valid ones."""
-    if count < 1:
-        raise ValueError(f"--count {count}: at least 1")
     if not text:
         return torch.arange(count) % len(names)
     picked = []
-    for word in text:
+    for word in map(str, text):
         if word not in names and not (word.isdecimal() and int(word) < len(names)):
-            listed = f" or {', '.join(names)}" if len(names) <= 20 else ""
-            raise ValueError(f"--classes {word}: not a class; give 0 .. {len(names) - 1}{listed}")
+            listed = f" or {', '.join(names)}" if len(names) <= 20 else " or a name"
+            raise ValueError(f"--classes {word}: not a class; give 0 .. {len(names) - 1}{listed}"
+                             f"{did_you_mean(word, names)}")
         picked.append(names.index(word) if word in names else int(word))
     count = max(count, len(picked))
     return torch.tensor(picked).repeat(-(-count // len(picked)))[:count]
@@ -767,27 +873,35 @@ def pick_prompts(given: list[str] | None, file: str | None, count: int | None) -
     if not prompts:
         raise ValueError("this model draws prompts: give --prompt TEXT (again for another), or --prompts "
                          "FILE with one on a line")
-    if count is not None and count < 1:
-        raise ValueError(f"--count {count}: at least 1")
     count = max(count or 0, len(prompts))
     return (prompts * -(-count // len(prompts)))[:count]
 
 
 def check_flags(cfg, label: str, cfg_scale: float, flags: dict):
     """ValueError for a flag that this kind of model does not have. flags: their values as given, by name."""
-    def given(name: str) -> bool:
-        return flags[name] not in (None, "")
+    classes = f"{label} draws classes, not prompts: use --classes"
+    foreign = {
+        "prompt": classes,
+        "prompts": classes,
+        "text_tokens": classes,
+        "negative": f"{label} has no negative prompt: it is guided away from no class, by --cfg-scale",
+        "guidance": f"{label} reads no guidance number: it is guided in two passes, by --cfg-scale",
+    }
+    if cfg.text_encoder:
+        foreign = {"classes": f"{label} draws prompts, not classes: use --prompt"}
+        if not getattr(cfg, "guidance_embed", False):
+            foreign["guidance"] = (f"{label} is not a distilled model that reads its guidance as a number: "
+                                   "use --cfg-scale")
+        if cfg_scale == 1:
+            foreign["negative"] = ("a negative prompt acts in classifier-free guidance: give --cfg-scale "
+                                   "above 1")
+    for name, why in foreign.items():
+        reject(flags[name] not in (None, ""), flag_of(name), why)
 
-    if not cfg.text_encoder:
-        why = f"{label} draws classes, not prompts: use --classes"
-        for name in ("prompt", "prompts", "negative", "guidance", "text_tokens"):
-            reject(given(name), f"--{name.replace('_', '-')}", why)
-        return
-    reject(given("classes"), "--classes", f"{label} draws prompts, not classes: use --prompt")
-    reject(given("guidance") and not getattr(cfg, "guidance_embed", False), "--guidance",
-           f"{label} is not a distilled model that reads its guidance as a number: use --cfg-scale")
-    reject(given("negative") and cfg_scale == 1, "--negative",
-           "a negative prompt acts in classifier-free guidance: give --cfg-scale above 1")
+
+def guidance_of(cfg, sampling: Sampling) -> float | None:
+    """The number that a distilled model reads; None for any other model."""
+    return sampling.guidance if getattr(cfg, "guidance_embed", False) else None
 
 
 # ---- the script ----------------------------------------------------------------------------------
@@ -806,6 +920,7 @@ class Request:
     negative: str = ""                  # of a text model
     text_tokens: int | None = None
     dataset: bool = False
+    digest: str = ""                    # of the settings and the weights
 
     def __len__(self) -> int:
         return len(self.titles)
@@ -813,7 +928,7 @@ class Request:
     @property
     def guidance(self) -> float | None:
         """The number that a distilled model reads."""
-        return self.sampling.guidance if getattr(self.cfg, "guidance_embed", False) else None
+        return guidance_of(self.cfg, self.sampling)
 
     def facts(self) -> dict:
         """What stands in every picture."""
@@ -822,6 +937,12 @@ class Request:
         if self.cfg.text_encoder:
             facts |= dict(guidance=self.guidance, text_tokens=self.text_tokens)
         return facts
+
+    def settings(self) -> dict:
+        """What the pictures depend on besides the weights."""
+        return self.facts() | dict(
+            prompts=short_hash(self.titles), count=len(self), seed=self.seed, size=self.size,
+            dtype=str(self.dtype), negative=self.negative)
 
     def file(self, i: int) -> str:
         """The name of picture i; a data set of classes has a folder a class, as data.ImageFolder reads it."""
@@ -833,7 +954,8 @@ class Request:
         title = {"class": self.titles[i]}
         if self.cfg.text_encoder:
             title = {"prompt": self.titles[i], "negative": self.negative}
-        return title | {"seed": str(self.seed + i), "dcgen": self.facts() | {"weights": self.source}}
+        facts = self.facts() | {"weights": self.source}
+        return title | {"seed": str(self.seed + i), "dcgen": facts, "settings": self.digest}
 
     def caption(self, i: int) -> dict:
         """The line of picture i in a data set's metadata.jsonl."""
@@ -903,10 +1025,8 @@ def undrawn(request: Request, out: Path, encoders: Path | None) -> list[Tensor]:
     digests = []
     if encoders:
         digests = [found.digest for found in find_encoders(request.cfg.text_encoder, encoders)]
-    note_settings(out, request.facts() | dict(
-        prompts=short_hash(request.titles), count=len(request), seed=request.seed, size=request.size,
-        batch=request.sampling.batch, dtype=str(request.dtype), negative=request.negative,
-        encoders=short_hash(digests)))
+    note_settings(out, request.settings() | dict(
+        batch=request.sampling.batch, encoders=short_hash(digests)))
     # whole batches, always the same: in another one the last bit of a picture may differ
     return [rows for rows in batches if not all((out / request.file(i)).exists() for i in rows.tolist())]
 
@@ -928,17 +1048,21 @@ def load_models(request: Request, run: Path | None, weights, ae_weights, lora, d
         without = f", without {', '.join(left_out)}, which are bound to another latent" if left_out else ""
         print(f"{lora}: added{without}")
     file = ae_weights or info.get("ae_weights") or (None if run else ae_folder(request.source, weights))
-    return model, load_autoencoder(model.cfg.ae, file, ae_dtype, device)
+    ae = load_autoencoder(model.cfg.ae, file, ae_dtype, device)
+    check_finite(model, request.source)
+    check_finite(ae, model.cfg.ae)
+    return model, ae
 
 
 def write_pictures(pipeline: Pipeline, request: Request, batches: list[Tensor], texts, out: Path, seconds):
     """Draw batches of picture numbers and write each as it comes: 50 000 do not fit in memory. texts: the
     encoded prompts of all pictures. Returns thumbnails of the first 64."""
     small = []
-    for rows in tqdm(batches, desc="drawing", disable=len(batches) == 1, leave=False):
+    for rows in tqdm(batches, desc="drawing", disable=len(batches) == 1 or None, leave=False):
         cond = request.labels[rows] if texts is None else with_guidance(texts[rows], request.guidance)
         seeds = [request.seed + i for i in rows.tolist()]
         images = pipeline(cond, seeds, len(batches) == 1, seconds)
+        check_pictures(images, request.source)
         for i, pixels in zip(rows.tolist(), to_uint8(images)):
             save_png(out / request.file(i), pixels, request.meta(i))
         small += list(thumbnails(images)[: 64 - len(small)].cpu())
@@ -946,70 +1070,93 @@ def write_pictures(pipeline: Pipeline, request: Request, batches: list[Tensor], 
 
 
 def parser() -> Parser:
-    p = Parser(__doc__, "[--base NAME | --ckpt RUN]")
+    p = Parser(__doc__, "[RUN | --base NAME]")
+    p.add_argument("run", nargs="?", metavar="RUN",
+                   help="a run's folder or file (default without --base: the newest in runs/, or base tiny)")
     add_model_args(p, res=str)
     p.set_defaults(base=None)
-    p.add_argument("--ckpt", metavar="RUN",
-                   help="a run's folder or file (default without --base: the newest in runs/, or base tiny)")
-    p.add_argument("--raw", action="store_true", help="the weights as trained, not their moving average")
-    p.add_argument("--ae-weights", metavar="FILE",
-                   help="weight file of the run's deep autoencoder (default: shipped, or in the hub's cache)")
-    p.add_argument("--text-encoders", metavar="DIR",
-                   help="pipeline folder with the text encoders (default: --weights, or the hub's cache)")
-    p.add_argument("--lora", metavar="PATH",
-                   help="a LoRA of diffusers or PEFT to add, a file or a folder with its embedder and head")
-    # what to draw
-    p.add_argument("--classes", nargs="+", help="class numbers or names (default: all in turn)")
-    p.add_argument("--prompt", action="append", metavar="TEXT", help="what to draw; again for another")
-    p.add_argument("--prompts", metavar="FILE", help="prompts, one a line, # for comments")
-    p.add_argument("--negative", default="", metavar="TEXT",
-                   help="what to keep away from, by --cfg-scale (default: the empty prompt)")
-    p.add_argument("--count", type=int, help="pictures (default 8, or one a prompt)")
-    p.add_argument("--text-tokens", type=int, help="prompt tokens kept (default: the model's; FLUX 512)")
-    # how to draw it
-    p.add_argument("--num-steps", type=int, help="ODE or chain steps (default: the authors'; DiT 25)")
-    p.add_argument("--cfg-scale", type=float,
-                   help="classifier-free guidance in two passes; 1 = off (default: DiT 3, FLUX 1, SANA 4.5)")
-    p.add_argument("--guidance", type=float,
-                   help="the number that a distilled FLUX reads, in one pass (default 3.5, flux-krea 4.5)")
-    p.add_argument("--sampler", choices=(*SOLVERS, "ddim", "ddpm"),
-                   help="default: euler; dpm for SANA; ddpm for DiT as published")
-    p.add_argument("--shift", help="resolution shift of the time grid: a number, 1 = off, or "
-                                   f"{' or '.join(SHIFTS)} (default: the one trained with)")
-    p.add_argument("--batch", type=int, help="pictures at a time (default 64, with prompts 1)")
-    p.add_argument("--offload", action="store_true", help="have model and autoencoder on the device in turn")
-    p.add_argument("--fast", action="store_true", default=None,
-                   help="compile, and capture steps (default: on a GPU, if it pays for that minute)")
-    p.add_argument("--eager", dest="fast", action="store_false", help="do not compile")
-    # what comes of it
-    p.add_argument("--dry-run", action="store_true", help="print memory and arithmetic, and stop")
-    p.add_argument("--export", metavar="DIR",
-                   help="write model and autoencoder as a diffusers folder, LoRA merged, and stop")
-    p.add_argument("--dataset", action="store_true",
-                   help="draw a training set with captions into --out; run again to go on with it")
-    p.add_argument("--out", help="folder of the pictures (default: samples/ in the run, or runs/samples-*)")
+    files = p.add_argument_group("more of the model")
+    files.add_argument("--raw", action="store_true", help="the weights as trained, not their moving average")
+    files.add_argument("--ae-weights", metavar="FILE",
+                       help="weight file of the run's deep autoencoder (default: shipped, or in the hub's "
+                            "cache)")
+    files.add_argument("--text-encoders", metavar="DIR",
+                       help="pipeline folder with the text encoders (default: --weights, or the hub's cache)")
+    files.add_argument("--lora", metavar="PATH",
+                       help="a LoRA of diffusers or PEFT to add, a file or a folder with its embedder and "
+                            "head")
+
+    what = p.add_argument_group("what to draw")
+    what.add_argument("--classes", nargs="+", metavar="CLASS",
+                      help="class numbers or names (default: all in turn)")
+    what.add_argument("--prompt", action="append", metavar="TEXT", help="what to draw; again for another")
+    what.add_argument("--prompts", metavar="FILE", help="prompts, one a line, # for comments")
+    what.add_argument("--negative", default="", metavar="TEXT",
+                      help="what to keep away from, by --cfg-scale (default: the empty prompt)")
+    what.add_argument("--count", type=at_least(int, 1), metavar="N",
+                      help="pictures (default 8, or one a prompt)")
+    what.add_argument("--text-tokens", type=at_least(int, 1), metavar="N",
+                      help="prompt tokens kept (default: the model's; FLUX 512)")
+
+    how = p.add_argument_group("how to draw it")
+    how.add_argument("--num-steps", type=within(int, 1, 10_000), metavar="N",
+                     help="ODE or chain steps (default: the authors'; DiT 25)")
+    how.add_argument("--cfg-scale", type=at_least(float, 0), metavar="S",
+                     help="classifier-free guidance in two passes; 1 = off (default: DiT 3, FLUX 1, SANA "
+                          "4.5)")
+    how.add_argument("--guidance", type=at_least(float, 0), metavar="S",
+                     help="the number that a distilled FLUX reads, in one pass (default 3.5, flux-krea 4.5)")
+    how.add_argument("--sampler", choices=(*SOLVERS, "ddim", "ddpm"),
+                     help="default: euler; dpm for SANA; ddpm for DiT as published")
+    how.add_argument("--shift", help="resolution shift of the time grid: a number, 1 = off, or "
+                                     f"{' or '.join(SHIFTS)} (default: the one trained with)")
+    how.add_argument("--batch", type=at_least(int, 1), metavar="N",
+                     help="pictures at a time (default 64, with prompts 1)")
+    how.add_argument("--offload", action="store_true",
+                     help="have model and autoencoder on the device in turn")
+    how.add_argument("--fast", action="store_true", default=None,
+                     help="compile, and capture steps (default: on a GPU, if it pays for that minute)")
+    how.add_argument("--eager", dest="fast", action="store_false", help="do not compile")
+
+    result = p.add_argument_group("what comes of it")
+    result.add_argument("--dry-run", action="store_true", help="print memory and arithmetic, and stop")
+    result.add_argument("--export", metavar="DIR",
+                        help="write model and autoencoder as a diffusers folder, LoRA merged, and stop")
+    result.add_argument("--dataset", action="store_true",
+                        help="draw a training set with captions into --out; run again to go on with it")
+    result.add_argument("--out", metavar="DIR",
+                        help="folder of the pictures (default: samples/ in the run, or runs/samples-*; if it "
+                             "has pictures of other settings, the next free name)")
     return p
+
+
+def pick_model(run: str | None, base: str | None, ema: bool) -> tuple[Path | None, object, dict]:
+    """The file of a run, by default of the newest, and its configuration and info; None and those of a base,
+    if there is no run or a base is given."""
+    reject(run in BASES, f"RUN {run}", f"a preset is named by --base {run}")
+    chosen = run or (None if base else newest_run())
+    if chosen is None:
+        return None, *read_base_config(base or "tiny")
+    file = run_file(chosen, ema)
+    cfg, info = read_run_config(file)
+    check_base(base, chosen, info)
+    return file, cfg, info
 
 
 def main(argv=None):
     args = parser().parse_args(argv)
-    if args.ckpt and args.base:
-        raise ValueError("--base and --ckpt each name a model; give one of them")
     reject(args.dataset and not args.out, "--dataset", "name its folder with --out DIR")
-    device = device_here(args.device)
-    # a run, or else a base
-    ckpt = args.ckpt or (None if args.base else newest_run())
-    base = args.base or "tiny"
-    run = run_file(ckpt, not args.raw) if ckpt else None
-    cfg, info = read_run_config(run) if run else read_base_config(base)
-
     # whatever is wrong with the flags is found before any weights are read
-    label = str(ckpt or base)
+    device = device_here(args.device)
+    check_paths(args, "weights", "base_ae_weights", "ae_weights", "text_encoders", "lora")
+    run, cfg, info = pick_model(args.run, args.base, not args.raw)
+    base = args.base or "tiny"
+    label = str(args.run or run or base)
     sampling = choose_sampling(
         cfg, num_steps=args.num_steps, cfg_scale=args.cfg_scale, guidance=args.guidance, sampler=args.sampler,
         shift=args.shift, batch=args.batch)
     size = parse_size(args.res, cfg.res)
-    resolve_shift(sampling.shift, cfg.in_channels, *latent_size(cfg, ae_config(cfg.ae), size), cfg.patch_size)
+    make_clock(cfg, sampling, (cfg.in_channels, *latent_size(cfg, ae_config(cfg.ae), size)))
     check_flags(cfg, label, sampling.cfg_scale, vars(args))
     labels = None
     # prompts or classes; nothing is drawn without a prompt, but cost and export need none
@@ -1019,7 +1166,7 @@ def main(argv=None):
         titles = pick_prompts(prompts, args.prompts, args.count)
     else:
         names = class_names(cfg, info)
-        labels = parse_classes(args.classes, names, 8 if args.count is None else args.count)
+        labels = parse_classes(args.classes, names, args.count or 8)
         titles = [names[k] for k in labels]
     text_tokens = args.text_tokens or getattr(cfg, "text_tokens", None)
     request = Request(cfg, sampling, size, dtype_of(args), str(run or base), titles, args.seed, labels,
@@ -1034,6 +1181,7 @@ def main(argv=None):
 
     # text before the model: 10 GB of encoders are freed when it is loaded
     out = Path(args.out or (run.parent / "samples" if run else f"runs/samples-{Path(base).name}"))
+    check_writable(out)
     folder = text_folder(label, cfg, args.text_encoders, args.weights)
     batches = undrawn(request, out, folder)
     seconds = {}
@@ -1045,8 +1193,12 @@ def main(argv=None):
     # with --offload the Pipeline fetches each network for its part
     home = "cpu" if args.offload else device
     model, ae = load_models(request, run, args.weights, ae_weights, args.lora, home)
+    weights = dict(weights=fingerprint(model), autoencoder=fingerprint(ae))
+    request = replace(request, digest=short_hash(request.settings() | weights))
     if args.dataset:
-        note_settings(out, dict(weights=fingerprint(model), autoencoder=fingerprint(ae)))
+        note_settings(out, weights)
+    else:
+        out = free_path(out, request.digest)
     if texts is not None:
         model.null = texts.null
 

@@ -344,7 +344,6 @@ def no_weights(tmp_path, monkeypatch):
     ("tiny --res 8x8x8", "--res 8x8x8: give pixels a side, or WIDTHxHEIGHT"),
     ("tiny --classes 8", "--classes 8: not a class; give 0 .. 7 or circle, square"),
     ("tiny --classes ²", "--classes ²: not a class"),
-    ("tiny --count 0", "--count 0: at least 1"),
     ("tiny --shift mue", "--shift mue: give a positive number, or one of mu, flux2"),
     ("tiny --shift nan", "--shift nan: give a positive number"),
     ("flux-kera --prompt x", "--base flux-kera: not a preset .*flux-krea.*sana-4.8b"),
@@ -353,10 +352,18 @@ def no_weights(tmp_path, monkeypatch):
     ("dit-xl --prompt x", "--prompt: dit-xl draws classes"),
     ("sana-1.6b --prompt x --guidance 3", "--guidance: sana-1.6b is not a distilled"),
     ("flux-krea --prompt x --negative y", "--negative: .*--cfg-scale above 1"),
-    ("flux-krea --prompt x --count 0", "--count 0: at least 1"),
     ("flux-krea --prompts gone.txt", "--prompts gone.txt: not a readable text file"),
     ("tiny --dataset", "--dataset: name its folder"),
-    ("tiny --ckpt runs/a", "--base and --ckpt each name a model; give one of them"),
+    ("tiny --dataset --out x --weights gone", "--weights gone: no such file or folder"),
+    ("tiny --lora gone", "--lora gone: no such file or folder"),
+    ("tiny --guidance 5", "--guidance: tiny reads no guidance number: it is guided in two"),
+    ("tiny tiny", "RUN tiny: a preset is named by --base tiny"),
+    ("tiny --classes cirle", "did you mean circle.$"),
+    ("tiny --shift inf", "--shift inf: give a positive number"),
+    ("tiny --sampler ddim", "--sampler ddim is for a model that predicts epsilon"),
+    ("dit-xl --sampler ddim --num-steps 300", "--num-steps 300.*nearest is 250"),
+    ("tiny --out /dev/null/x", "--out /dev/null/x: /dev/null is a file, not a folder"),
+    ("tiny --device cuda:99", "--device cuda:99: this "),
 ])
 def test_a_wrong_flag_is_found_before_anything_is_loaded(flags, message, no_weights):
     with pytest.raises(ValueError, match=message):
@@ -428,6 +435,77 @@ def test_a_run_is_drawn_with_its_own_shift_and_classes_which_lead_no_file_name_a
     run("--count 1 --num-steps 1")
     info = facts_of(f"{folder}/samples/00000_seed0.png")
     assert (info["class"], info["dcgen"]["shift"]) == ("../../x", 2.0)
+
+
+def test_a_run_is_drawn_by_its_name_and_has_a_base_of_its_own(tiny_base, capsys):
+    folder = write_run("align-test-1", deep_model(tiny_base))
+    for name in (folder, f"{folder}/model.safetensors"):
+        run(f"{name} --base test --count 1 --num-steps 1 --out {folder}/x")
+    assert f"{folder}/model.safetensors: weights as trained, base test" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=f"--base tiny: {folder} was trained from test; leave --base out"):
+        run(f"{folder} --base tiny")
+
+
+def test_pictures_of_other_settings_are_not_written_over(tiny_base, capsys):
+    flags = "--base test --count 2 --num-steps 1"
+    first = draw("x", flags)
+    # the same settings make the same pictures, in the same place
+    assert_same(first, draw("x", flags))
+    assert "other settings" not in capsys.readouterr().out
+    run(f"{flags} --cfg-scale 2 --out x")
+    run(f"{flags} --classes star --out x")
+    run(f"{flags} --classes star --out x")
+    write_tensors(BASES["test"].weights, scramble(DiT(BASES["test"]), seed=9).state_dict())
+    run(f"{flags} --out x")
+    lines = [line for line in capsys.readouterr().out.splitlines() if "other settings" in line]
+    said = "x holds results of other settings and stays; the new ones go to x-"
+    assert lines == [f"{said}{n}" for n in (2, 3, 3, 4)]
+    assert sorted(path.name for path in Path().glob("x*")) == sorted(
+        name for folder in ("x", "x-2", "x-3", "x-4") for name in (folder, f"{folder}-grid.png"))
+    assert_same(first, np.stack([np.array(Image.open(file)) for file in sorted(Path("x").iterdir())]))
+
+
+@pytest.mark.parametrize("there, name", [
+    (None, "a.json"),
+    ({"settings": "this"}, "a.json"),
+    ({"settings": "that"}, "a-2.json"),
+    ({}, "a-2.json"),
+    ([], "a-2.json"),
+])
+def test_a_file_of_unknown_settings_counts_as_another_one(there, name, tmp_path):
+    file = tmp_path / "a.json"
+    if there is not None:
+        file.write_text(json.dumps(there))
+    assert sample.free_path(file, "this") == tmp_path / name
+
+
+@pytest.mark.parametrize("key", [
+    "x_embedder.proj.weight", "blocks.0.attn.qkv.bias", "final_layer.linear.weight"])
+def test_weights_that_are_not_finite_are_named_before_drawing(key, tiny_base):
+    state = tiny_base.state_dict()
+    state[key].view(-1)[-1] = math.nan
+    write_tensors(BASES["test"].weights, state)
+    with pytest.raises(ValueError, match=f"^test: {key} is not finite"):
+        run("--base test")
+    assert not Path("runs").exists()
+
+
+def test_pictures_that_are_not_finite_are_not_written(tiny_base, monkeypatch):
+    monkeypatch.setattr(Pipeline, "decode", lambda self, z: torch.full((len(z), 3, 64, 64), math.nan))
+    with pytest.raises(ValueError, match="^test: 2 of 2 pictures are not finite"):
+        run("--base test --count 2 --num-steps 1")
+    assert not list(Path().rglob("*.png"))
+
+
+def test_six_lines_of_python_draw_what_the_script_draws(tiny_base):
+    write_run("align-test-1", deep_model(tiny_base), classes=["a", "b", *SHAPES[2:]])
+    drawn = draw("x", "--base runs/align-test-1 --classes b star --seed 3 --num-steps 25")
+    model, info = load_base("runs/align-test-1")
+    ae = checkpoints.load_autoencoder(model.cfg.ae)
+    images = generate(model, ae, sample.conditions(model, ["b", 5] * 4, info), seeds=range(3, 11))
+    assert_same(drawn, to_uint8(images).astype(int))
+    with pytest.raises(ValueError, match="8 conditions and 2 seeds"):
+        generate(model, ae, torch.arange(8), seeds=range(2))
 
 
 def test_fast_draws_the_same_pictures_on_a_cpu(tiny_base, capsys, fresh_compiler, monkeypatch):
@@ -568,6 +646,15 @@ def test_prompts_become_pictures_with_facts_whatever_the_batch(
     assert info["dcgen"].items() >= facts.items()
 
 
+@pytest.mark.parametrize("name", ["flux", "sana"])
+def test_prompts_in_python_draw_what_the_script_draws(name, text_bases, encoders):
+    drawn = draw("x", text_bases(name))
+    model, info = load_base(f"test-{name}")
+    ae = checkpoints.load_autoencoder(model.cfg.ae)
+    texts = sample.conditions(model, ["cat"], info, encoders / name)
+    assert_same(drawn, to_uint8(generate(model, ae, texts, [0])).astype(int))
+
+
 @pytest.mark.parametrize("name, a, b", [
     ("flux", "", "--guidance 1"),
     ("flux", "--cfg-scale 3", "--cfg-scale 3 --negative dog"),
@@ -612,13 +699,13 @@ def test_a_run_of_a_text_model_draws_exports_and_takes_a_lora(text_bases, encode
     tuned = write_run("finetune-test-1", model, **info, kind="finetune", lora=dict(rank=2, alpha=2))
     aligned = write_run("align-test-1", model, ends=(), **info)
     flags = f"--prompt cat --text-encoders {encoders}/flux"
-    one = draw("one", f"--ckpt {tuned} {flags}")
+    one = draw("one", f"{tuned} {flags}")
     # the base is recognised by its file's own numbers
-    draw("half", f"--ckpt {tuned} {flags} --dtype bf16")
-    run(f"--ckpt {tuned} --export pipe")
+    draw("half", f"{tuned} {flags} --dtype bf16")
+    run(f"{tuned} --export pipe")
     assert_same(one, draw("base", f"--base {tuned} {flags}"))
-    assert_same(one, draw("lora", f"--ckpt {aligned} --lora pipe/lora {flags}"))
-    assert np.abs(one - draw("plain", f"--ckpt {aligned} {flags}")).mean() > 0.05
+    assert_same(one, draw("lora", f"{aligned} --lora pipe/lora {flags}"))
+    assert np.abs(one - draw("plain", f"{aligned} {flags}")).mean() > 0.05
 
 
 # ---- the script: data sets -----------------------------------------------------------------------
