@@ -18,16 +18,20 @@ Reading order: files, tables, strict loading, the hub, models, runs, export to d
 diffusers and PEFT.
 """
 
+import errno
 import hashlib
 import json
+import math
 import os
 import re
+import shutil
 import subprocess
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import get_origin
 
 import torch
 import torch.nn as nn
@@ -45,24 +49,56 @@ HERE = Path(__file__).resolve().parent
 
 # ---- writing files: atomic ------------------------------------------------------------------------
 
+# What a user can mend: the disk is full or broken, the place is not his, something else lies there. Any other
+# error of a file is a mistake of this code.
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM,
+               errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG}
+
+
+@contextmanager
+def disk_errors(path):
+    """Turn the disk's refusal of what is written inside into a ValueError that names `path`."""
+    try:
+        yield
+    except (OSError, SafetensorError) as e:
+        # safetensors tells the number in its text only
+        stated = re.search(r"os error (\d+)", str(e))
+        number = int(stated[1]) if stated else getattr(e, "errno", None)
+        if number not in DISK_ERRORS:
+            raise
+        raise ValueError(f"{path} could not be written ({os.strerror(number)}); mend that, or name another "
+                         "folder") from None
+
+
 @contextmanager
 def atomic(path):
     """Yield the path of a temporary neighbour; afterwards flush it to the disk and rename it to `path`.
-    A kill or a full disk leaves the old file whole."""
+    A kill or a full disk leaves the old file whole. ValueError if the disk refuses."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield tmp
-        with open(tmp, "rb+") as f:
-            os.fsync(f.fileno())
-        # some writers make private files: give it the permissions of a new file
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(tmp, 0o666 & ~umask)
-        os.replace(tmp, path)
-    finally:
-        tmp.unlink(missing_ok=True)
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield tmp
+            with open(tmp, "rb+") as f:
+                os.fsync(f.fileno())
+            # some writers make private files: give it the permissions of a new file
+            umask = os.umask(0)
+            os.umask(umask)
+            os.chmod(tmp, 0o666 & ~umask)
+            os.replace(tmp, path)
+        finally:
+            tmp.unlink(missing_ok=True)
+
+
+def check_writable(path, flag="--out"):
+    """ValueError if a file or a folder cannot be made at this path."""
+    path = Path(path).absolute()
+    place = next(folder for folder in (path, *path.parents) if folder.exists())
+    if place != path and not place.is_dir():
+        raise ValueError(f"{flag} {path}: {place} is a file, not a folder")
+    if not os.access(place, os.W_OK):
+        raise ValueError(f"{flag} {path}: {place} cannot be written to")
 
 
 def write_json(path, value):
@@ -202,18 +238,14 @@ def read_tensors(path, part: str = "transformer") -> dict[str, Tensor]:
     files = weight_files(path, part)
     tensors = {}
     for file in files:
-        size = f"{file} ({file.stat().st_size} bytes)"
         with open(file, "rb") as f:
             if f.read(64).startswith(b"version https://git-lfs"):
-                raise ValueError(f"{size} is a git-lfs pointer, not the weights; "
+                raise ValueError(f"{file} is a git-lfs pointer, not the weights; "
                                  "run `git lfs pull` where it came from")
         if file.suffix != ".safetensors":
             return unwrap(torch_load(file), file)
-        try:
-            with safe_open(file, "pt") as f:
-                tensors |= {key: aligned(f.get_tensor(key)) for key in f.keys()}
-        except (SafetensorError, OSError) as e:
-            raise ValueError(f"{size} is not a whole safetensors file ({e}); download it again") from None
+        with opened(file) as f:
+            tensors |= {key: aligned(f.get_tensor(key)) for key in f.keys()}
     return unwrap(tensors, path)
 
 
@@ -221,12 +253,30 @@ def read_config(path) -> dict:
     """The configuration that write_tensors put beside the tensors; {} for a file of anybody else."""
     if Path(path).suffix != ".safetensors":
         return {}
-    return json.loads(read_metadata(path).get("config", "{}"))
+    try:
+        config = json.loads(read_metadata(path).get("config", "{}"))
+    except json.JSONDecodeError:
+        config = None
+    if not isinstance(config, dict):
+        raise ValueError(f"{path}: the configuration in it is damaged; get or write the file again")
+    return config
 
 
 def read_metadata(file) -> dict[str, str]:
-    with safe_open(file, "pt") as f:
+    with opened(file) as f:
         return f.metadata() or {}
+
+
+@contextmanager
+def opened(file):
+    """A safetensors file, opened. ValueError if it is not a whole one."""
+    try:
+        with safe_open(file, "pt") as f:
+            yield f
+    except (SafetensorError, OSError) as e:
+        size = Path(file).stat().st_size if Path(file).is_file() else 0
+        raise ValueError(f"{file} ({size} bytes) is not a whole safetensors file ({e}); get or write it "
+                         "again") from None
 
 
 def folder_config(path, part: str = "transformer") -> dict:
@@ -765,7 +815,9 @@ def match_config(cfg, family: type, found: dict):
         return
     described = []
     for key, value in wrong.items():
-        described.append(f"{key} {value}" + (f" (not {getattr(cfg, key)})" if hasattr(cfg, key) else ""))
+        # of another family everything is told, also what is the same by chance
+        asked = getattr(cfg, key, value)
+        described.append(f"{key} {value}" + (f" (not {asked})" if asked != value else ""))
     fitting = [name for name, preset in BASES.items() if not differences(preset)]
     remedy = f"the preset that fits them is {' or '.join(fitting)}" if fitting else "no preset fits them"
     raise ValueError(f"the weights of a {family.__name__} with {', '.join(described)}, where a "
@@ -778,24 +830,61 @@ def config_dict(cfg) -> dict:
 
 
 def config_from_dict(plain: dict):
-    """config_dict's inverse, also after JSON has made lists of tuples. ValueError if it is too old."""
+    """config_dict's inverse, also after JSON has made lists of tuples. ValueError if it is too old, or no
+    model can be like that: sizes are checked before anything is made of them."""
     if "sampling" not in plain:
         raise ValueError('its configuration has no "sampling", so it was written by an earlier version of '
                          "this code; train it again")
-    family = next(kind for kind in FAMILIES if kind.__name__ == plain["family"])
+    families = {kind.__name__: kind for kind in FAMILIES}
+    if plain.get("family") not in families:
+        raise ValueError(f"its model is of an unknown family, {plain.get('family')!r}")
     values = {key: as_tuple(value) for key, value in plain.items() if key != "family"}
-    return family(**values | {"sampling": Sampling(**plain["sampling"])})
+    values["sampling"] = checked_config(Sampling, values["sampling"])
+    return checked_config(families[plain["family"]], values)
+
+
+# far above every model that there is
+LARGEST = {"depth": 1000, "depth_single": 1000, "in_channels": 2**14}
+LARGEST_OTHER = 2**20
+
+
+def checked_config(cls: type, values: dict):
+    """cls(**values). ValueError for a name that it does not have, and for a value of another type or size."""
+    try:
+        config = cls(**values)
+    except TypeError as e:
+        raise ValueError(f"its configuration is of another version of this code ({e})") from None
+    for field in fields(cls):
+        value = getattr(config, field.name)
+        if not is_sane(value, field.type, LARGEST.get(field.name, LARGEST_OTHER)):
+            raise ValueError(f"its configuration says {field.name} = {value!r:.40}, which no model can have")
+    return config
+
+
+def is_sane(value, kind, largest: int) -> bool:
+    """Whether a value is of the annotated kind; whole numbers lie in 1 .. largest, others are finite."""
+    if get_origin(kind) is tuple:
+        return isinstance(value, tuple) and all(is_sane(part, int, largest) for part in value)
+    # a whole number may stand for a fraction
+    if isinstance(value, int) and isinstance(0.5, kind):
+        return abs(value) < 2**53
+    if not isinstance(value, kind):
+        return False
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return not isinstance(value, int) or isinstance(value, bool) or 1 <= value <= largest
 
 
 def load_autoencoder(
-    name: str, weights: str | None = None, dtype: torch.dtype | None = torch.float32, device="cpu"
+    name: str, weights: str | None = None, dtype: torch.dtype | None = torch.float32, device="cpu",
+    flag: str = "--ae-weights",
 ) -> Autoencoder:
     """An autoencoder by preset name, from its shipped file, a local file or folder in any published layout
     (a diffusers pipeline's too), or the model hub. Frozen, in eval mode; dtype None keeps the file's. A
-    file of ours or a config.json of diffusers brings the configuration, the scale included. ValueError if
-    it is missing, damaged or of another architecture."""
+    file of ours or a config.json of diffusers brings the configuration, the scale included. flag: the one
+    that names the file, in messages. ValueError if it is missing, damaged or of another architecture."""
     cfg = ae_config(name)
-    path = find_weights(name, cfg.weights, weights)
+    path = find_weights(name, cfg.weights, weights, flag=flag)
     tensors = read_tensors(path, "vae")
     # a file of ours brings its configuration, the scale included, in its metadata
     own = read_config(path)
@@ -926,19 +1015,40 @@ def load_run(
     if trained_all:
         model = build(cfg, file)
     else:
-        # in the file's own numbers, of which base_print is
-        base, base_info = load_base(info["base"], base_weights or info["base_weights"], dtype=None)
-        if info.get("base_print", base_info["base_print"]) != base_info["base_print"]:
-            raise ValueError(f"{file} was trained from another {info['base']} than the one found now; give "
-                             "that one's file with --weights")
-        model = to_deep_model(base, cfg)
-        if info.get("lora"):
-            add_lora(model, **info["lora"])
-        load_part(model, tensors, file)
+        base = load_base_of_run(file, info, base_weights)
+        try:
+            model = to_deep_model(base, cfg)
+            if info.get("lora"):
+                add_lora(model, **checked_lora(info["lora"], tensors))
+            load_part(model, tensors)
+        except ValueError as e:
+            raise ValueError(f"{file}: {e}") from None
     return model.requires_grad_(False).to(device, dtype).eval(), info | {"file": str(file)}
 
 
-def load_part(model: nn.Module, tensors: dict[str, Tensor], source="the file"):
+def load_base_of_run(file: Path, info: dict, weights: str | None) -> Backbone:
+    """The base that a run was trained from. ValueError if it is not here, or another one now."""
+    name = str(info.get("base"))
+    if name not in BASES and not Path(name).exists():
+        raise ValueError(f"{file} was trained from {name!r}, which is neither a preset ({', '.join(BASES)}) "
+                         "nor the folder of a run seen from here")
+    # in the file's own numbers, of which base_print is
+    base, now = load_base(name, weights or info.get("base_weights"), dtype=None)
+    if info.get("base_print", now["base_print"]) != now["base_print"]:
+        raise ValueError(f"{file} was trained from another {name} than the one found now; give that one's "
+                         "file with --weights")
+    return base
+
+
+def checked_lora(settings: dict, tensors: dict[str, Tensor]) -> dict:
+    """The settings of a LoRA. ValueError if they are not those of the tensors in the file."""
+    ranks = {len(value) for key, value in tensors.items() if key.endswith(".A")}
+    if not isinstance(settings, dict) or ranks != {settings.get("rank")}:
+        raise ValueError(f"its LoRA's tensors are of rank {sorted(ranks)}, its settings are {settings}")
+    return {key: settings[key] for key in ("rank", "alpha", "targets") if key in settings}
+
+
+def load_part(model: nn.Module, tensors: dict[str, Tensor]):
     """Put tensors in the place of a model's own of the same names, in the file's precision: a base in bf16
     must not round what was trained in float32. What the file leaves out stays, as its base has it.
     ValueError for a name or a shape that the model does not have, and for a missing embedder, head or LoRA:
@@ -946,34 +1056,46 @@ def load_part(model: nn.Module, tensors: dict[str, Tensor], source="the file"):
     own = model.state_dict()
     wrong = [key for key, value in tensors.items() if key not in own or own[key].shape != value.shape]
     if wrong:
-        raise ValueError(f"{source}: {len(wrong)} tensors that this model does not have in that shape: "
+        raise ValueError(f"{len(wrong)} tensors that this model does not have in that shape: "
                          f"{first_of(wrong, 3)}")
     new = [key for key in own if key.startswith((model.EMBEDDER, model.HEAD))]
     missing = [key for key in [*new, *lora_state(model)] if key not in tensors]
     if missing:
-        raise ValueError(f"{source}: {len(missing)} tensors missing that no base has: {first_of(missing, 3)}")
+        raise ValueError(f"{len(missing)} tensors missing that no base has: {first_of(missing, 3)}")
     model.load_state_dict(own | tensors, assign=True)
 
 
 def run_file(path, ema: bool = True) -> Path:
-    """The weight file of a run: a file as given; in a folder the moving average if there is one and `ema`."""
+    """The weight file of a run that is named by its folder or by a file in it: weights as given, otherwise
+    the moving average if there is one and `ema`. ValueError if there are none."""
     path = Path(path)
+    # its settings, its log and its states name a run too
+    if path.name in ("config.json", "metrics.jsonl") or path.name.endswith(".state.safetensors"):
+        path = path.parent
     if not path.is_dir():
         return path
-    if not (path / "model.safetensors").exists():
-        raise ValueError(f"{path} holds no finished run (no model.safetensors); an unfinished one goes on "
-                         "with --resume")
-    if ema and (path / "ema.safetensors").exists():
-        return path / "ema.safetensors"
-    return path / "model.safetensors"
+    average = path / "ema.safetensors"
+    raw = path / "model.safetensors"
+    if not raw.is_file():
+        raise ValueError(f"{path} holds no finished run (no {raw.name}){unfinished_hint(path)}")
+    return average if ema and average.is_file() else raw
+
+
+def unfinished_hint(folder: Path) -> str:
+    """How an unfinished run goes on; empty if this is none."""
+    try:
+        script = json.loads((folder / "config.json").read_text())["script"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+    return f"; an unfinished one goes on with: python {script}.py --resume --out {folder}"
 
 
 def read_run_config(file: Path) -> tuple:
     """Configuration and info in the file of a run. ValueError if it is not a run's, or too old."""
     if not file.is_file():
-        raise ValueError(f"{file}: no such weight file")
+        raise ValueError(f"{file}: no such run or weight file")
     info = read_config(file)
-    if "model" not in info:
+    if not isinstance(info.get("model"), dict):
         raise ValueError(f"{file} is not a run's file; an official weight file goes to --weights, with "
                          "--base naming its model")
     try:

@@ -631,6 +631,9 @@ class DiT(Backbone):
 
     def __init__(self, cfg: DiTConfig):
         super().__init__()
+        if cfg.hidden_size % cfg.num_heads or cfg.hidden_size % 4:
+            raise ValueError(f"a width of {cfg.hidden_size} does not divide into {cfg.num_heads} heads and "
+                             "the 4 parts of the position table")
         self.cfg = cfg
         D = cfg.hidden_size
         self.x_embedder = PatchEmbed(cfg.patch_size, cfg.in_channels, D)
@@ -732,12 +735,21 @@ def to_deep_model(base: Backbone, cfg) -> Backbone:
     The trunk's tensors are the base's own; what else learns with the head is a copy. Everything is frozen."""
     # names and shapes only: no memory is spent on a second trunk
     with torch.device("meta"):
-        model = type(base)(cfg)
+        model = FAMILIES[type(cfg)](cfg)
     of_base = base.state_dict()
+    bound = (base.EMBEDDER, base.HEAD)
+
+    def trunk_shapes(state):
+        return {(name, tuple(value.shape)) for name, value in state.items() if not name.startswith(bound)}
+
+    differing = sorted(trunk_shapes(model.state_dict()) ^ trunk_shapes(of_base))
+    if differing:
+        name, shape = differing[0]
+        raise ValueError(f"its trunk is not that of its base: only one of them has {name} of shape {shape}")
     device = next(base.parameters()).device
     state = {}
     for name, value in model.state_dict().items():
-        if name.startswith((base.EMBEDDER, base.HEAD)):
+        if name.startswith(bound):
             state[name] = torch.empty(value.shape, dtype=torch.float32, device=device)
         elif name.startswith(base.HEAD_TRAINED):
             state[name] = of_base[name].clone()

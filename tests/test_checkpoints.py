@@ -587,7 +587,7 @@ def test_a_run_finds_its_base_and_refuses_another(tiny_base):
 @pytest.mark.parametrize("load, path, error", [
     (load_base, "dit-xll", "--base dit-xll: not a preset .tiny, dit-xl, .*not the folder of a run"),
     (load_run, "unfinished", "unfinished holds no finished run"),
-    (load_run, "gone", "gone: no such weight file"),
+    (load_run, "gone", "gone: no such run or weight file"),
     (load_run, "base.safetensors", "is not a run's file; an official weight file goes to --weights"),
     (load_run, "runs/old", "model.safetensors: .*earlier version of this code; train it again"),
 ])
