@@ -272,9 +272,9 @@ class LatentCache:
             row = sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in shapes.values())
             needed = self.length * row / 1e6
             free = shutil.disk_usage(self.dir.parent).free / 1e6
-            raise ValueError(f"--cache {self.dir.parent}: latents of {self.length} pictures need {needed:,.1f}"
-                             f" MB, and {free:,.1f} MB are free ({e.strerror}); make room, give another "
-                             "folder, or fewer --pictures") from None
+            raise ValueError(f"--cache {self.dir.parent}: latents of {self.length} pictures need "
+                             f"{needed:,.1f} MB, and {free:,.1f} MB are free ({e.strerror}); make room, give "
+                             "another folder, or fewer --pictures") from None
         return arrays
 
     @torch.no_grad()
@@ -425,46 +425,38 @@ def model_classes(names, num_classes: int) -> tuple[tuple[str, ...], dict[str, i
 
 def number_classes(folders: list[str], names=None, num_classes: int | None = None,
                    any_classes: bool = False) -> tuple[dict[str, int], tuple[str, ...]]:
-    """The class numbers of folders, and the names of all classes in order. The first rule that covers every
-    folder holds:
+    """The class numbers of folders, and the names of all classes in order.
 
-    numbers   "0207" is class 207 (six digits and more are a date)
-    names     "golden_retriever" is the model's class of this name; for ImageNet, "n02099601" too
-    order     alphabetical: new classes, if any_classes says so or there is no model
+    by number   "0207" is class 207 (six digits and more are a date)
+    by name     "golden_retriever" is the model's class of this name; ImageNet's, "n02099601" too
+    in order    alphabetical, if not every folder has a number so: for new classes, which any_classes says
+                that these are, and without a model
 
-    names, num_classes: of the model, if there is one. ValueError if these are not its classes."""
-    if num_classes is None and not folders:
-        return {}, ()
-    if not folders:
+    names, num_classes: the model's, None = there is none. ValueError if these are not its classes."""
+    if not folders and num_classes is not None:
         raise ValueError(f"no class folders, and the model has {num_classes} classes; sort the pictures into "
                          "a folder a class")
     known = {}
     if num_classes is not None and not any_classes:
         names, known = model_classes(names, num_classes)
-    by_number = {folder: int(folder) for folder in folders if folder.isdecimal() and len(folder) <= 5}
-    by_name = {folder: known[plain(folder)] for folder in folders if plain(folder) in known}
-    by_order = {folder: k for k, folder in enumerate(folders)}
-    if len(by_number) == len(folders):
-        chosen = by_number
-        names = names if known else tuple(map(str, range(1 + max(chosen.values()))))
-    elif len(by_name) == len(folders):
-        chosen = by_name
-    else:
-        chosen = by_order
+    found = {folder: known[plain(folder)] for folder in folders if plain(folder) in known}
+    found |= {folder: int(folder) for folder in folders if folder.isdecimal() and len(folder) <= 5}
+    in_order = {folder: k for k, folder in enumerate(folders)}
+    strangers = [folder for folder in folders if folder not in found]
+    numbers = in_order if strangers else found
 
-    last = max(chosen, key=chosen.get)
-    if num_classes is not None and chosen[last] >= num_classes:
-        raise ValueError(f"{len(folders)} class folders, of which {last!r} is class {chosen[last]}; the "
+    last = max(numbers, key=numbers.get, default=None)
+    if num_classes is not None and numbers[last] >= num_classes:
+        raise ValueError(f"{len(folders)} class folders, of which {last!r} is class {numbers[last]}; the "
                          f"model has {num_classes} classes, 0 to {num_classes - 1}")
-    if chosen is not by_order:
-        return chosen, names
-    if known:
-        stranger = next(folder for folder in folders if folder not in by_name)
-        mapping = first_few(f"{folder} -> {k} (was {names[k]})" for folder, k in chosen.items())
-        raise ValueError(f"folder {stranger!r} is none of the model's {num_classes} classes "
+    if strangers and known:
+        mapping = first_few(f"{folder} -> {k} (was {names[k]})" for folder, k in in_order.items())
+        raise ValueError(f"folder {strangers[0]!r} is none of the model's {num_classes} classes "
                          f"({first_few(names)}); name every folder by the name or the number of its class. "
                          f"If they are new classes, --any-classes takes them in this order: {mapping}")
-    return chosen, tuple(folders)
+    if strangers or not folders:
+        return numbers, tuple(folders)
+    return numbers, names if known else tuple(map(str, range(1 + numbers[last])))
 
 
 class ImageFolder:

@@ -1,5 +1,9 @@
 import json
+import os
 import shutil
+import subprocess
+import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -9,11 +13,13 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from autoencoder import DCAEConfig, KLConfig
+import data
+from autoencoder import AUTOENCODERS, DCAEConfig, KLConfig
 from checkpoints import load_autoencoder
-from data import ImageFolder, LatentCache, load_image, open_source, order
+from data import (
+    ImageFolder, LatentCache, check_scale, imagenet_names, load_image, number_classes, open_source, order)
 from helpers import assert_near
-from shapes import ShapesSource
+from shapes import SHAPES, ShapesSource
 
 
 # ---- small worlds --------------------------------------------------------------------------------
@@ -126,6 +132,76 @@ def test_folders_that_are_all_named_by_numbers_are_those_classes(folders, classe
     assert source.labels.tolist() == labels
 
 
+OWN = ("tabby", "red fox")
+EIGHT = tuple("01234567")
+
+
+@pytest.mark.parametrize("folders, model, numbers, classes", [
+    (["bars", "star"], dict(names=SHAPES, num_classes=8), [7, 5], SHAPES),
+    (["Red_Fox", "TABBY"], dict(names=OWN, num_classes=8), [1, 0], OWN + EIGHT[2:]),
+    (["007", "3", "star"], dict(names=SHAPES, num_classes=8), [7, 3, 5], SHAPES),
+    (["7"], dict(num_classes=8), [7], EIGHT),
+    (["n01440764", "n02099601"], dict(num_classes=1000), [0, 207], imagenet_names()),
+    (["construction_crane", "n02099601"], dict(num_classes=1000), [517, 207], imagenet_names()),
+    (["cat", "dog"], dict(names=SHAPES, num_classes=8, any_classes=True), [0, 1], ("cat", "dog")),
+    (["bars", "star"], dict(names=SHAPES, num_classes=8, any_classes=True), [0, 1], ("bars", "star")),
+    (["n01440764", "n02099601"], {}, [0, 1], ("n01440764", "n02099601")),
+    ([], {}, [], ()),
+])
+def test_class_folders_go_by_number_by_name_or_in_order(folders, model, numbers, classes):
+    """`star` and `bars` trained circle and square, and a grid labelled a circle "bars"."""
+    assert number_classes(folders, **model) == (dict(zip(folders, numbers)), classes)
+
+
+@pytest.mark.parametrize("folders, model, error", [
+    (["cat", "star"], dict(names=SHAPES, num_classes=8),
+     r"cats: folder 'cat' is none of the model's 8 classes \(circle, square, triangle, ring, ...\); name "
+     r"every.*--any-classes takes them in this order: cat -> 0 \(was circle\), star -> 1 \(was square\)$"),
+    (["n01440764"], dict(names=OWN, num_classes=1000), "folder 'n01440764' is none of the model's 1000"),
+    (["n99999999"], dict(num_classes=1000), "'n99999999' is none of the model's 1000 classes .tench, gold"),
+    (["1", "8"], dict(num_classes=8), "2 class folders, of which '8' is class 8; the model has 8 .*0 to 7"),
+    (["a", "b", "c"], dict(num_classes=2, any_classes=True), "3 class folders, of which 'c' is class 2"),
+    (["."], dict(num_classes=8), "no class folders, and the model has 8 classes"),
+])
+def test_class_folders_that_do_not_fit_a_model_are_one_clear_error(folders, model, error, tmp_path):
+    for folder in folders:
+        grey_folder(tmp_path / "cats" / folder, 1)
+    with pytest.raises(ValueError, match=error):
+        open_source(str(tmp_path / "cats"), 8, **model)
+
+
+def test_a_source_has_the_models_classes_and_its_identity_tells_mappings_apart(tmp_path):
+    for folder in ("star", "bars"):
+        grey_folder(tmp_path / folder, 20)
+    named = open_source(str(tmp_path), 8, "val", names=SHAPES, num_classes=8)
+    ordered = open_source(str(tmp_path), 8, "val", names=SHAPES, num_classes=8, any_classes=True)
+    assert named.batch(torch.arange(2))[1].tolist() == [7, 5]
+    assert ordered.batch(torch.arange(2))[1].tolist() == [0, 1]
+    assert named.classes == SHAPES
+    assert named.identity != ordered.identity
+
+
+@pytest.mark.parametrize("model", [
+    dict(num_classes=1000), dict(names=OWN, num_classes=8), dict(num_classes=4, any_classes=True)])
+def test_procedural_pictures_are_for_models_of_their_classes(model):
+    assert open_source(None, 8, names=SHAPES, num_classes=8).classes == SHAPES
+    with pytest.raises(ValueError, match="have 8 classes .circle, .* has .* others; give --images DIR"):
+        open_source(None, 8, **model)
+
+
+def test_imagenets_classes_are_those_of_ilsvrc_2012():
+    """Their order is that of the synsets; a name belongs to one class, whatever its case."""
+    wnids = list(data.imagenet_classes())
+    assert len(wnids) == len({name.lower() for name in imagenet_names()}) == 1000
+    assert wnids == sorted(wnids)
+    for wnid, number, name in [
+            ("n01440764", 0, "tench"), ("n02102040", 217, "English springer"),
+            ("n03028079", 497, "church"), ("n03888257", 701, "parachute"),
+            ("n15075141", 999, "toilet tissue")]:
+        assert wnids[number] == wnid
+        assert imagenet_names()[number] == name
+
+
 def test_a_flat_folder_has_captions_and_a_missing_one_is_named(tmp_path):
     source = ImageFolder(grey_folder(tmp_path, 4, text=True), 8, captions="txt")
     assert source.caption(3) == "a picture, grey 3"
@@ -133,6 +209,19 @@ def test_a_flat_folder_has_captions_and_a_missing_one_is_named(tmp_path):
     (tmp_path / "002.txt").unlink()
     with pytest.raises(ValueError, match="002.png has no caption"):
         ImageFolder(tmp_path, 8, captions="txt")
+
+
+def test_a_byte_order_mark_is_no_part_of_a_caption(tmp_path):
+    """Notepad and PowerShell put one at the start of a file."""
+    plain = grey_folder(tmp_path / "plain", 1)
+    (plain / "000.txt").write_text("a cat", encoding="utf-8-sig")
+    listed = grey_folder(tmp_path / "listed", 1)
+    entry = '{"file_name": "000.png", "text": "a cat"}'
+    (listed / "metadata.jsonl").write_text(entry, encoding="utf-8-sig")
+    assert ImageFolder(plain, 8, captions="txt").caption(0) == "a cat"
+    assert ImageFolder(listed, 8, captions="txt").caption(0) == "a cat"
+    (tmp_path / "classes.json").write_text('{"plain": "a cat"}', encoding="utf-8-sig")
+    assert ImageFolder(tmp_path, 8, captions="{}").caption(1) == "a cat"
 
 
 def test_captions_are_made_of_folder_names(tmp_path):
@@ -324,6 +413,109 @@ def test_latents_of_a_wrong_scale_are_refused_every_time(scale, tmp_path):
             LatentCache(tmp_path, ShapesSource(16), [averages(8, scale)], n=8)
 
 
+@pytest.mark.parametrize("name, foreign, std, refused, noted", [
+    ("tiny-kl-f8c4", False, 1.0, False, False),
+    ("tiny-kl-f8c4", True, 1.0, False, False),
+    ("tiny-kl-f8c4", True, 1.63, False, True),                       # photographs: 1.45 to 1.7
+    ("tiny-dc-ae-f32c32", True, 2.4, False, True),                   # plain black
+    ("tiny-kl-f8c4", True, 3.1, True, False),                        # photographs, the scale doubled
+    ("tiny-kl-f8c4", False, 1.97, True, False),                      # its own pictures, the scale doubled
+    ("sd-vae-f8c4", True, 1.63, True, False),
+    ("sd-vae-f8c4", True, float("nan"), True, False),
+])
+def test_photographs_on_bundled_autoencoders_are_noted_and_wrong_scales_refused(
+        name, foreign, std, refused, noted, capsys):
+    latents = np.random.default_rng(0).standard_normal((64, 4, 8, 8)).astype(np.float32) * std
+    if refused:
+        with pytest.raises(ValueError, match=f"{name}: latents of standard deviation .* is its scale"):
+            check_scale(AUTOENCODERS[name], latents, foreign, "cache")
+    else:
+        check_scale(AUTOENCODERS[name], latents, foreign, "cache")
+    note = f"note: {name} was trained on procedural pictures, and these are unlike them"
+    assert (note in capsys.readouterr().out) == noted
+
+
+def test_a_folder_is_foreign_to_a_bundled_autoencoder(tmp_path, capsys):
+    """White pictures: latents of standard deviation 1.86."""
+    for i in range(4):
+        save(np.full((32, 32, 3), 255 - i, np.uint8), tmp_path / f"{i}.png")
+    LatentCache(tmp_path / "cache", ImageFolder(tmp_path, 32), [load_autoencoder("tiny-kl-f8c4")])
+    assert "for photographs take a base with published weights" in capsys.readouterr().out
+
+
+FULL_DISK = """
+import os, resource
+from data import LatentCache
+from shapes import ShapesSource
+from test_data import averages, averages_kl
+if {plain}:
+    del os.posix_fallocate
+resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
+try:
+    LatentCache("cache", ShapesSource(64), [averages_kl(8), averages(4)], n=400)
+except ValueError as e:
+    print(e)
+"""
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_a_full_disk_is_one_clear_error_and_leaves_nothing(plain, tmp_path):
+    """A memory map is written without asking: a bus error killed the process."""
+    root = Path(data.__file__).parent
+    path = {"PYTHONPATH": f"{root}:{root / 'tests'}"}
+    run = subprocess.run([sys.executable, "-c", FULL_DISK.format(plain=plain)], cwd=tmp_path,
+                         env=os.environ | path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    # 400 rows of a label, two arrays of 3*8*8 and one of 3*16*16 half numbers
+    assert "--cache cache: latents of 400 pictures need 0.9 MB, and " in run.stdout
+    assert "make room, give another folder" in run.stdout
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_the_bytes_of_an_array_are_set_aside(plain, tmp_path, monkeypatch):
+    if plain:
+        monkeypatch.delattr(os, "posix_fallocate", raising=False)
+    file = tmp_path / "array"
+    with file.open("wb") as f:
+        f.write(b"head")
+        f.truncate(3_000_000)
+    assert file.stat().st_blocks * 512 < 100_000
+    data.reserve(file)
+    assert file.stat().st_blocks * 512 >= 3_000_000
+    assert file.read_bytes() == b"head" + bytes(2_999_996)
+
+
+def test_a_cache_folder_that_cannot_be_made_is_one_clear_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="--cache .*file/.*: Not a directory; give a folder"):
+        LatentCache(tmp_path / "file", ShapesSource(16), [averages(8)], n=8)
+
+
+def test_a_long_encoding_says_so_in_one_line_where_there_is_no_terminal(tmp_path, capsys):
+    for n, said in ((256, 0), (300, 1)):
+        LatentCache(tmp_path, ShapesSource(8), [averages(4)], n=n)
+        out, err = capsys.readouterr()
+        assert out.count(f"encoding {n} pictures ...\n") == said
+        assert err == ""
+
+
+def test_the_facts_of_a_cache_change_with_captions_and_labels(tmp_path):
+    def facts(source, **options):
+        found = LatentCache(tmp_path / "cache", source, [averages(4, 2.0)], **options).facts()
+        return json.dumps(found, sort_keys=True)
+
+    folder = grey_folder(tmp_path / "pictures", 26, text=True)
+    before = facts(ImageFolder(folder, 8, captions="txt"))
+    assert facts(ImageFolder(folder, 8, captions="txt")) == before
+    (folder / "002.txt").write_text("another")
+    after = facts(ImageFolder(folder, 8, captions="txt"))
+    different = {before, after, facts(ImageFolder(folder, 8)), facts(ImageFolder(folder, 8), flip=True),
+                 facts(ImageFolder(folder, 8), n=25)}
+    assert len(different) == 5
+    assert "captions" not in facts(ImageFolder(folder, 8))
+
+
 class Killed(BaseException):
     """Unlike KeyboardInterrupt, it does not end pytest too."""
 
@@ -361,3 +553,22 @@ def test_a_killed_cache_goes_on_to_the_same_bytes_and_encodes_nothing_twice(kill
     for file in straight.rglob("*.*"):
         assert (killed / file.relative_to(straight)).read_bytes() == file.read_bytes()
     assert fill(killed) == 0                                         # finished
+
+
+def test_of_two_that_fill_one_cache_the_second_waits(tmp_path):
+    """Two runs on the same pictures, started at once: the second emptied the arrays that the first wrote."""
+    second = DyingSource(None)
+    other = threading.Thread(
+        target=LatentCache, args=(tmp_path, second, [averages(8)]), kwargs=dict(n=70, batch=1))
+
+    class First(DyingSource):
+        def batch(self, indices):
+            if self.calls == 10:
+                other.start()
+            return super().batch(indices)
+
+    cache = LatentCache(tmp_path, First(None), [averages(8)], n=70, batch=1)
+    other.join()
+    assert second.calls == 0
+    latents = cache.batch(torch.arange(70))[0]["averages-f8"]
+    assert latents.flatten(1).abs().amax(dim=1).min() > 0

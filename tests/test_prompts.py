@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import data
-from data import SANA_INSTRUCTION, cache_prompts, read_prompts, text_folder
+from data import SANA_INSTRUCTION, cache_prompts, check_encoders, read_prompts, text_folder
 from helpers import PROMPTS, assert_near, encoders, relative_error  # noqa: F401
 from model import BASES
 from shapes import encode_words
@@ -163,6 +163,14 @@ def test_words_are_encoded_at_once_behind_the_same_interface(tmp_path):
     assert not any(tmp_path.iterdir())
 
 
+def test_words_that_no_bundled_model_knows_are_named_once(capsys):
+    prompts = ["a large rde ring on blue", "purple elephants"]
+    for _ in range(2):
+        cache_prompts("words", None, [*prompts, "two small red crosses left of a ring"], 16, negative="dark")
+    out = capsys.readouterr().out
+    assert out.count("not trained on: dark, elephants, purple, rde (red?); they know: a two three") == 1
+
+
 def test_long_prompts_are_cut_with_a_note(encoders, tmp_path, capsys):
     encode("flux", encoders, ["a cat " * 30], 16, tmp_path)
     note = r"note: a prompt of \d+ tokens is cut to 16; its end is lost: ... '.*cat "
@@ -183,6 +191,32 @@ def test_text_encoders_that_are_missing_or_damaged_are_one_clear_error(encoders,
         encode("sana", encoders, ["never encoded before"], 16, tmp_path)
 
 
+def test_text_encoders_are_checked_before_anything_is_loaded(encoders, tmp_path, monkeypatch):
+    for kind in (None, "words", "flux", "sana"):
+        check_encoders(kind)
+    check_encoders("flux", encoders / "flux")
+    check_encoders("sana", encoders / "sana")
+    with pytest.raises(ValueError, match="text_encoder: no such folder; .*--text-encoders DIR"):
+        check_encoders("sana", tmp_path)
+    # a tokenizer that only sentencepiece reads
+    shutil.copytree(encoders / "sana", tmp_path / "sana")
+    (tmp_path / "sana/tokenizer/tokenizer.json").rename(tmp_path / "sana/tokenizer/tokenizer.model")
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    with pytest.raises(ValueError, match="sana.tokenizer holds no tokenizer.json: pip install sentencepiece"):
+        check_encoders("sana", tmp_path / "sana")
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    check_encoders("words")
+    with pytest.raises(ValueError, match="pip install transformers"):
+        check_encoders("sana", encoders / "sana")
+
+
+def test_a_prompt_cache_that_cannot_be_made_is_one_clear_error(encoders, tmp_path, loads):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="--cache .*file: File exists; give a folder that can be written"):
+        encode("sana", encoders, PROMPTS, 16, tmp_path / "file")
+    assert loads == []                                               # not after minutes of loading
+
+
 def test_text_encoders_are_looked_for_where_the_weights_came_from(encoders, tmp_path):
     flux = BASES["flux-krea"]
     assert text_folder("test", BASES["tiny-flux"], None, None) is None
@@ -192,9 +226,11 @@ def test_text_encoders_are_looked_for_where_the_weights_came_from(encoders, tmp_
         text_folder("test", flux, str(tmp_path / "gone"), None)
 
 
-def test_prompt_files_have_a_prompt_a_line(tmp_path):
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_prompt_files_have_a_prompt_a_line(encoding, tmp_path):
+    """A byte order mark is no part of the first prompt."""
     file = tmp_path / "p.txt"
-    file.write_text("# mine\n a cat \n\nein Hündchen\n", encoding="utf-8")
+    file.write_text(" a cat \n# mine\n\nein Hündchen\n", encoding=encoding)
     assert read_prompts(file) == ["a cat", "ein Hündchen"]
 
 

@@ -5,7 +5,8 @@ import torch.nn.functional as F
 from helpers import relative_error
 from shapes import (
     RELATIONS, DetectedObject, Group, ScenesSource, ShapesSource, caption, encode_words,
-    judge_scene, pick_scorer, read_caption, scene_facts, scene_of, scene_scores, shape_facts)
+    judge_scene, known_words, pick_scorer, read_caption, scene_facts, scene_of, scene_scores, shape_facts,
+    split_words)
 
 every_source = pytest.mark.parametrize("kind", [ShapesSource, ScenesSource])
 
@@ -69,6 +70,13 @@ def test_every_caption_reads_back_as_its_scene():
         forms = {group.form for group in scene.groups}
         assert len(colours) == 1 + len(scene.groups)
         assert len(forms) == len(scene.groups)
+
+
+def test_the_known_words_are_those_of_all_captions():
+    facts = scene_facts(torch.arange(2000))
+    used = {word for i in range(2000) for word in split_words(caption(scene_of(facts, i)))}
+    assert set(known_words()) == used
+    assert len(known_words()) == len(used)
 
 
 def test_captions_are_read_whatever_their_case_and_spaces():
