@@ -13,7 +13,6 @@ if they come from the same number of pictures, the same features and the same re
 these.
 """
 
-import argparse
 import math
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
@@ -25,16 +24,18 @@ from einops import rearrange
 from torch import Tensor
 from tqdm import tqdm
 
-from model import Text
-from autoencoder import AUTOENCODERS, Autoencoder
-from checkpoints import (atomic, load_autoencoder, load_base, load_run, newest_run, read_config, run_file,
-                         write_json)
+from model import Sampling, Text
+from autoencoder import AUTOENCODERS, Autoencoder, ae_config
+from checkpoints import (atomic, load_autoencoder, load_base, load_run, newest_run, read_base_config,
+                         read_config, read_run_config, run_file, write_json)
 from shapes import (ANSWERS, SHAPES, Classifier, classifier_features, load_classifier, scene_scores,
                     share_right)
-from data import ImageFolder, cache_prompts, open_source, order, text_folder
+from data import ImageFolder, cache_prompts, check_encoders, open_source, order, text_folder
 from fast import peak_gib, timed
-from sample import (add_model_args, choose_sampling, dtype_of, generate, path, run_main, save_grid, save_png,
-                    to_uint8, with_guidance)
+from sample import (
+    Parser, add_model_args, at_least, check_base, check_finite, check_paths, check_pictures, check_writable,
+    choose_sampling, class_names, device_here, dtype_of, free_path, generate, guidance_of, latent_size,
+    make_clock, path, reject, run_main, save_grid, save_png, short_hash, to_uint8, with_guidance, within)
 
 
 # ---- the gap between two models' features (Fig. 4a) ----------------------------------------------
@@ -184,8 +185,11 @@ def reconstruct(ae: Autoencoder, x: Tensor, dtype=torch.float32) -> tuple[Tensor
     return y.float().clamp(-1, 1), seconds["encode"], seconds["decode"]
 
 
-def score_autoencoder(ae: Autoencoder, source, count: int, out: str, dtype: torch.dtype, device: str):
-    """Print PSNR and SSIM of a source's first pictures; write them above their reconstructions to `out`."""
+def score_autoencoder(ae: Autoencoder, source, count: int, out: Path, dtype: torch.dtype, device: str,
+                      settings: str):
+    """Print PSNR and SSIM of a source's first pictures; write them above their reconstructions to `out`,
+    with the digest of the settings."""
+    check_finite(ae, ae.cfg.name)
     n = min(count, len(source))
     res = source.size
     cells = res // ae.cfg.f
@@ -208,7 +212,7 @@ def score_autoencoder(ae: Autoencoder, source, count: int, out: str, dtype: torc
     print(f"   mean  {sum(psnrs) / n:7.2f}  {sum(ssims) / n:6.4f}")
     memory = f", peak {peak_gib(device):.2f} GiB" if torch.device(device).type == "cuda" else ""
     print(f"a picture: encode {encodes[n // 2]:.3f} s, decode {decodes[n // 2]:.3f} s (median){memory}")
-    save_png(out, to_uint8(torch.cat(pairs, dim=3))[0])
+    save_png(out, to_uint8(torch.cat(pairs, dim=3))[0], {"settings": settings})
     print(f"wrote {out}: {n} originals above their reconstructions")
 
 
@@ -218,8 +222,6 @@ def load_inception(file: str | None, device="cpu"):
     """A function from byte pictures (B,3,H,W) to FID's features (B,2048) and the Inception score's logits
     (B,1008). The network is torch-fidelity's port of the original; its weights come from `file`, or
     torch-fidelity downloads them."""
-    if file and not Path(file).is_file():
-        raise ValueError(f"--inception {file}: no such file")
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
         net = FeatureExtractorInceptionV3(
@@ -239,12 +241,12 @@ def load_inception(file: str | None, device="cpu"):
 
 
 @torch.no_grad()
-def folder_features(folder: str, extract, size: int, batch: int = 32) -> tuple[Tensor, Tensor]:
-    """Inception features and logits of a folder. ValueError for a broken picture: N is part of the score."""
-    source = ImageFolder(folder, size, max_broken=0)
+def folder_features(source: ImageFolder, extract, batch: int = 32) -> tuple[Tensor, Tensor]:
+    """Inception features and logits of a folder's pictures."""
     features = []
     logits = []
-    for rows in tqdm(torch.arange(len(source)).split(batch), desc=f"features of {Path(folder).name}"):
+    name = f"features of {source.root.name}"
+    for rows in tqdm(torch.arange(len(source)).split(batch), desc=name, disable=None):
         pixels = torch.from_numpy(to_uint8(source.batch(rows)[0]))   # B H W 3
         f, scores = extract(rearrange(pixels, "b h w c -> b c h w"))
         features.append(f)
@@ -253,10 +255,14 @@ def folder_features(folder: str, extract, size: int, batch: int = 32) -> tuple[T
 
 
 def score_folder(folder: str, reference: str, inception: str | None, size: int, device: str):
-    """Print FID and Inception score of a folder of pictures against a folder of real ones."""
+    """Print FID and Inception score of a folder of pictures against a folder of real ones. ValueError for a
+    broken picture: their number is part of the score."""
+    # both folders before the network, which may have to be downloaded
+    sources = [ImageFolder(path, size, max_broken=0) for path in (folder, reference)]
+    for source in sources:
+        reject(len(source) < 2, str(source.root), "one picture; a Frechet distance needs two at least")
     extract = load_inception(inception, device)
-    features, logits = folder_features(folder, extract, size)
-    real, _ = folder_features(reference, extract, size)
+    (features, logits), (real, _) = (folder_features(source, extract) for source in sources)
     print(f"FID {frechet_distance(features, real):.3f}, Inception score {inception_score(logits):.2f}   "
           f"[N {len(features)}, reference {reference} of {len(real)}, inception-v3-compat of torch-fidelity, "
           f"{size} px centre squares, bytes]")
@@ -345,8 +351,17 @@ class Task:
 
 def own_guidance(cfg) -> float:
     """The guidance scale that a model's authors draw with."""
-    sampling = choose_sampling(cfg)
-    return sampling.cfg_scale if sampling.guidance is None else sampling.guidance
+    number = guidance_of(cfg, cfg.sampling)
+    return cfg.sampling.cfg_scale if number is None else number
+
+
+def task_sampling(cfg, num_steps: int, guidance: float) -> Sampling:
+    """How a task is drawn: by Euler; by DDIM for a model that predicts epsilon. A distilled model reads the
+    guidance, in one pass."""
+    sampler = "ddim" if cfg.predict == "epsilon" else "euler"
+    in_one_pass = guidance_of(cfg, cfg.sampling) is not None
+    cfg_scale = 1.0 if in_one_pass else guidance
+    return choose_sampling(cfg, num_steps=num_steps, cfg_scale=cfg_scale, sampler=sampler)
 
 
 def class_conditions(cfg, names, count: int) -> tuple[Tensor, list[str]]:
@@ -365,19 +380,16 @@ def caption_conditions(cfg, source, rows: Tensor, encoders, dtype, device) -> tu
 
 
 def draw(model, ae: Autoencoder, task: Task, side: int, guidance: float) -> tuple[Tensor, str]:
-    """Pictures (B,3,side,side) of a task, and the sampler: Euler; DDIM for a model that predicts epsilon."""
+    """Pictures (B,3,side,side) of a task, and the sampler."""
     conditions = task.conditions
-    cfg_scale = guidance
     if isinstance(conditions, Text):
         model.null = task.null
-        if getattr(model.cfg, "guidance_embed", False):     # a distilled model reads the scale, in one pass
+        if guidance_of(model.cfg, model.cfg.sampling) is not None:
             conditions = with_guidance(conditions, guidance)
-            cfg_scale = 1.0
-    sampler = "ddim" if model.cfg.predict == "epsilon" else "euler"
-    sampling = choose_sampling(model.cfg, num_steps=task.num_steps, cfg_scale=cfg_scale, sampler=sampler)
+    sampling = task_sampling(model.cfg, task.num_steps, guidance)
     images = generate(
         model, ae, conditions, task.seeds, sampling, size=(side, side), dtype=task.dtype, progress=True)
-    return images, sampler
+    return images, sampling.sampler
 
 
 # ---- and what it is scored with ------------------------------------------------------------------
@@ -518,6 +530,7 @@ class Table:
             return
         for guidance in task.guidance:
             images, sampler = draw(model, ae, task, side, guidance)
+            check_pictures(images, row["name"])
             scores = metrics(images, task.conditions, task.titles)
             self.rows.append({**row, "guidance": guidance, "sampler": sampler, **scores})
             label = f"{row['name']}\n{row['tokens']} tokens"
@@ -545,8 +558,10 @@ class Table:
         print("\n".join([f"[{protocol}]", *self.notes]))
 
     def write(self, out: Path, protocol: str, titles: list[str]):
-        """Write the table as JSON and the samples as a grid beside it."""
-        write_json(out, dict(protocol=protocol, notes=self.notes, rows=self.rows))
+        """Write the table as JSON and the samples as a grid beside it, or beside a table of others."""
+        settings = short_hash([protocol, [(row["name"], row.get("steps")) for row in self.rows]])
+        out = free_path(out, settings)
+        write_json(out, dict(settings=settings, protocol=protocol, notes=self.notes, rows=self.rows))
         if not self.samples:
             print(f"wrote {out}")
             return
@@ -560,11 +575,16 @@ class Table:
 
 
 def pick_runs(base: str | None, runs: list[str]) -> tuple[str, list[Path]]:
-    """The base's name, and the run folders given, else the newest run of each kind of this base. Prints the
-    commands that make a missing kind."""
+    """The base's name, and the runs given, else the newest run of each kind of this base. Prints the commands
+    that make a missing kind. ValueError if a run is none, or of another base."""
     if runs:
-        folders = [Path(run) for run in runs]
-        return base or read_config(run_file(folders[0])).get("base", "tiny"), folders
+        infos = {run: read_run_config(run_file(run))[1] for run in runs}
+        first, info = next(iter(infos.items()))
+        check_base(base, first, info)
+        for run, other in infos.items():
+            reject(other["base"] != info["base"], run, f"its base is {other['base']}, that of {first} is "
+                   f"{info['base']}; evaluate the runs of one base at a time")
+        return info["base"], list(map(Path, runs))
     name = base or "tiny"
     kinds = {"align": "align.py", "finetune": "finetune.py", "noalign": "finetune.py --init base"}
     newest = {kind: newest_run(kinds=(f"{kind}-{Path(name).name}",)) for kind in kinds}
@@ -577,98 +597,139 @@ def pick_runs(base: str | None, runs: list[str]) -> tuple[str, list[Path]]:
     return name, [folder for folder in newest.values() if folder]
 
 
-def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def run_title(run: Path) -> str:
+    return run.name if run.is_dir() else f"{run.parent.name}/{run.name}"
+
+
+def check_model(cfg, res: int | None, num_steps: int, guidance: float):
+    """ValueError if a model of this configuration cannot draw at this size in these steps."""
+    side = res or cfg.res
+    latent = latent_size(cfg, ae_config(cfg.ae), (side, side))
+    make_clock(cfg, task_sampling(cfg, num_steps, guidance), (cfg.in_channels, *latent))
+
+
+def parser() -> Parser:
+    p = Parser(__doc__, "[RUN ...]")
+    p.add_argument("runs", nargs="*", metavar="RUN",
+                   help="folders or files of runs (default: of --base, the newest of each kind in runs/)")
     add_model_args(p)
     p.set_defaults(base=None)
-    p.add_argument(
-        "runs", nargs="*", help="run folders (default: of --base, the newest of each kind in runs/)")
-    p.add_argument(
-        "--images", metavar="DIR",
-        help="real pictures (default: those of the newest run, else procedural ones)")
-    p.add_argument(
-        "--classifier", metavar="FILE",
-        help="another classifier (default: the shipped one, for the procedural pictures)")
-    p.add_argument(
-        "--count", type=int, help="pictures a model (default 512), or an autoencoder (default 8)")
-    p.add_argument(
-        "--guidance", type=float, nargs="+",
-        help="guidance scales: what a distilled model reads, for others classifier-free guidance, 1 = off "
-             "(default: the model's own; DiT 3)")
-    p.add_argument(
-        "--text-encoders", metavar="DIR",
-        help="pipeline folder with the text encoders (default: that of --weights, or the model hub's cache)")
-    p.add_argument(
-        "--num-steps", type=int, default=25,
-        help="steps of Euler, or of DDIM for a model that predicts epsilon (default 25)")
-    p.add_argument(
-        "--raw", action="store_true", help="the weights as trained, not their moving average")
+    p.add_argument("--raw", action="store_true", help="the weights as trained, not their moving average")
     p.add_argument(
         "--out", metavar="FILE",
-        help="the table (default runs/evaluate.json), or with --ae the picture (default runs/NAME.png)")
-    p.add_argument(
+        help="the table (default runs/evaluate.json), or with --ae the picture (default runs/NAME.png); if "
+             "it holds results of other settings, the next free name")
+
+    real = p.add_argument_group("real pictures, and what scores them")
+    real.add_argument(
+        "--images", metavar="DIR",
+        help="real pictures (default: those of the newest run, else procedural ones)")
+    real.add_argument(
+        "--any-classes", action="store_true",
+        help="its class folders are not the models' classes: take them in alphabetical order")
+    real.add_argument(
+        "--classifier", metavar="FILE",
+        help="another classifier (default: the shipped one, for the procedural pictures)")
+
+    drawn = p.add_argument_group("drawn pictures")
+    drawn.add_argument(
+        "--count", type=at_least(int, 1), metavar="N",
+        help="pictures a model (default 512), or an autoencoder (default 8)")
+    drawn.add_argument(
+        "--guidance", type=at_least(float, 0), nargs="+", metavar="S",
+        help="guidance scales: what a distilled model reads, for others classifier-free guidance, 1 = off "
+             "(default: the model's own; DiT 3)")
+    drawn.add_argument(
+        "--num-steps", type=within(int, 1, 10_000), default=25, metavar="N",
+        help="steps of Euler, or of DDIM for a model that predicts epsilon (default 25)")
+    drawn.add_argument(
+        "--text-encoders", metavar="DIR",
+        help="pipeline folder with the text encoders (default: that of --weights, or the model hub's cache)")
+
+    other = p.add_argument_group("instead of models")
+    other.add_argument(
         "--ae", choices=AUTOENCODERS, metavar="NAME",
         help="score an autoencoder's reconstructions at --res (default 128); --weights: its file")
-    p.add_argument(
+    other.add_argument(
         "--fid", metavar="DIR", help="score a folder of generated pictures by Inception features")
-    p.add_argument(
+    other.add_argument(
         "--reference", metavar="DIR", help="with --fid: the real pictures")
-    p.add_argument(
+    other.add_argument(
         "--inception", metavar="FILE",
         help="with --fid: the Inception network's weight file (default: torch-fidelity downloads it)")
-    return p.parse_args(argv)
+    return p
 
 
 def main(argv=None):
-    args = parse_args(argv)
+    args = parser().parse_args(argv)
+    device = device_here(args.device)
     dtype = dtype_of(args)
-    device = args.device
+    check_paths(args, "weights", "base_ae_weights", "text_encoders", "images", "classifier", "fid",
+                "reference", "inception")
     if args.ae:
         # procedural pictures of the split that no autoencoder was trained on
-        source = open_source(args.images, args.res or 128, "all" if args.images else "val")
+        res = args.res or 128
+        count = args.count or 8
+        source = open_source(args.images, res, "all" if args.images else "val")
+        out = Path(args.out or f"runs/{args.ae}.png")
+        check_writable(out)
         ae = load_autoencoder(args.ae, args.weights, device=device)
-        out = args.out or f"runs/{args.ae}.png"
-        return score_autoencoder(ae, source, args.count or 8, out, dtype, device)
+        settings = short_hash([args.ae, args.weights, args.images, res, count, str(dtype)])
+        return score_autoencoder(ae, source, count, free_path(out, settings), dtype, device, settings)
     if args.fid:
-        if not args.reference:
-            raise ValueError("--fid DIR needs --reference DIR: a distance has two ends")
+        reject(not args.reference, "--fid DIR", "needs --reference DIR: a distance has two ends")
         return score_folder(args.fid, args.reference, args.inception, args.res or 256, device)
 
     # the models, and the real pictures that the newest of them was trained on
+    count = args.count or 512
+    reject(count < 2, f"--count {count}", "a Frechet distance needs two pictures at least")
+    out = Path(args.out or "runs/evaluate.json")
+    reject(out.suffix == ".png", f"--out {out}", "the table is JSON, and its pictures go beside it as .png")
+    check_writable(out)
     name, runs = pick_runs(args.base, args.runs)
-    base, base_info = load_base(name, args.weights, device)
-    info = read_config(run_file(runs[-1])) if runs else base_info
+    cfg, info = read_base_config(name)
+    guidance = args.guidance or [own_guidance(cfg)]
+    check_model(cfg, args.res, args.num_steps, guidance[0])
+    for run in runs:
+        run_cfg, info = read_run_config(run_file(run, not args.raw))
+        check_model(run_cfg, args.res, args.num_steps, guidance[0])
     folder = args.images or info.get("images")
-    captions = (info.get("captions") or "txt") if base.cfg.text_encoder else None
-    res = args.res or base.cfg.res
-    train = open_source(folder, res, "train", captions)
-    val = open_source(folder, res, "val", captions)
+    captions = None
+    classes = {}
+    if cfg.text_encoder:
+        captions = info.get("captions") or "txt"
+        check_encoders(cfg.text_encoder, args.text_encoders)
+    elif folder:
+        names = class_names(cfg, info)
+        classes = dict(names=names, num_classes=cfg.num_classes, any_classes=args.any_classes)
+    res = args.res or cfg.res
+    train = open_source(folder, res, "train", captions, **classes)
+    val = open_source(folder, res, "val", captions, **classes)
+    metrics, reason = make_metrics(args.classifier, folder, train, count, bool(captions))
 
     # what every model draws, and the pictures on which its features are compared with the base's
-    count = args.count or 512
     probe_rows = order(0, min(64, len(val)), len(val), seed=0)
     probe_images, probe_y = val.batch(probe_rows)
     null = None
     if captions:
-        encoders = text_folder(name, base.cfg, args.text_encoders, args.weights)
+        encoders = text_folder(name, cfg, args.text_encoders, args.weights)
         rows = torch.cat([torch.arange(count) % len(val), probe_rows])
-        text, titles, null = caption_conditions(base.cfg, val, rows, encoders, dtype, device)
+        text, titles, null = caption_conditions(cfg, val, rows, encoders, dtype, device)
         y = text[:count]
         probe_y = with_guidance(text[count:], 1.0)      # FLUX reads a guidance scale as well
     else:
-        y, titles = class_conditions(base.cfg, train.classes, count)
+        y, titles = class_conditions(cfg, train.classes, count)
     seeds = [args.seed + i for i in range(count)]
-    guidance = args.guidance or [own_guidance(base.cfg)]
     task = Task(y, titles[:count], null, seeds, guidance, args.num_steps, dtype)
 
     # models of one latent space share an autoencoder
+    base, base_info = load_base(name, args.weights, device)
     load_ae = lru_cache(partial(load_autoencoder, device=device))
-    base_ae = load_ae(base.cfg.ae, args.base_ae_weights or base_info.get("ae_weights"))
+    base_ae = load_ae(cfg.ae, args.base_ae_weights or base_info.get("ae_weights"))
     probe = Probe(base, base_ae, probe_images.to(device), probe_y.to(device))
 
     # real pictures are the bound for every model
     table = Table()
-    metrics, reason = make_metrics(args.classifier, folder, train, count, bool(captions))
     if metrics:
         table.rows.append({"name": "real pictures", **real_scores(metrics, val, count)})
     else:
@@ -678,10 +739,11 @@ def main(argv=None):
         model, info = base, base_info
         if run:
             model, info = load_run(run, device, not args.raw, args.weights)
-        ae_weights = args.base_ae_weights if model.cfg.ae == base.cfg.ae else None
+        ae_weights = args.base_ae_weights if model.cfg.ae == cfg.ae else None
         ae = load_ae(model.cfg.ae, ae_weights or info.get("ae_weights"))
         side = args.res or model.cfg.res
-        title = run.name if run else f"base {Path(name).name}"
+        title = run_title(run) if run else f"base {Path(name).name}"
+        check_finite(model, title)
         tokens = (side // ae.cfg.f // model.cfg.patch_size) ** 2
         row = {"name": title, "tokens": tokens, "steps": str(info.get("steps", ""))}
         if side == res and probe.fits(model):
@@ -693,7 +755,7 @@ def main(argv=None):
         parts.insert(1, metrics.describe())
     protocol = "; ".join(parts)
     table.print(protocol)
-    table.write(Path(args.out or "runs/evaluate.json"), protocol, task.titles)
+    table.write(out, protocol, task.titles)
 
 
 if __name__ == "__main__":

@@ -40,7 +40,9 @@ from autoencoder import ae_config, build_autoencoder
 from checkpoints import (
     ae_folder, atomic, config_dict, export, fingerprint, load_autoencoder, load_base, load_peft, load_run,
     newest_run, read_base_config, read_run_config, run_file, write_json)
-from data import SUFFIXES, TEXT_ENCODERS, cache_prompts, find_encoders, read_prompts, text_folder
+from data import (
+    SUFFIXES, TEXT_ENCODERS, cache_prompts, check_encoders, find_encoders, imagenet_names, plain,
+    read_prompts, text_folder)
 from fast import (
     Hoist, attention_priority, bf16_is_fast, capture, compile_decoder, compile_layers, count_cost,
     example_condition, peak_gib, pixels_on_host, timed, uncompile)
@@ -847,7 +849,6 @@ def class_names(cfg, info: dict) -> tuple[str, ...]:
     if cfg.num_classes == len(SHAPES):
         return SHAPES
     if cfg.num_classes == 1000:
-        from data import imagenet_names
         return imagenet_names()
     return tuple(map(str, range(cfg.num_classes)))
 
@@ -856,13 +857,18 @@ def parse_classes(text: list[str] | None, names: tuple[str, ...], count: int) ->
     """Class numbers or names -> (B,); None -> the first classes in turn. ValueError lists the valid ones."""
     if not text:
         return torch.arange(count) % len(names)
+    numbers = {plain(name): k for k, name in reversed(list(enumerate(names)))}
     picked = []
     for word in map(str, text):
-        if word not in names and not (word.isdecimal() and int(word) < len(names)):
-            listed = f" or {', '.join(names)}" if len(names) <= 20 else " or a name"
-            raise ValueError(f"--classes {word}: not a class; give 0 .. {len(names) - 1}{listed}"
+        k = numbers.get(plain(word))
+        # a name goes before a number
+        if k is None and word.isdecimal() and int(word) < len(names):
+            k = int(word)
+        if k is None:
+            listed = ", ".join(names) if len(names) <= 20 else "a name"
+            raise ValueError(f"--classes {word}: not a class; give 0 .. {len(names) - 1} or {listed}"
                              f"{did_you_mean(word, names)}")
-        picked.append(names.index(word) if word in names else int(word))
+        picked.append(k)
     count = max(count, len(picked))
     return torch.tensor(picked).repeat(-(-count // len(picked)))[:count]
 
@@ -1182,6 +1188,7 @@ def main(argv=None):
     # text before the model: 10 GB of encoders are freed when it is loaded
     out = Path(args.out or (run.parent / "samples" if run else f"runs/samples-{Path(base).name}"))
     check_writable(out)
+    check_encoders(cfg.text_encoder, args.text_encoders)
     folder = text_folder(label, cfg, args.text_encoders, args.weights)
     batches = undrawn(request, out, folder)
     seconds = {}

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+import checkpoints
 import evaluate
 from autoencoder import AUTOENCODERS, build_autoencoder
 from checkpoints import config_dict, write_tensors
@@ -223,6 +224,79 @@ def test_real_pictures_of_a_folder_are_balanced_over_classes_as_far_as_there_are
         assert source.labels[rows].bincount().tolist() == expected
 
 
+@pytest.fixture
+def two_runs(tiny_base, monkeypatch):
+    """A run of "test" and one of "tiny"; weights are not to be loaded."""
+    write_run("align-test-1", deep_model(tiny_base))
+    write_run("align-tiny-1", deep_model(tiny_base), base="tiny")
+    Path("one").mkdir()
+    monkeypatch.setattr(checkpoints, "build", lambda *args: pytest.fail("loaded weights"))
+    monkeypatch.setattr(evaluate, "load_classifier", lambda *args: pytest.fail("loaded weights"))
+
+
+@pytest.mark.parametrize("flags, message", [
+    ("runs/nope", "runs/nope: no such"),
+    ("runs/align-test-1 --base tiny", "--base tiny: runs/align-test-1 was trained from test; leave --base"),
+    ("runs/align-test-1 runs/align-tiny-1", "runs/align-tiny-1: its base is tiny, that of runs/align-test-1"),
+    ("--base test --images nope", "--images nope: no such"),
+    ("--base test --images one", "--images one: no pictures in it"),
+    ("--base test --classifier nope", "--classifier nope: no such"),
+    ("--base test --device cuda:99", "--device cuda:99: this "),
+    ("--base test --out /dev/null/x", "--out /dev/null/x: /dev/null is a file"),
+    ("--base test --out x.png", "--out x.png: the table is JSON"),
+    ("--base test --count 1", "--count 1: a Frechet distance needs two pictures"),
+    ("--base test --res 50", "--res 50: tiny-kl-f8c4 with patch 2 needs a multiple of 16"),
+    ("--base dit-xl --num-steps 300", "--num-steps 300: .*nearest is 250"),
+    ("--ae tiny-kl-f8c4 --weights nope", "--weights nope: no such"),
+    ("--fid nope --reference nope", "--fid nope: no such"),
+    ("--fid one", "--fid DIR: needs --reference DIR"),
+])
+def test_what_is_missing_is_found_before_anything_is_loaded(flags, message, two_runs):
+    with pytest.raises(ValueError, match=message):
+        evaluate.main(flags.split())
+
+
+@pytest.mark.parametrize("flags", [
+    "--count 0", "--count -5", "--num-steps 0", "--guidance nan", "--guidance -1", "--res 0", "--seed -1"])
+def test_numbers_are_never_taken_for_the_default(flags, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        evaluate.main(flags.split())
+    assert capsys.readouterr().err.startswith(f"error: {flags}: ")
+
+
+def test_a_table_of_other_settings_is_not_written_over(tiny_base, capsys):
+    evaluated(capsys, "--base", "test")
+    first = Path("runs/evaluate.json").read_text()
+    _, lines = evaluated(capsys, "--base", "test", "--guidance", "2")
+    assert lines[-1] == "wrote runs/evaluate-2.json and runs/evaluate-2.png"
+    assert lines[-2].startswith("runs/evaluate.json holds results of other settings and stays")
+    _, lines = evaluated(capsys, "--base", "test")
+    assert lines[-1] == "wrote runs/evaluate.json and runs/evaluate.png"
+    assert Path("runs/evaluate.json").read_text() == first
+
+
+def test_weights_that_are_not_finite_have_no_scores(tiny_base):
+    model = deep_model(tiny_base)
+    model.final_layer.linear.bias[0] = np.inf
+    write_run("align-test-1", model)
+    with pytest.raises(ValueError, match="align-test-1: final_layer.linear.bias is not finite"):
+        evaluate.main(["runs/align-test-1", *QUICK])
+
+
+def test_real_pictures_have_the_models_own_classes_by_the_names_of_their_folders(tiny_base, monkeypatch):
+    for name in ("star", "cross"):
+        write_pictures(Path("pictures", name), range(0, 240, 8))
+    seen = []
+
+    def look(self, *args):
+        seen.append(self.y.unique())
+        return 0.0
+    monkeypatch.setattr(evaluate.Probe, "gap", look)
+    write_run("align-test-1", deep_model(tiny_base))
+    evaluate.main(["runs/align-test-1", "--images", "pictures", *QUICK])
+    assert [SHAPES[k] for k in seen[0]] == ["cross", "star"]
+
+
 # ---- python evaluate.py --ae, --fid --------------------------------------------------------------
 
 def test_reconstructions_are_drawn_and_measured(tmp_path, capsys):
@@ -233,6 +307,9 @@ def test_reconstructions_are_drawn_and_measured(tmp_path, capsys):
     flags = ["--count", "3", "--res", "64", "--device", "cpu", "--dtype", "fp32"]
     evaluate.main(["--ae", cfg.name, "--weights", weights, "--out", str(out), *flags])
     printed = capsys.readouterr().out
+    evaluate.main(["--ae", cfg.name, "--weights", weights, "--out", str(out), *flags, "--seed", "1"])
+    evaluate.main(["--ae", cfg.name, "--weights", weights, "--out", str(out), *flags, "--res", "48"])
+    assert sorted(file.name for file in tmp_path.glob("*.png")) == ["v1.0-2.png", "v1.0.png"]
     assert len(re.findall(r"^ +\d +-?\d+\.\d\d +-?\d\.\d{4}$", printed, re.MULTILINE)) == 3
     assert Image.open(out).size == (192, 128)
 
@@ -282,15 +359,19 @@ def test_a_broken_picture_is_an_error_because_their_number_is_part_of_the_score(
 
 
 def test_a_distance_needs_a_reference_and_the_inception_network(tmp_path, monkeypatch, fake_inception):
+    a = tmp_path / "a"
+    write_pictures(a, range(2))
     with pytest.raises(ValueError, match="needs --reference"):
-        evaluate.main(["--fid", "a"])
-    with pytest.raises(ValueError, match="--inception gone.pth: no such file"):
-        score_folders("a", "b", "--inception", "gone.pth")
+        evaluate.main(["--fid", str(a)])
+    for path in (a, tmp_path / "empty"):
+        path.mkdir(exist_ok=True)
+    with pytest.raises(ValueError, match="empty: no pictures in it"):
+        score_folders(a, tmp_path / "empty", "--inception", str(a / "000.png"))
     wrong = tmp_path / "wrong.pth"
     wrong.write_bytes(b"rubbish")
     fitting = "weights-inception-2015-12-05-6726825d.pth"
     with pytest.raises(ValueError, match=f"the Inception weights in .*wrong.pth do not fit .*{fitting}"):
-        score_folders("a", "b", "--inception", str(wrong))
+        score_folders(a, a, "--inception", str(wrong))
     monkeypatch.setitem(sys.modules, MODULE, None)
     with pytest.raises(ValueError, match="pip install torch-fidelity"):
-        score_folders("a", "b")
+        score_folders(a, a)
