@@ -66,7 +66,9 @@ from fast import (
     LiveBytes, attention_priority, bf16_is_fast, compile_decoder, compile_layers, count_cost,
     example_condition, peak_gib, pixels_on_host, synchronized_time, timed)
 from quant import fp8_linears
-from sample import Pipeline, Speed, device_here, integrate, latent_size, run_main, time_grid
+from sample import (
+    Parser, Pipeline, Speed, add_device_arg, at_least, check_writable, device_here, free_path, integrate,
+    latent_size, positive, run_main, short_hash, time_grid, within)
 from train import autocast, count_parameters, named_parameters_with, prepare_for_training, trainable_prefixes
 from align import RECIPES, Objective, embedding_loss, flow_matching_loss, guided_flow_matching_loss
 from finetune import stage3_parameters
@@ -913,50 +915,51 @@ def environment(device: torch.device) -> dict:
         torch=torch.__version__, cuda=torch.version.cuda, cudnn=torch.backends.cudnn.version())
 
 
-def positive(kind):
-    """An argument's type: a number above zero."""
-    def parse(text: str):
-        value = kind(text)
-        if value <= 0:
-            raise ValueError
-        return value
-    # argparse prints: invalid positive int value: '0'
-    parse.__name__ = f"positive {kind.__name__}"
-    return parse
-
-
-def add_args(p: argparse.ArgumentParser):
+def parser() -> Parser:
+    p = Parser(__doc__, "[--model NAME] [--res PIXELS|all]")
+    count = at_least(int, 1)
     # a base that is on a recipe's deep autoencoder already has no sibling
     bases = []
     for name, cfg in BASES.items():
         if cfg.ae not in (RECIPES[cfg.recipe].ae, RECIPES[cfg.recipe].then):
             bases.append(name)
-    p.add_argument("--model", default="flux-krea", choices=bases, metavar="NAME",
-                   help=f"the base; its DC-Gen sibling comes with it (default flux-krea): {', '.join(bases)}")
-    p.add_argument("--res", help="pixels a side, or all of the paper's tables (default: the largest of them)")
-    p.add_argument("--switches", nargs="+", default=SWITCHES, choices=SWITCHES,
-                   help="rows to time; each has all before it on (default all)")
-    p.add_argument("--num-steps", type=positive(int),
-                   help="steps an image (default: the paper's; 4 on a CPU)")
-    p.add_argument("--batches", type=positive(int), nargs="*",
-                   help="also time throughput at these (default: 1 8 32 64 for SANA and DiT, none for FLUX)")
-    p.add_argument("--latency", action=argparse.BooleanOptionalAction, default=True,
-                   help="the rows of one image at a time (default yes)")
-    p.add_argument("--train", action="store_true", help="time post-training steps instead")
-    p.add_argument("--train-batch", type=positive(int),
-                   help="images a training step (default: 1 for FLUX, 16 otherwise)")
-    p.add_argument("--against", choices=("diffusers",), help="the same work through this library too")
-    p.add_argument("--repeats", type=positive(int), help="timed rounds at most (default 20; 2 on a CPU)")
-    p.add_argument("--warm", type=float, help="seconds of work before timing (default 10; 0 on a CPU)")
-    p.add_argument("--minutes", type=positive(float), default=9.0,
-                   help="of a resolution; rounds are cut, to three at least, to end in time (default 9)")
-    p.add_argument("--compile-mode",
-                   help="torch.compile's, such as max-autotune-no-cudagraphs (a CPU only traces)")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
-                   help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
-    p.add_argument("--seed", type=int, default=0, help="of weights and noise (default 0)")
+    add_device_arg(p)
+    p.add_argument("--seed", type=within(int, 0, 2**32 - 1), default=0,
+                   help="of weights and noise (default 0)")
     p.add_argument("--out", metavar="FILE",
-                   help="keep the results in FILE.json, after every row, and a chart in FILE.png")
+                   help="keep the results in FILE.json, after every row, and a chart in FILE.png; if these "
+                        "are of another command or machine, the next free name")
+
+    work = p.add_argument_group("what to time")
+    work.add_argument("--model", default="flux-krea", choices=bases, metavar="NAME",
+                      help="the base; its DC-Gen sibling comes with it (default flux-krea): "
+                           f"{', '.join(bases)}")
+    work.add_argument("--res", metavar="PIXELS|all",
+                      help="pixels a side, or all of the paper's tables (default: the largest of them)")
+    work.add_argument("--switches", nargs="+", default=SWITCHES, choices=SWITCHES, metavar="SWITCH",
+                      help="rows to time; each has all before it on (default all)")
+    work.add_argument("--num-steps", type=count, metavar="N",
+                      help="steps an image (default: the paper's; 4 on a CPU)")
+    work.add_argument("--batches", type=count, nargs="*", metavar="N",
+                      help="also time throughput at these (default: 1 8 32 64 for SANA and DiT, none for "
+                           "FLUX)")
+    work.add_argument("--latency", action=argparse.BooleanOptionalAction, default=True,
+                      help="the rows of one image at a time (default yes)")
+    work.add_argument("--train", action="store_true", help="time post-training steps instead")
+    work.add_argument("--train-batch", type=count, metavar="N",
+                      help="images a training step (default: 1 for FLUX, 16 otherwise)")
+    work.add_argument("--against", choices=("diffusers",), help="the same work through this library too")
+
+    how = p.add_argument_group("how to time it")
+    how.add_argument("--repeats", type=count, metavar="N",
+                     help="timed rounds at most (default 20; 2 on a CPU)")
+    how.add_argument("--warm", type=at_least(float, 0), metavar="S",
+                     help="seconds of work before timing (default 10; 0 on a CPU)")
+    how.add_argument("--minutes", type=positive, default=9.0, metavar="M",
+                     help="of a resolution; rounds are cut, to three at least, to end in time (default 9)")
+    how.add_argument("--compile-mode",
+                     help="torch.compile's, such as max-autotune-no-cudagraphs (a CPU only traces)")
+    return p
 
 
 def sizes_of(name: str, res: str | None) -> list[int]:
@@ -966,15 +969,13 @@ def sizes_of(name: str, res: str | None) -> list[int]:
         return sizes[-1:]
     if res == "all":
         return sizes
-    if not res.isdecimal():
+    if not res.isdecimal() or int(res) == 0:
         raise ValueError(f"--res {res}: give pixels a side ({', '.join(map(str, sizes))}), or all")
     return [int(res)]
 
 
 def check_args(args):
     """ValueError for flags that ask for what cannot be timed."""
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", args.device):
-        raise ValueError(f"--device {args.device}: cpu or cuda")
     if args.device == "cpu" and list(args.switches) == ["graph"]:
         raise ValueError("--switches graph: that needs a GPU")
     if args.against and args.train:
@@ -984,6 +985,8 @@ def check_args(args):
                          "block and is another work")
     if args.against and importlib.util.find_spec("diffusers") is None:
         raise ValueError("--against diffusers needs: pip install diffusers")
+    if args.out:
+        check_writable(f"{args.out}.json")
 
 
 NO_GPU = """\
@@ -1000,16 +1003,14 @@ DEFAULTS = {
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_args(p)
-    args = p.parse_args(argv)
+    args = parser().parse_args(argv)
+    device = torch.device(device_here(args.device))
     check_args(args)
     pairs = [workloads(args.model, res) for res in sizes_of(args.model, args.res)]
     # what was not given is the device's
     is_flux = isinstance(BASES[args.model], FluxConfig)
     if is_flux and args.batches is None:
         args.batches = []
-    device = torch.device(device_here(args.device))
     on_gpu = device.type == "cuda"
     for name, value in DEFAULTS[device.type].items():
         if getattr(args, name) is None:
@@ -1029,6 +1030,10 @@ def main(argv=None):
 
     command = " ".join(["bench.py", *(sys.argv[1:] if argv is None else argv)])
     result = dict(command=command, **environment(device), dtype=settings.precision("eager"))
+    # the same command on the same machine is the same measurement, made again
+    same = {key: value for key, value in result.items() if key != "date"}
+    result["settings"] = short_hash(same)
+    out = free_path(f"{args.out}.json", result["settings"]) if args.out else None
     result |= {kind: [] for kind in COLUMNS}
     print(f"{result['device']}, torch {result['torch']}, {result['dtype']}, {result['date']}")
     if not on_gpu and (args.train or args.latency or args.batches):
@@ -1039,8 +1044,8 @@ def main(argv=None):
         first = len(result[kind])
         for row in rows:
             result[kind].append(row)
-            if args.out:
-                write_json(f"{args.out}.json", result)
+            if out:
+                write_json(out, result)
         show(kind, result[kind][first:])
 
     # one resolution after the other
@@ -1063,9 +1068,9 @@ def main(argv=None):
     if result["ratios"]:
         print(WHY_TWO_RATIOS)
     keep("floors", [theory(work) for pair in pairs for work in pair])
-    if args.out and result["rows"]:
+    if out and result["rows"]:
         title = result["device"] if on_gpu else f"small twins on a {result['device']}: not GPU figures"
-        chart(Path(f"{args.out}.png"), result["rows"], title)
+        chart(out.with_suffix(".png"), result["rows"], title)
     # last, so that a program finds it
     print(json.dumps(result))
     failed = [row for kind in ("rows", "train") for row in result[kind] if "failed" in row]

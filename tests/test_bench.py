@@ -369,17 +369,34 @@ def test_training_steps_of_the_twins_and_the_counted_memory_of_stage_3(capfd):
     (["--res", "big"], "1024, 2048, 4096\\), or all"),
     (["--model", "dit-xl", "--against", "diffusers"], "FLUX and SANA are compared"),
     (["--train", "--against", "diffusers"], "one of them"),
-    (["--device", "tpu"], "cpu or cuda"),
+    (["--device", "tpu"], "--device tpu: unknown; give cpu"),
+    (["--device", "cuda:99"], "--device cuda:99: this "),
+    (["--res", "0"], "--res 0: give pixels a side"),
+    (["--out", "/dev/null/x"], "--out /dev/null/x.json: /dev/null is a file"),
     (["--device", "cpu", "--switches", "graph"], "needs a GPU")])
 def test_what_cannot_be_timed_is_an_error(flags, message):
     with pytest.raises(ValueError, match=message):
         bench.main(flags)
 
 
-def test_numbers_are_positive(capsys):
-    with pytest.raises(SystemExit):
-        bench.main(["--batches", "0"])
-    assert "argument --batches: invalid positive int value" in capsys.readouterr().err
+@pytest.mark.parametrize("flags", [
+    "--batches 0", "--num-steps 0", "--repeats -5", "--train-batch 0", "--minutes 0", "--warm nan",
+    "--seed -1"])
+def test_numbers_are_never_taken_for_the_default(flags, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        bench.main(flags.split())
+    assert capsys.readouterr().err.startswith(f"error: {flags}: ")
+
+
+def test_results_of_another_command_are_not_written_over(capfd, tmp_path):
+    out = str(tmp_path / "v1.0")
+    flags = ["--model", "dit-xl", "--no-latency", "--batches", "--out", out]
+    run(capfd, *flags)
+    run(capfd, *flags)
+    assert [file.name for file in tmp_path.iterdir()] == ["v1.0.json"]
+    _, printed = run(capfd, *flags, "--num-steps", "3")
+    assert "v1.0.json holds results of other settings and stays; the new ones go to " in printed
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["v1.0-2.json", "v1.0.json"]
 
 
 # ---- on a GPU ------------------------------------------------------------------------------------
