@@ -42,7 +42,7 @@ from tqdm import tqdm
 from model import Text
 from autoencoder import AUTOENCODERS, KLConfig
 from checkpoints import HERE, atomic, find_weights, fingerprint, write_json
-from shapes import SHAPES, ScenesSource, ShapesSource, encode_words, note_unknown_words
+from shapes import SHAPES, ScenesSource, ShapesSource, encode_words, note_unknown_words, print_once
 
 
 # ---- the order of a run --------------------------------------------------------------------------
@@ -84,9 +84,9 @@ def check_scale(cfg, latents: np.ndarray, foreign: bool = False, report=None):
     if report:
         print(f"{cfg.name}: latents of mean {z.mean():+.3f}, standard deviation {std:.3f} -> {report}")
     if report and trial and not 0.7 < std < 1.4:
-        print(f"note: {cfg.name} was trained on procedural pictures, and these are unlike them (standard "
-              f"deviation {std:.2f} instead of 1): it blurs them. Fine for a trial; for photographs take a "
-              "base with published weights, as --base dit-xl --ae dc-ae-f32c32-in-1.0")
+        print_once("note: the bundled autoencoders were trained on procedural pictures and blur these, which "
+                   "are unlike them; fine for a trial. For photographs take a base with published weights, as "
+                   "--base dit-xl --ae dc-ae-f32c32-in-1.0")
 
 
 def is_bundled(autoencoder: str) -> bool:
