@@ -85,8 +85,8 @@ def check_scale(cfg, latents: np.ndarray, foreign: bool = False, report=None):
         print(f"{cfg.name}: latents of mean {z.mean():+.3f}, standard deviation {std:.3f} -> {report}")
     if report and trial and not 0.7 < std < 1.4:
         print_once("note: the bundled autoencoders were trained on procedural pictures and blur these, which "
-                   "are unlike them; fine for a trial. For photographs take a base with published weights, as "
-                   "--base dit-xl --ae dc-ae-f32c32-in-1.0")
+                   "are unlike them; fine for a trial. For photographs take a base with published weights, "
+                   "as --base dit-xl --ae dc-ae-f32c32-in-1.0")
 
 
 def is_bundled(autoencoder: str) -> bool:
