@@ -12,7 +12,7 @@ equal. Reading is safe: safetensors, or torch.load(weights_only=True). Writing i
     load_base(name)          a preset or a finished run: the model that a stage starts from
     load_run(folder)         the model that a stage trained
     load_autoencoder(name)   an autoencoder by preset
-    export(model, ae, dir)   the folder of a diffusers pipeline
+    export(model, ae, dir)   a pipeline of diffusers
 
 Reading order: files, tables, strict loading, the hub, models, runs, export to diffusers, LoRA in the files of
 diffusers and PEFT.
@@ -27,10 +27,11 @@ import re
 import shutil
 import subprocess
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
+from string import Template
 from typing import get_origin
 
 import torch
@@ -39,7 +40,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from model import BASES, FAMILIES, Backbone, DiT, DiTConfig, Flux, FluxConfig, Sampling, Sana, to_deep_model
+from model import (
+    BASES, FAMILIES, Backbone, DiT, DiTConfig, Flux, FluxConfig, Sampling, Sana, SanaConfig, resolve_shift,
+    to_deep_model)
 from lora import LoRALinear, add_lora, lora_layers, lora_state, merge_lora
 from autoencoder import Autoencoder, KLConfig, ae_config, build_autoencoder
 
@@ -61,9 +64,9 @@ def disk_errors(path):
     try:
         yield
     except (OSError, SafetensorError) as e:
-        # safetensors tells the number in its text only
-        stated = re.search(r"os error (\d+)", str(e))
-        number = int(stated[1]) if stated else getattr(e, "errno", None)
+        # safetensors and shutil tell the number in their text only
+        stated = re.search(r"(?:os error|Errno) (\d+)", str(e))
+        number = int(stated[1]) if stated else None
         if number not in DISK_ERRORS:
             raise
         raise ValueError(f"{path} could not be written ({os.strerror(number)}); mend that, or name another "
@@ -132,10 +135,9 @@ def code_version() -> str:
     command = ["git", "-C", str(HERE), "describe", "--always", "--dirty"]
     # a folder without a repository of its own would give the commit of one around it
     if (HERE / ".git").exists():
-        try:
-            return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-        except (OSError, subprocess.SubprocessError):
-            pass
+        with suppress(OSError, subprocess.SubprocessError):
+            done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+            return done.stdout.strip()
     digest = hashlib.sha256()
     for file in sorted(HERE.glob("*.py")):
         digest.update(file.name.encode() + file.read_bytes())
@@ -1120,30 +1122,139 @@ def newest_run(root="runs", kinds=("align", "finetune")) -> Path | None:
 
 
 # ---- export to diffusers --------------------------------------------------------------------------
+# What DiffusionPipeline.from_pretrained reads: transformer/, vae/, scheduler/ and text encoders, named in
+# model_index.json. README.md beside them has lines that draw.
 
-def export(model: Backbone, ae: Autoencoder, folder: Path):
-    """Write transformer/ and vae/ as the diffusers library reads them, a LoRA merged and also by itself."""
-    if lora_layers(model):
-        save_peft(model, folder / "lora")
-    export_diffusers(merge_lora(model), folder)
-    export_autoencoder(ae, folder)
-    print(f"wrote {', '.join(str(part) + '/' for part in sorted(folder.iterdir()) if part.is_dir())}")
+PIPELINES = {DiTConfig: "DiTPipeline", FluxConfig: "FluxPipeline", SanaConfig: "SanaPipeline"}
+# what a pipeline holds besides: text encoders and their tokenizers
+TEXT_PARTS = {
+    DiTConfig: (),
+    FluxConfig: ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"),
+    SanaConfig: ("text_encoder", "tokenizer"),
+}
+
+
+def exportable(cfg) -> str | None:
+    """Why the diffusers library cannot compute this model; None if it can."""
+    if getattr(cfg, "theta", 10000.0) != 10000.0:
+        return f"its positions turn by theta = {cfg.theta:g}, and those of diffusers by 10000"
+    if cfg.predict == "epsilon" and cfg.clock == "flow":
+        return "it predicts epsilon on the flow clock, and no scheduler of diffusers draws with that"
+    if isinstance(cfg, FluxConfig) and cfg.patch_size > 2:
+        return f"its tokens hold {cfg.patch_size} x {cfg.patch_size} cells, those of diffusers 1 or 2 x 2"
+    return None
+
+
+def check_exportable(cfg, folder):
+    """ValueError if the model cannot be exported, or not into this folder: it has to be new, or empty. Reads
+    no weights and writes nothing."""
+    reason = exportable(cfg)
+    if reason:
+        raise ValueError(f"--export: diffusers cannot draw with this model: {reason}")
+    check_writable(folder, "--export")
+    if Path(folder).is_dir() and any(Path(folder).iterdir()):
+        raise ValueError(f"--export {folder}: it is not empty; name another folder, or remove it")
+
+
+def export(model: Backbone, ae: Autoencoder, folder, text_encoders=None):
+    """Write the folder of a diffusers pipeline, a LoRA merged and also by itself. text_encoders: a pipeline
+    folder whose text encoders and tokenizers are copied in; without it they have to be given to
+    `from_pretrained`. ValueError as check_exportable; of a failed export nothing is left."""
+    folder = Path(folder)
+    check_exportable(model.cfg, folder)
+    try:
+        if lora_layers(model):
+            save_peft(model, folder / "lora")
+        export_diffusers(merge_lora(model), folder)
+        export_autoencoder(ae, folder, stated_for_pipeline(model.cfg, ae.cfg))
+        export_pipeline(model.cfg, ae.cfg, folder, text_encoders)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    parts = [f"{part.name}/" for part in sorted(folder.iterdir()) if part.is_dir()]
+    print(f"wrote {', '.join(parts)} in {folder}; README.md there has the lines that draw")
+
+
+def export_pipeline(cfg, ae_cfg, folder: Path, text_encoders=None):
+    """Write what makes a pipeline of <folder>/transformer and <folder>/vae."""
+    scheduler = scheduler_config(cfg)
+    write_json(folder / "scheduler/scheduler_config.json", scheduler)
+    index = dict(
+        _class_name=PIPELINES[type(cfg)],
+        transformer=["diffusers", diffusers_config(cfg)["_class_name"]],
+        vae=["diffusers", diffusers_ae_config(ae_cfg)["_class_name"]],
+        scheduler=["diffusers", scheduler["_class_name"]])
+    for part in TEXT_PARTS[type(cfg)]:
+        index[part] = [None, None]
+        if text_encoders:
+            with disk_errors(folder / part):
+                shutil.copytree(Path(text_encoders) / part, folder / part)
+            index[part] = ["transformers", class_in_folder(folder / part)]
+    write_json(folder / "model_index.json", index)
+    with atomic(folder / "README.md") as tmp:
+        tmp.write_text(export_readme(cfg, ae_cfg, folder, bool(text_encoders)))
+
+
+def class_in_folder(part: Path) -> str:
+    """The class in transformers of a text encoder or a tokenizer, as its folder states it."""
+    stated = {}
+    for name in ("tokenizer_config.json", "config.json"):
+        if (part / name).is_file():
+            stated |= json.loads((part / name).read_text())
+    return stated["architectures"][0] if "architectures" in stated else stated["tokenizer_class"]
+
+
+def stated_for_pipeline(cfg, ae_cfg) -> dict:
+    """What a pipeline reads in the config.json of an autoencoder that is not of its usual kind: a list whose
+    length tells it the pixels a side of a latent cell. FluxPipeline takes tokens for 2 x 2 cells, so that
+    half of a cell of one token counts there."""
+    if isinstance(cfg, FluxConfig) and cfg.patch_size == 1:
+        return {"block_out_channels": ae_cfg.widths[1:]}
+    if isinstance(cfg, SanaConfig) and isinstance(ae_cfg, KLConfig):
+        return {"encoder_block_out_channels": ae_cfg.widths}
+    return {}
+
+
+def latent_side(cfg) -> int:
+    """Latent cells a side, at the model's own size."""
+    # pixels a latent cell, by the name of the autoencoder
+    return cfg.res // int(re.search(r"f(\d+)c\d+", cfg.ae)[1])
+
+
+def scheduler_config(cfg) -> dict:
+    """The scheduler_config.json with which the diffusers library draws as we do."""
+    sampling = cfg.sampling
+    if cfg.predict == "epsilon":
+        return dict(
+            _class_name="DDIMScheduler",
+            beta_start=1e-4, beta_end=0.02, beta_schedule="linear",
+            prediction_type="epsilon", clip_sample=False)
+    # the pipeline of FLUX follows the rule itself, whatever the size
+    if isinstance(cfg, FluxConfig) and sampling.shift == "mu":
+        return dict(_class_name="FlowMatchEulerDiscreteScheduler", use_dynamic_shifting=True)
+    side = latent_side(cfg)
+    shift = resolve_shift(sampling.shift, cfg.in_channels, side, side, cfg.patch_size)
+    # it reads our times cut to whole steps of 1000
+    if isinstance(cfg, SanaConfig) and sampling.sampler == "dpm":
+        return dict(
+            _class_name="DPMSolverMultistepScheduler",
+            use_flow_sigmas=True, flow_shift=shift, prediction_type="flow_prediction")
+    # our clock, and DiT's, runs from noise at 0 to data at 1
+    inverted = isinstance(cfg, DiTConfig)
+    return dict(_class_name="FlowMatchEulerDiscreteScheduler", shift=shift, invert_sigmas=inverted)
 
 
 def export_diffusers(model: Backbone, folder, shard_bytes: int = 5 * 10**9):
     """Write <folder>/transformer, which the diffusers library loads by itself: its FluxTransformer2DModel,
     SanaTransformer2DModel or DiTTransformer2DModel. They compute the same network; what is in no file is
-    left to them: a FLUX is fed packed tokens and their places, diffusers' DiT has other timestep
-    frequencies than its weights were trained with (the exponent over 127, not 128), and SANA is clamped in
-    fp16 only. ValueError if a LoRA is not merged yet, if the folder is taken, or for spread positions."""
+    left to them, and README's example sets it: a FLUX is fed packed tokens and their places; diffusers' DiT
+    has other timestep frequencies than its weights were trained with (the exponent over 127, not 128), and
+    counts positions by ones; SANA is clamped in fp16 only. ValueError if a LoRA is not merged yet, or if the
+    folder is taken."""
     cfg = model.cfg
     if lora_layers(model):
         raise ValueError("this model carries a LoRA; merge it before the export (lora.merge_lora), or save "
                          "it beside (checkpoints.save_peft)")
-    step = getattr(cfg, "pos_step", 1)
-    if step != 1:
-        raise ValueError(f"diffusers counts a model's positions by ones, this one's go by {step:g}: it "
-                         "cannot be exported (align.py --pos-step 1 makes one that can)")
     theirs = unmap_keys(model.state_dict(), TABLES[type(model)]["diffusers"])
     if isinstance(cfg, DiTConfig):
         # every block repeats the embedders of block 0
@@ -1153,10 +1264,12 @@ def export_diffusers(model: Backbone, folder, shard_bytes: int = 5 * 10**9):
     write_folder(Path(folder) / "transformer", theirs, diffusers_config(cfg), shard_bytes)
 
 
-def export_autoencoder(ae: Autoencoder, folder):
-    """Write <folder>/vae, which the diffusers library loads by itself as AutoencoderKL or AutoencoderDC."""
+def export_autoencoder(ae: Autoencoder, folder, stated: dict | None = None):
+    """Write <folder>/vae, which the diffusers library loads by itself as AutoencoderKL or AutoencoderDC.
+    stated: more for its config.json."""
     table = KL_DIFFUSERS if isinstance(ae.cfg, KLConfig) else DCAE_DIFFUSERS
-    write_folder(Path(folder) / "vae", unmap_keys(ae.state_dict(), table), diffusers_ae_config(ae.cfg))
+    config = diffusers_ae_config(ae.cfg) | (stated or {})
+    write_folder(Path(folder) / "vae", unmap_keys(ae.state_dict(), table), config)
 
 
 def write_folder(folder: Path, tensors: dict[str, Tensor], config: dict, shard_bytes: int = 5 * 10**9):
@@ -1211,8 +1324,7 @@ def diffusers_config(cfg) -> dict:
         out_channels=cfg.out_channels,
         patch_size=cfg.patch_size,
         num_layers=cfg.depth,
-        # pixels a latent cell, by the name of the autoencoder
-        sample_size=cfg.res // int(re.search(r"f(\d+)c\d+", cfg.ae)[1]),
+        sample_size=latent_side(cfg),
         norm_elementwise_affine=False,
         norm_eps=1e-6)
     if isinstance(cfg, DiTConfig):
@@ -1264,6 +1376,180 @@ def diffusers_ae_config(cfg) -> dict:
         decoder_in_shortcut=cfg.latent_shortcut,
         downsample_block_type="Conv" if cfg.strided else "pixel_unshuffle",
         upsample_block_type="interpolate" if cfg.interpolate else "pixel_shuffle")
+
+
+# ---- the example of an export ---------------------------------------------------------------------
+# README.md of an exported folder: lines that draw with diffusers as this code does, put together from these.
+
+README = """\
+# {family} on {ae}, a pipeline of diffusers
+
+```python
+{example}```
+{note}"""
+LOAD = """\
+import torch
+from diffusers import DiffusionPipeline
+{imports}
+pipe = DiffusionPipeline.from_pretrained("{folder}"{absent})
+"""
+DECODE = """\
+with torch.inference_mode():
+    pictures = pipe.vae.decode(z / pipe.vae.config.scaling_factor{shift}).sample
+VaeImageProcessor().postprocess(pictures)[0].save("picture.png")
+"""
+
+# the pipelines of text models stop at the latent: FluxPipeline would unpack 2 x 2 cells a token for the
+# autoencoder, and SanaPipeline knows no shift
+TEXT = """\
+z = pipe(
+    {prompt},
+    {settings},
+    height={res}, width={res}, output_type="latent").images
+"""
+FLUX_POSITIONS = """\
+ids = pipe._prepare_latent_image_ids       # tokens lie {step:g} positions apart
+first = torch.tensor([0, {first:g}, {first:g}])
+pipe._prepare_latent_image_ids = lambda *size: {step:g} * ids(*size) + first.to(size[3])
+"""
+FLUX_UNPACK = {
+    1: "z = z.mT.unflatten(2, ({side}, {side}))       # a token is a latent cell\n",
+    2: "z = pipe._unpack_latents(z, {res}, {res}, pipe.vae_scale_factor)\n",
+}
+
+DIT_FREQUENCIES = """\
+for block in pipe.transformer.transformer_blocks:
+    block.norm1.emb.time_proj.downscale_freq_shift = 0       # the clock's frequencies as in training
+"""
+DIT_POSITIONS = """\
+places = {step:g} * torch.arange({places}) + {first:g}       # tokens lie {step:g} positions apart
+places = torch.stack(torch.meshgrid(places, places, indexing="xy"))
+table = get_2d_sincos_pos_embed_from_grid({width}, places, output_type="pt")
+pipe.transformer.pos_embed.pos_embed.copy_(table)
+"""
+# a trunk with DDPM's clock reads the step of that chain which has the same signal-to-noise ratio
+DDPM_TIMES = """\
+kept = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
+times = kept**0.5 / (kept**0.5 + (1 - kept) ** 0.5)       # of DDPM's steps; 0 = noise, 1 = data
+"""
+DIT_START = """\
+here = pipe.device
+labels = torch.tensor([0, 1, 2, 3] + 4 * [{null}], device=here)       # four classes, and no class for each
+z = torch.randn(4, {channels}, {side}, {side}, device=here)
+pipe.scheduler.set_timesteps(sigmas=[1 - i / {steps} for i in range({steps})], device=here)
+for time in pipe.scheduler.timesteps:
+"""
+DIT_CLOCK = {
+    "flow": "    x, step = z, time\n",
+    "ddpm": """\
+    t = time.item() / 1000
+    x = z / (t**2 + (1 - t) ** 2) ** 0.5
+    step = torch.tensor(np.interp(t, times[::-1], np.arange(999.0, -1, -1)), device=here)
+""",
+}
+DIT_STEP = """\
+    with torch.inference_mode():
+        v = pipe.transformer(torch.cat([x, x]), step.expand(8), labels).sample
+    v, without = v.chunk(2)
+    z = pipe.scheduler.step(without + {scale:g} * (v - without), time, z).prev_sample
+"""
+DIT_CHAIN = """\
+pipe([207], guidance_scale={scale:g}, num_inference_steps=50).images[0].save("picture.png")
+"""
+
+# the notes below the lines
+DIT_NOTE = """
+Draw by this loop: the call of DiTPipeline itself is made for DDPM's epsilons, and fails with velocities. The
+lines above it mend what diffusers computes in another way than this model was trained.
+"""
+SHIFT_NOTE = """
+The shift in scheduler/ is that of {res} x {res} pixels; another size has another one.
+"""
+TEXT_NOTE = """
+The text encoders are not in this folder: give those of {source} to `from_pretrained`, as {parts}.
+"""
+GPU_NOTE = """
+On a GPU: `torch_dtype=torch.bfloat16` in `from_pretrained`, and `pipe.to("cuda")`.
+"""
+
+
+def export_readme(cfg, ae_cfg, folder: Path, has_text: bool) -> str:
+    """README.md of an export. has_text: the text encoders are in the folder."""
+    side = latent_side(cfg)
+    step = getattr(cfg, "pos_step", 1.0)
+    slots = dict(
+        family=type(cfg).__name__.removesuffix("Config"), ae=cfg.ae, folder=folder.as_posix(), absent="",
+        res=cfg.res, side=side, places=side // cfg.patch_size, channels=cfg.in_channels,
+        width=cfg.hidden_size, step=step, first=(step - 1) / 2, steps=cfg.sampling.num_steps,
+        scale=cfg.sampling.cfg_scale, shift=" + pipe.vae.config.shift_factor" if ae_cfg.shift else "")
+    imports = ["from diffusers.image_processor import VaeImageProcessor"]
+    if isinstance(cfg, DiTConfig):
+        slots["null"] = cfg.num_classes
+        pieces, notes = dit_pieces(cfg, imports)
+    else:
+        slots |= text_slots(cfg, imports)
+        pieces, notes = text_pieces(cfg, has_text)
+    slots["imports"] = "".join(line + "\n" for line in imports)
+    slots["example"] = "".join([LOAD, *pieces]).format(**slots)
+    slots["note"] = "".join(notes).format(**slots)
+    return README.format(**slots)
+
+
+def dit_pieces(cfg, imports: list[str]) -> tuple[list[str], list[str]]:
+    """The pieces of a DiT's example after LOAD, and its notes; what they need is added to the imports."""
+    if cfg.predict == "epsilon":
+        imports.clear()
+        return [DIT_FREQUENCIES, DIT_CHAIN], []
+    pieces = [DIT_FREQUENCIES, DIT_START, DIT_CLOCK[cfg.clock], DIT_STEP, DECODE]
+    if cfg.clock == "ddpm":
+        imports.append("import numpy as np")
+        pieces.insert(1, DDPM_TIMES)
+    if cfg.pos_step != 1:
+        imports.append("from diffusers.models.embeddings import get_2d_sincos_pos_embed_from_grid")
+        pieces.insert(1, DIT_POSITIONS)
+    return pieces, [DIT_NOTE]
+
+
+def text_pieces(cfg, has_text: bool) -> tuple[list[str], list[str]]:
+    """The pieces of a text model's example after LOAD, and its notes."""
+    pieces = [TEXT, DECODE]
+    notes = []
+    if isinstance(cfg, FluxConfig):
+        pieces = [FLUX_POSITIONS if cfg.pos_step != 1 else "", TEXT, FLUX_UNPACK[cfg.patch_size], DECODE]
+    if cfg.sampling.shift == "flux2":
+        notes.append(SHIFT_NOTE)
+    if cfg.text_encoder != "words":
+        notes += [GPU_NOTE] if has_text else [TEXT_NOTE, GPU_NOTE]
+    return pieces, notes
+
+
+def text_slots(cfg, imports: list[str]) -> dict:
+    """What fills the slots of a text model's pieces; what the prompt needs is added to the imports."""
+    sampling = cfg.sampling
+    n = sampling.num_steps
+    parts = TEXT_PARTS[type(cfg)]
+    slots = dict(prompt='"a lighthouse at dusk"', parts=", ".join(parts))
+    if cfg.text_encoder == "words":
+        imports += ["from shapes import encode_words       # run this in dcgen's folder",
+                    "", f'text = encode_words(["a small red ring on blue"], {cfg.text_tokens})']
+        slots["absent"] = "".join(f",\n    {part}=None" for part in parts)
+        slots["prompt"] = "prompt_embeds=text.tokens, pooled_prompt_embeds=text.pooled"
+        # the empty prompt takes the mask of the prompt beside it, as in training
+        if isinstance(cfg, SanaConfig):
+            imports.append(f'null = encode_words([""], {cfg.text_tokens})')
+            slots["prompt"] = (
+                "prompt_embeds=text.tokens, prompt_attention_mask=text.mask, negative_prompt=None,\n"
+                "    negative_prompt_embeds=null.tokens, negative_prompt_attention_mask=text.mask")
+    else:
+        slots["source"] = cfg.text_weights.replace("::", "/").rstrip("/")
+    settings = f"guidance_scale={sampling.guidance}, num_inference_steps={n}"
+    if isinstance(cfg, SanaConfig):
+        # Euler's own grid in diffusers spends a step on the last thousandth of the way
+        euler = f"sigmas=[1 - i / {n} for i in range({n})]"
+        steps = f"num_inference_steps={n}" if sampling.sampler == "dpm" else euler
+        settings = f"guidance_scale={sampling.cfg_scale}, {steps}, use_resolution_binning=False"
+    slots["settings"] = f"{settings}, max_sequence_length={cfg.text_tokens}"
+    return slots
 
 
 # ---- LoRA in the files of diffusers and PEFT ------------------------------------------------------

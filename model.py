@@ -48,8 +48,31 @@ class Sampling:
     cfg_scale: float = 3.0              # classifier-free guidance in two passes; 1 = off
     guidance: float | None = None       # the number that a distilled model reads, in one pass
     sampler: str = "euler"              # one of sample.SOLVERS; "ddpm" and "ddim" need predicted epsilons
-    shift: float | str = 1.0            # resolution shift of the clock: a number, or a rule of sample.SHIFTS
+    shift: float | str = 1.0            # resolution shift of the clock: a number, or a rule of SHIFTS
     batch: int = 64
+
+
+SHIFTS = ("mu", "flux2")
+
+
+def resolve_shift(rule: str | float, channels: int, H: int, W: int, patch_size: int) -> float:
+    """A published rule's shift r for a latent (C,H,W); a number is itself (SANA: 3 at every size).
+    mu     exp(mu), mu on a line in the tokens through (256, 0.5) and (4096, 1.15)  (FLUX; DC-Gen-FLUX at 4K)
+    flux2  sqrt(C H W / 4096)                                                       (DC-Gen-FLUX at 1K)
+    ValueError lists the rules."""
+    # the two rules that FLUX's authors and DC-Gen's trained with
+    if rule == "mu":
+        tokens = H * W / patch_size**2
+        return math.exp(0.5 + (1.15 - 0.5) * (tokens - 256) / (4096 - 256))
+    if rule == "flux2":
+        return math.sqrt(channels * H * W / 4096)
+    try:
+        shift = float(rule)
+    except ValueError:
+        shift = -1.0
+    if not 0 < shift < math.inf:
+        raise ValueError(f"--shift {rule}: give a positive number, or one of {', '.join(SHIFTS)}")
+    return shift
 
 
 FLUX_SAMPLING = Sampling(num_steps=20, cfg_scale=1.0, guidance=3.5, shift="flux2", batch=1)

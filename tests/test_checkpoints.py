@@ -1,5 +1,6 @@
 """Files in and out: published layouts, strict and safe loading, the hub, runs, export, LoRA of diffusers."""
 
+import errno
 import json
 import os
 import re
@@ -12,23 +13,29 @@ from pathlib import Path
 from types import SimpleNamespace
 from urllib.parse import urlparse
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import save
 
 import checkpoints
 from autoencoder import AUTOENCODERS, DCAE, KLVAE, KLConfig, build_autoencoder
 from checkpoints import (
-    TABLES, build, config_dict, config_from_dict, config_from_shapes, detect_layout, diffusers_ae_config,
-    export, export_autoencoder, export_diffusers, find_weights, load_autoencoder, load_base, load_part,
-    load_peft, load_run, load_weights, lora_from_peft, lora_to_peft, map_keys, match_config, newest_run,
-    read_base_config, read_config, read_tensors, save_peft, unmap_keys, write_tensors)
-from helpers import (  # noqa: F401 (tiny_base is a fixture)
-    DCAE_STYLES, DEEP_DIT, TINIES, TINY_DIT, TINY_FLUX, TINY_KL, TINY_SANA, assert_near, deep_model, digest,
-    fixed_forward, manifest, on_meta, parity, parity_cases, random_condition, randomize_b, scramble,
-    tiny_base, tiny_model)
+    TABLES, atomic, build, check_exportable, check_writable, code_version, config_dict, config_from_dict,
+    config_from_shapes, detect_layout, diffusers_ae_config, export, export_autoencoder, export_diffusers,
+    exportable, find_weights, load_autoencoder, load_base, load_part, load_peft, load_run, load_weights,
+    lora_from_peft, lora_to_peft, map_keys, match_config, newest_run, read_base_config, read_config,
+    read_tensors, run_file, save_peft, unmap_keys, write_json, write_tensors)
+from helpers import (  # noqa: F401 (encoders and tiny_base are fixtures)
+    DCAE_STYLES, DDPM_DIT, DEEP_DIT, TINIES, TINY_DIT, TINY_FLUX, TINY_KL, TINY_SANA, WORDS_BASE,
+    assert_near, deep_model, digest, encoders, fixed_forward, manifest, on_meta, parity, parity_cases,
+    random_condition, randomize_b, scramble, tiny_base, tiny_model)
 from lora import add_lora, lora_layers, lora_state, merge_lora
-from model import BASES, FAMILIES, DiT, Flux, Text, to_deep_latent
+from model import BASES, FAMILIES, DiT, Flux, Text, resolve_shift, to_deep_latent
+from sample import START, DDPMChain, guided_velocity, integrate, time_grid, to_uint8
+from shapes import encode_words
 
 
 def one_line_error(error, *parts: str):
@@ -110,6 +117,7 @@ def test_a_file_of_another_model_is_one_error_that_tells_what_it_is_and_what_fit
     with pytest.raises(ValueError) as e:
         build(cfg, tmp_path / f"{file}.safetensors")
     one_line_error(e, f"{file}.safetensors: ", *parts)
+    assert not re.search(r"(\S+) \(not \1\)", str(e.value)), "an equal value is no difference"
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -201,6 +209,59 @@ def test_what_is_loaded_as_it_is_stays_the_files_own_memory(tmp_path):
     assert file.read_bytes() == before, "the map must be private"
 
 
+SMALL_DISK = """
+import resource, signal, sys
+import torch
+from checkpoints import atomic, write_json, write_tensors
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+for write in (
+    lambda file: write_tensors(file, {"a": torch.zeros(100_000)}),
+    lambda file: write_json(file, ["x" * 200_000]),
+):
+    try:
+        write(sys.argv[1])
+    except ValueError as e:
+        print(e)
+"""
+
+
+def test_a_full_disk_is_one_line_and_leaves_no_file(tmp_path):
+    pytest.importorskip("resource")
+    file = tmp_path / "new/w.safetensors"
+    done = subprocess.run(
+        [sys.executable, "-c", SMALL_DISK, str(file)], cwd=checkpoints.HERE, capture_output=True, text=True,
+        check=True)
+    assert done.stdout.splitlines() == 2 * [
+        f"{file} could not be written (File too large); mend that, or name another folder"]
+    assert not list(file.parent.iterdir())
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT])
+def test_what_a_disk_refuses_is_told_with_the_files_name(number, tmp_path):
+    with pytest.raises(ValueError) as e, atomic(tmp_path / "x"):
+        raise OSError(number, os.strerror(number), "elsewhere")
+    one_line_error(e, f"{tmp_path / 'x'} could not be written ({os.strerror(number)})")
+    # a mistake of the code stays one
+    with pytest.raises(FileNotFoundError), atomic(tmp_path / "x"):
+        open(tmp_path / "none")
+
+
+def test_a_folder_that_cannot_be_written_to_is_told_before_anything_is_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="file is a file, not a folder"):
+        check_writable(tmp_path / "file/run", "--out")
+    with pytest.raises(ValueError, match="could not be written .Not a directory"):
+        write_json(tmp_path / "file/run/x.json", {})
+    tmp_path.chmod(0o500)
+    if os.access(tmp_path, os.W_OK):
+        pytest.skip("this user can write anywhere")
+    with pytest.raises(ValueError, match="cannot be written to"):
+        check_writable(tmp_path / "a/b", "--out")
+    with pytest.raises(ValueError, match="could not be written .Permission denied"):
+        write_json(tmp_path / "a/b.json", {})
+
+
 def test_a_failed_write_leaves_the_old_file_whole(tmp_path, monkeypatch):
     file = tmp_path / "w.safetensors"
     shared = torch.randn(4, 6)
@@ -209,10 +270,10 @@ def test_a_failed_write_leaves_the_old_file_whole(tmp_path, monkeypatch):
 
     def full_disk(tensors, path, metadata):
         Path(path).write_bytes(b"half")
-        raise OSError("No space left on device")
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
 
     monkeypatch.setattr(checkpoints, "save_file", full_disk)
-    with pytest.raises(OSError):
+    with pytest.raises(ValueError, match="w.safetensors could not be written .No space left on device"):
         write_tensors(file, W)
     assert read_config(file) == {"scale": 0.5}
     assert digest(read_tensors(file)) == digest(tensors)
@@ -398,26 +459,50 @@ def test_an_exported_model_loads_again_if_its_config_fits(name, tmp_path):
         build(model.cfg, tmp_path)
 
 
-def test_what_cannot_be_exported_is_refused(tmp_path):
+@pytest.mark.parametrize("cfg, error", [
+    (replace(TINY_FLUX, theta=2000.0), "positions turn by theta = 2000"),
+    (replace(TINY_FLUX, patch_size=4), "its tokens hold 4 x 4 cells"),
+    (replace(TINY_DIT, predict="epsilon"), "epsilon on the flow clock"),
+])
+def test_a_model_that_diffusers_cannot_compute_is_refused_by_its_configuration(cfg, error, tmp_path):
+    assert error in exportable(cfg)
+    with pytest.raises(ValueError, match=f"--export: diffusers cannot draw with this model: .*{error}"):
+        check_exportable(cfg, tmp_path / "new")
+    assert not list(tmp_path.iterdir())
+    assert not any(exportable(fine) for fine in (*BASES.values(), DEEP_DIT))
+
+
+def test_an_export_goes_to_a_new_folder_only(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("")
+    for folder in ("new", "empty", "deep/er"):
+        check_exportable(TINY_DIT, tmp_path / folder)
+    with pytest.raises(ValueError, match="it is not empty; name another folder"):
+        check_exportable(TINY_DIT, tmp_path)
+    with pytest.raises(ValueError, match="file is a file, not a folder"):
+        check_exportable(TINY_DIT, tmp_path / "file/new")
     model = tiny_model("dit")
-    export_diffusers(model, tmp_path)
-    with pytest.raises(ValueError, match="holds a model already"):
-        export_diffusers(model, tmp_path)
-    with pytest.raises(ValueError, match="positions by ones, this one's go by 2"):
-        export_diffusers(DiT(replace(TINY_DIT, pos_step=2.0)), tmp_path / "spread")
     add_lora(model, 2)
     with pytest.raises(ValueError, match="merge it before the export"):
         export_diffusers(model, tmp_path / "lora")
+
+
+def test_of_a_failed_export_nothing_is_left(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoints, "export_readme", lambda *a: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        export(tiny_model("dit"), KLVAE(TINY_KL), tmp_path / "x")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_model_with_a_lora_is_exported_merged_and_its_lora_by_itself(tmp_path):
     model = tiny_model("flux")
     add_lora(model, 2)
     want = fixed_forward(randomize_b(model))
-    export(model, KLVAE(TINY_KL), tmp_path)
-    assert_near(fixed_forward(build(TINY_FLUX, tmp_path)), want)
+    folder = tmp_path / "x"
+    export(model, KLVAE(TINY_KL), folder)
+    assert_near(fixed_forward(build(TINY_FLUX, folder)), want)
     again = tiny_model("flux")
-    load_peft(again, tmp_path / "lora")
+    load_peft(again, folder / "lora")
     assert_near(fixed_forward(again), want)
 
 
@@ -451,6 +536,123 @@ def test_stock_diffusers_loads_an_exported_model_with_equal_outputs(name, tmp_pa
         want = theirs(x, timestep=step, class_labels=y).sample
     # SANA's cross-attention has another epsilon there
     assert_near(model.forward_native(x, step.float(), y), want, 2e-5)
+
+
+STEPS = 3
+SHORT = dict(num_steps=STEPS, shift=2.0)
+FLOW_DIT = replace(TINY_DIT, num_classes=1000, sampling=replace(TINY_DIT.sampling, **SHORT))
+WORDS_FLUX = replace(WORDS_BASE, sampling=replace(WORDS_BASE.sampling, **SHORT))
+WORDS_SANA = replace(
+    BASES["tiny-sana"], res=64, hidden_size=64, depth=2, num_heads=4,
+    sampling=replace(BASES["tiny-sana"].sampling, **SHORT))
+SANA_DPM = replace(WORDS_SANA, integer_time=True, sampling=replace(WORDS_SANA.sampling, sampler="dpm"))
+BASE_AE = "tiny-kl-f8c4"
+DEEP_AE = "tiny-dc-ae-f32c32"
+
+
+def deep(cfg, pos_step=1.0, shift=None):
+    return replace(to_deep_latent(cfg, AUTOENCODERS[DEEP_AE], pos_step, shift), res=128)
+
+
+def run_example(folder: Path, monkeypatch) -> dict:
+    """Execute the lines of an export's README; what they leave, with the noise that they drew."""
+    readme = (folder / "README.md").read_text()
+    lines = re.search(r"```python\n(.*?)```", readme, re.DOTALL)[1]
+    space = {}
+    randn = torch.randn
+
+    def remembered(*shape, **settings):
+        drawn = randn(*shape, **settings)
+        # weights are initialised too, before the latent
+        if drawn.ndim == 4:
+            space["noise"] = drawn
+        return drawn
+
+    monkeypatch.setattr(torch, "randn", remembered)
+    exec(lines, space)
+    return space
+
+
+@pytest.mark.parametrize("cfg", [
+    pytest.param(FLOW_DIT, id="dit"),
+    pytest.param(deep(FLOW_DIT, 2.0), id="deep-dit"),
+    pytest.param(deep(replace(FLOW_DIT, clock="ddpm"), 2.0), id="deep-dit-ddpm"),
+    pytest.param(WORDS_FLUX, id="flux"),
+    pytest.param(deep(WORDS_FLUX, 1.0, "mu"), id="deep-flux-mu"),
+    pytest.param(deep(WORDS_FLUX, 2.0, "flux2"), id="deep-flux"),
+    pytest.param(WORDS_SANA, id="sana"),
+    pytest.param(deep(WORDS_SANA), id="deep-sana"),
+    pytest.param(deep(SANA_DPM), id="deep-sana-dpm"),
+])
+def test_the_example_of_an_exported_run_draws_with_diffusers_what_we_draw(cfg, tmp_path, monkeypatch):
+    """The lines as they stand in README.md: positions, clock, guidance and shift are ours."""
+    pytest.importorskip("diffusers")
+    monkeypatch.chdir(tmp_path)
+    model = scramble(FAMILIES[type(cfg)](cfg))
+    ae = load_autoencoder(cfg.ae)
+    export(model, ae, "out")
+    space = run_example(Path("out"), monkeypatch)
+
+    noise = space["noise"]
+    y = torch.arange(4)
+    if cfg.text_encoder:
+        y = replace(space["text"], guidance=torch.tensor([3.5]))
+        model.null = replace(encode_words([""], cfg.text_tokens), mask=None)
+    if isinstance(model, Flux):
+        # as FluxPipeline packs it
+        tokens = noise.unflatten(2, (-1, 2)).unflatten(4, (-1, 2)).permute(0, 2, 4, 1, 3, 5).flatten(3)
+        noise = model.unpatchify(tokens.flatten(1, 2), (cfg.res // ae.cfg.f, cfg.res // ae.cfg.f))
+    scale = cfg.sampling.cfg_scale
+    shift = resolve_shift(cfg.sampling.shift, *noise.shape[1:], cfg.patch_size)
+    times = time_grid(STEPS, shift, START.get(cfg.sampling.sampler, 0.0))
+    z = integrate(lambda x, t: guided_velocity(model, x, t, y, scale), noise, times, cfg.sampling.sampler)
+    assert_near(space["z"], z, 1e-4)
+    assert_near(space["pictures"], ae.decode(z), 1e-4)
+    assert Path("picture.png").is_file()
+
+
+def test_the_example_of_a_published_dit_draws_by_its_chain(tmp_path, monkeypatch):
+    pytest.importorskip("diffusers")
+    monkeypatch.chdir(tmp_path)
+    cfg = replace(DDPM_DIT, num_classes=1000)
+    model = scramble(DiT(cfg))
+    ae = load_autoencoder(BASE_AE)
+    ae.cfg = replace(ae.cfg, shift=0.0)                              # DiTPipeline knows none; SD's has none
+    export(model, ae, "out")
+    noise = run_example(Path("out"), monkeypatch)["noise"]
+
+    def network(x, step):
+        def call(x, step, y):
+            return model.forward_native(x, step, y)
+        return guided_velocity(model, x, step, torch.tensor([207]), cfg.sampling.cfg_scale, call=call)
+
+    z = DDPMChain.spaced(50, ddim=True).sample(network, noise, ddim=True)
+    want = to_uint8(ae.decode(z))[0]
+    with Image.open("picture.png") as drawn:
+        assert np.abs(np.asarray(drawn).astype(int) - np.asarray(want).astype(int)).mean() < 0.5
+
+
+@pytest.mark.parametrize("name, sizes", [
+    ("flux", dict(context_in_dim=64, vec_in_dim=64, text_tokens=20)),
+    ("sana", dict(caption_channels=64, in_channels=4, patch_size=2, ae=BASE_AE)),
+])
+def test_text_encoders_are_copied_into_the_pipeline(name, sizes, encoders, tmp_path, monkeypatch):
+    pytest.importorskip("diffusers")
+    monkeypatch.chdir(tmp_path)
+    cfg = deep(replace(TINIES[name], **sizes), shift="flux2")
+    cfg = replace(cfg, sampling=replace(cfg.sampling, num_steps=2))
+    ae = load_autoencoder(cfg.ae)
+    export(scramble(FAMILIES[type(cfg)](cfg)), ae, "whole", encoders / name)
+    pictures = run_example(Path("whole"), monkeypatch)["pictures"]
+    assert pictures.shape == (1, 3, 128, 128)
+    assert pictures.isfinite().all()
+    # without them it is told what to give
+    export(scramble(FAMILIES[type(cfg)](cfg)), ae, "alone")
+    parts = "text_encoder, tokenizer, text_encoder_2" if name == "flux" else "text_encoder, tokenizer."
+    source = cfg.text_weights.removesuffix("::")
+    readme = Path("alone/README.md").read_text()
+    assert f"not in this folder: give those of {source} to `from_pretrained`, as {parts}" in readme
+    assert "not in this folder" not in Path("whole/README.md").read_text()
 
 
 ALL_AUTOENCODERS = [TINY_KL, replace(TINY_KL, name="test-kl-quant", quant_conv=True), *DCAE_STYLES.values()]
@@ -598,6 +800,101 @@ def test_a_model_that_cannot_be_found_is_one_clear_error(load, path, error, tiny
     write_run("old", deep_model(tiny_base), model=old)
     with pytest.raises(ValueError, match=error):
         load(path)
+
+
+@pytest.mark.parametrize("key, value", [
+    ("hidden_size", 10**9),
+    ("hidden_size", 10**400),
+    ("hidden_size", 0),
+    ("hidden_size", 47),                                             # not in 4 heads
+    ("hidden_size", 96),                                             # another trunk than the base's
+    ("depth", 10**6),
+    ("depth", 2),
+    ("num_heads", 0),
+    ("num_heads", "4"),
+    ("num_heads", None),
+    ("in_channels", 10**9),
+    ("pos_step", float("nan")),
+    ("ae", ["tiny"]),
+    ("sampling", {"num_steps": -1}),
+    ("sampling", {"steps": 3}),
+    ("sampling", 5),
+    ("family", "DiT"),
+    ("colour", "red"),                                               # of a later version
+])
+def test_a_run_that_names_an_impossible_model_is_one_error_with_its_name(key, value, tiny_base):
+    """Before anything is allocated: 10^9 wide would end the process."""
+    model = deep_model(tiny_base)
+    run = write_run("a", model, model={**config_dict(model.cfg), key: value})
+    with pytest.raises(ValueError) as e:
+        load_run(run)
+    one_line_error(e, "runs/a/model.safetensors: ")
+    assert len(str(e.value)) < 300
+
+
+@pytest.mark.parametrize("info, error", [
+    (dict(base="nope"), "was trained from 'nope', which is neither a preset"),
+    (dict(base=None), "was trained from 'None'"),
+    (dict(lora=dict(rank=10**9, alpha=3)), "tensors are of rank .2., its settings are"),
+    (dict(lora=[2]), "its settings are"),
+    (dict(model=3), "is not a run's file"),
+])
+def test_a_run_with_damaged_facts_is_one_error_with_its_name(info, error, tiny_base):
+    run = write_run("a", tuned_model(tiny_base), **{**LORA, **info})
+    with pytest.raises(ValueError, match=f"runs/a/model.safetensors.*{error}") as e:
+        load_run(run)
+    one_line_error(e)
+
+
+@pytest.mark.parametrize("damage, error", [
+    (lambda data: data[: len(data) // 2], r"model.safetensors .\d+ bytes. is not a whole safetensors file"),
+    (lambda data: b"", "model.safetensors .0 bytes. is not a whole safetensors file"),
+    (lambda data: data.replace(b'"config":"{', b'"config":"!'), "the configuration in it is damaged"),
+])
+def test_a_damaged_run_is_one_error_wherever_it_is_read(damage, error, tiny_base):
+    file = write_run("a", deep_model(tiny_base)) / "model.safetensors"
+    file.write_bytes(damage(file.read_bytes()))
+    for read in (load_run, read_base_config, lambda path: newest_run()):
+        with pytest.raises(ValueError, match=error):
+            read(str(file.parent))
+
+
+def test_a_run_is_named_by_its_folder_or_by_any_of_its_files(tiny_base):
+    run = write_run("a", deep_model(tiny_base))
+    weights = run / "model.safetensors"
+    state = run / "stage3.state.safetensors"
+    state.write_bytes(b"")
+    (run / "config.json").write_text(json.dumps(dict(script="finetune")))
+    for path in (run, weights, state, run / "config.json", run / "metrics.jsonl"):
+        assert run_file(path) == weights
+    weights.unlink()
+    with pytest.raises(ValueError) as e:
+        run_file(state)
+    one_line_error(e, "runs/a holds no finished run (no model.safetensors); an unfinished one goes on with: "
+                   "python finetune.py --resume --out runs/a")
+
+
+def test_the_flag_in_a_message_is_that_of_the_autoencoder():
+    with pytest.raises(ValueError, match="^--ae-weights none: no such file"):
+        load_autoencoder(DEEP_AE, "none")
+    with pytest.raises(ValueError, match="^--base-ae-weights none: no such file"):
+        load_autoencoder(BASE_AE, "none", flag="--base-ae-weights")
+
+
+def test_the_version_of_the_code_is_a_commit_or_a_hash_of_its_files(tmp_path, monkeypatch):
+    (tmp_path / "a.py").write_text("1")
+    monkeypatch.setattr(checkpoints, "HERE", tmp_path)
+    versions = []
+    for text in ("1", "2"):
+        (tmp_path / "a.py").write_text(text)
+        code_version.cache_clear()
+        versions.append(code_version())
+    code_version.cache_clear()
+    assert versions[0] != versions[1]
+    assert re.fullmatch("files [0-9a-f]{12}", versions[0])
+    monkeypatch.undo()
+    if (checkpoints.HERE / ".git").exists():
+        assert re.fullmatch(r"\S+", code_version())
 
 
 def test_the_newest_run_is_found_by_what_its_file_tells(tiny_base):
