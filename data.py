@@ -651,10 +651,12 @@ def open_source(images: str | None, res: int, split: str = "train", captions: st
                            any_classes=any_classes)
     if captions:
         return ScenesSource(res, split=split)
-    same_names = any_classes or names in (None, SHAPES)
-    if num_classes not in (None, len(SHAPES)) or not same_names:
+    if num_classes is not None and num_classes < len(SHAPES):
         raise ValueError(f"the procedural pictures have {len(SHAPES)} classes ({first_few(SHAPES)}), the "
-                         f"model has {num_classes} others; give --images DIR with a folder a class")
+                         f"model has {num_classes}; give --images DIR with a folder a class")
+    if split == "train" and not any_classes and names not in (None, SHAPES):
+        print(f"note: the procedural pictures are for a trial; {first_few(SHAPES)} take the places of the "
+              f"model's first {len(SHAPES)} classes. Real training wants --images DIR")
     return ShapesSource(res, split=split)
 
 

@@ -181,12 +181,19 @@ def test_a_source_has_the_models_classes_and_its_identity_tells_mappings_apart(t
     assert named.identity != ordered.identity
 
 
-@pytest.mark.parametrize("model", [
-    dict(num_classes=1000), dict(names=OWN, num_classes=8), dict(num_classes=4, any_classes=True)])
-def test_procedural_pictures_are_for_models_of_their_classes(model):
-    assert open_source(None, 8, names=SHAPES, num_classes=8).classes == SHAPES
-    with pytest.raises(ValueError, match="have 8 classes .circle, .* has .* others; give --images DIR"):
-        open_source(None, 8, **model)
+@pytest.mark.parametrize("model, noted", [
+    (dict(names=SHAPES, num_classes=8), False),
+    (dict(names=OWN, num_classes=8), True),
+    (dict(names=tuple(map(str, range(1000))), num_classes=1000), True),
+])
+def test_procedural_pictures_are_a_trial_for_models_of_other_classes(model, noted, capsys):
+    assert open_source(None, 8, **model).classes == SHAPES
+    assert ("note: the procedural pictures are for a trial" in capsys.readouterr().out) == noted
+
+
+def test_a_model_of_fewer_classes_than_the_procedural_pictures_needs_pictures_of_its_own():
+    with pytest.raises(ValueError, match="have 8 classes .circle, .* the model has 4; give --images DIR"):
+        open_source(None, 8, num_classes=4, any_classes=True)
 
 
 def test_imagenets_classes_are_those_of_ilsvrc_2012():
