@@ -96,9 +96,9 @@ def atomic(path):
 
 def check_writable(path, flag="--out"):
     """ValueError if a file or a folder cannot be made at this path."""
-    path = Path(path).absolute()
-    place = next(folder for folder in (path, *path.parents) if folder.exists())
-    if place != path and not place.is_dir():
+    whole = Path(path).absolute()
+    place = next(folder for folder in (whole, *whole.parents) if folder.exists())
+    if place != whole and not place.is_dir():
         raise ValueError(f"{flag} {path}: {place} is a file, not a folder")
     if not os.access(place, os.W_OK):
         raise ValueError(f"{flag} {path}: {place} cannot be written to")
