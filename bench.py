@@ -60,15 +60,15 @@ from model import (
 from lora import add_lora
 from autoencoder import KLConfig, ae_config, build_autoencoder
 from checkpoints import (
-    DCAE_DIFFUSERS, KL_DIFFUSERS, TABLES, atomic, diffusers_ae_config, diffusers_config, unmap_keys,
-    write_json)
+    DCAE_DIFFUSERS, KL_DIFFUSERS, TABLES, atomic, check_writable, diffusers_ae_config, diffusers_config,
+    unmap_keys, write_json)
 from fast import (
     LiveBytes, attention_priority, bf16_is_fast, compile_decoder, compile_layers, count_cost,
     example_condition, peak_gib, pixels_on_host, synchronized_time, timed)
 from quant import fp8_linears
 from sample import (
-    Parser, Pipeline, Speed, add_device_arg, at_least, check_writable, device_here, free_path, integrate,
-    latent_size, positive, run_main, short_hash, time_grid, within)
+    Parser, Pipeline, Speed, add_device_arg, at_least, device_here, free_path, integrate, latent_size,
+    positive, run_main, short_hash, time_grid, within)
 from train import autocast, count_parameters, named_parameters_with, prepare_for_training, trainable_prefixes
 from align import RECIPES, Objective, embedding_loss, flow_matching_loss, guided_flow_matching_loss
 from finetune import stage3_parameters

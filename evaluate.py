@@ -26,16 +26,17 @@ from tqdm import tqdm
 
 from model import Sampling, Text
 from autoencoder import AUTOENCODERS, Autoencoder, ae_config
-from checkpoints import (atomic, load_autoencoder, load_base, load_run, newest_run, read_base_config,
-                         read_config, read_run_config, run_file, write_json)
+from checkpoints import (
+    atomic, check_writable, load_autoencoder, load_base, load_run, newest_run, read_base_config, read_config,
+    read_run_config, run_file, write_json)
 from shapes import (ANSWERS, SHAPES, Classifier, classifier_features, load_classifier, scene_scores,
                     share_right)
 from data import ImageFolder, cache_prompts, check_encoders, open_source, order, text_folder
 from fast import peak_gib, timed
 from sample import (
-    Parser, add_model_args, at_least, check_base, check_finite, check_paths, check_pictures, check_writable,
-    choose_sampling, class_names, device_here, dtype_of, free_path, generate, guidance_of, latent_size,
-    make_clock, path, reject, run_main, save_grid, save_png, short_hash, to_uint8, with_guidance, within)
+    Parser, add_model_args, at_least, check_base, check_finite, check_paths, check_pictures, choose_sampling,
+    class_names, device_here, dtype_of, free_path, generate, guidance_of, latent_size, make_clock, path,
+    reject, run_main, save_grid, save_png, short_hash, to_uint8, with_guidance, within)
 
 
 # ---- the gap between two models' features (Fig. 4a) ----------------------------------------------

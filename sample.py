@@ -38,8 +38,8 @@ from tqdm import tqdm
 
 from autoencoder import ae_config, build_autoencoder
 from checkpoints import (
-    ae_folder, atomic, config_dict, export, fingerprint, load_autoencoder, load_base, load_peft, load_run,
-    newest_run, read_base_config, read_run_config, run_file, write_json)
+    ae_folder, atomic, check_exportable, check_writable, config_dict, export, fingerprint, load_autoencoder,
+    load_base, load_peft, load_run, newest_run, read_base_config, read_run_config, run_file, write_json)
 from data import (
     SUFFIXES, TEXT_ENCODERS, cache_prompts, check_encoders, find_encoders, imagenet_names, plain,
     read_prompts, text_folder)
@@ -659,8 +659,10 @@ class Parser(argparse.ArgumentParser):
 
 
 def did_you_mean(word: str, known) -> str:
-    near = difflib.get_close_matches(word, known, n=1)
-    return f"; did you mean {near[0]}?" if near else ""
+    # the dashes that all flags have in common make none alike
+    names = {name.lstrip("-"): name for name in known}
+    near = difflib.get_close_matches(word.lstrip("-"), names, n=1)
+    return f"; did you mean {names[near[0]]}?" if near else ""
 
 
 def within(kind, low, high):
@@ -693,7 +695,8 @@ def positive(text: str) -> float:
 
 
 def add_model_args(p: argparse.ArgumentParser, res=at_least(int, 1)):
-    """Add the flags that choose a model: what load_base and load_autoencoder take. res: the type of --res."""
+    """Add the flags that choose a model: what load_base and load_autoencoder take. res: the type of --res.
+    Returns the model's group."""
     model = p.add_argument_group("the model")
     model.add_argument(
         "--base", default="tiny", metavar="NAME|RUN",
@@ -712,6 +715,7 @@ def add_model_args(p: argparse.ArgumentParser, res=at_least(int, 1)):
         help="arithmetic; auto = bf16 where it is faster (default auto)")
     p.add_argument("--seed", type=within(int, 0, 2**32 - 1), default=0,
                    help="seed; picture i of a batch uses seed + i (default 0)")
+    return model
 
 
 def add_device_arg(p: argparse.ArgumentParser):
@@ -796,16 +800,6 @@ def check_paths(args, *names: str):
     for name in names:
         path = getattr(args, name)
         reject(path and not Path(path).exists(), f"{flag_of(name)} {path}", "no such file or folder")
-
-
-def check_writable(path, flag="--out"):
-    """ValueError if a file or folder cannot be made at this path."""
-    place = Path(path).absolute()
-    while not place.exists():
-        place = place.parent
-    inside = place != Path(path).absolute()
-    reject(inside and not place.is_dir(), f"{flag} {path}", f"{place} is a file, not a folder")
-    reject(not os.access(place, os.W_OK), f"{flag} {path}", f"{place} cannot be written to")
 
 
 def check_base(base: str | None, run, info: dict):
@@ -1079,9 +1073,8 @@ def parser() -> Parser:
     p = Parser(__doc__, "[RUN | --base NAME]")
     p.add_argument("run", nargs="?", metavar="RUN",
                    help="a run's folder or file (default without --base: the newest in runs/, or base tiny)")
-    add_model_args(p, res=str)
+    files = add_model_args(p, res=str)
     p.set_defaults(base=None)
-    files = p.add_argument_group("more of the model")
     files.add_argument("--raw", action="store_true", help="the weights as trained, not their moving average")
     files.add_argument("--ae-weights", metavar="FILE",
                        help="weight file of the run's deep autoencoder (default: shipped, or in the hub's "
@@ -1127,7 +1120,8 @@ def parser() -> Parser:
     result = p.add_argument_group("what comes of it")
     result.add_argument("--dry-run", action="store_true", help="print memory and arithmetic, and stop")
     result.add_argument("--export", metavar="DIR",
-                        help="write model and autoencoder as a diffusers folder, LoRA merged, and stop")
+                        help="write the folder of a diffusers pipeline, LoRA merged, and stop; with "
+                             "--text-encoders, these are copied in")
     result.add_argument("--dataset", action="store_true",
                         help="draw a training set with captions into --out; run again to go on with it")
     result.add_argument("--out", metavar="DIR",
@@ -1182,7 +1176,9 @@ def main(argv=None):
         return
     ae_weights = args.ae_weights or args.base_ae_weights
     if args.export:
-        export(*load_models(request, run, args.weights, ae_weights, args.lora, "cpu"), Path(args.export))
+        check_exportable(cfg, args.export)
+        model, ae = load_models(request, run, args.weights, ae_weights, args.lora, "cpu")
+        export(model, ae, args.export, args.text_encoders)
         return
 
     # text before the model: 10 GB of encoders are freed when it is loaded

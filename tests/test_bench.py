@@ -388,7 +388,9 @@ def test_numbers_are_never_taken_for_the_default(flags, capsys):
     assert capsys.readouterr().err.startswith(f"error: {flags}: ")
 
 
-def test_results_of_another_command_are_not_written_over(capfd, tmp_path):
+def test_results_of_another_command_are_not_written_over(capfd, tmp_path, monkeypatch):
+    dates = iter("abc")
+    monkeypatch.setattr(bench.time, "strftime", lambda form: next(dates))
     out = str(tmp_path / "v1.0")
     flags = ["--model", "dit-xl", "--no-latency", "--batches", "--out", out]
     run(capfd, *flags)
