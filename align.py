@@ -37,7 +37,7 @@ import argparse
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import cycle, islice
 from pathlib import Path
 
@@ -48,16 +48,17 @@ from einops import rearrange
 from torch import Tensor
 
 from autoencoder import AUTOENCODERS, ae_config
-from checkpoints import config_dict, load_base
-from evaluate import gap_table, layer_gap, plot_curves, plot_gap
+from checkpoints import config_dict, load_base, read_base_config
+from evaluate import gap_table, layer_gap, plot_gap
 from fast import peak_gib
 from model import to_deep_latent, to_deep_model, where_conditions
-from sample import add_model_args, dtype_of, path, run_main, sample_t, save_grid
+from sample import Parser, add_model_args, at_least, path, positive, run_main, sample_t, save_grid
 from shapes import pick_scorer
 from train import (
-    Plan, RunData, add_data_args, add_plan_args, all_reduce_sum, autocast, destroy_distributed, draw_previews,
-    data_settings, get_rank, get_world_size, init_distributed, named_parameters_with, new_run, open_data,
-    planned, prepare_for_training, rank0_first, resized, train, trainable_prefixes, training_shift, write_run)
+    PLAN_FLAGS, Plan, Run, RunData, add_data_args, add_plan_args, all_reduce_sum, autocast, check_files,
+    data_settings, destroy_distributed, draw_previews, get_rank, get_world_size, init_distributed,
+    named_parameters_with, open_data, open_pictures, open_run, planned, prepare_for_training, preview_count,
+    rank0_first, resized, resume_flags, settle_dtype, train, trainable_prefixes, training_shift, write_run)
 
 
 # ---- the recipes: Table 7 of the paper -----------------------------------------------------------
@@ -124,6 +125,17 @@ RECIPES = {
 
 def recipe_of(cfg) -> Recipe:
     return RECIPES[cfg.recipe]
+
+
+def print_recipe(base: str):
+    """Print the recipe of a base, every number with its flag's meaning."""
+    cfg, _ = read_base_config(base)
+    recipe = asdict(recipe_of(cfg))
+    print(f"recipe {cfg.recipe} of --base {base} (Table 7 of the paper):")
+    for name, value in recipe.items():
+        if isinstance(value, dict):
+            value = ", ".join(f"{key} {number}" for key, number in value.items())
+        print(f"  {name:10}{value}")
 
 
 def next_autoencoder(asked: str | None, cfg, base: str):
@@ -405,11 +417,10 @@ class Alignment:
     model: nn.Module
     data: RunData
     objective: Objective
-    out: Path
+    run: Run
     device: torch.device
     dtype: torch.dtype
     seed: int
-    logs: dict[str, list] = field(default_factory=dict)              # of stages that AdamW trains
 
     def pairs(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Deep and base latents of the same pictures: posterior means, because a target should not be
@@ -439,8 +450,8 @@ def align_embedder_by_adamw(a: Alignment, plan: Plan, match: str):
         return embedding_loss(a.model, a.base, *a.pairs(indices), match), {}
 
     named = named_parameters_with(a.model, (a.model.EMBEDDER,))
-    a.logs["stage 1"], _ = train(a.out, "stage1", a.model, named, loss, len(a.data.cache), plan, seed=a.seed)
-    print(f"stage 1 by AdamW: loss {a.logs['stage 1'][-1]['loss']:.5f}")
+    log, _ = train(a.run, "stage1", a.model, named, loss, len(a.data.cache), plan, seed=a.seed)
+    print(f"stage 1 by AdamW: loss {log[-1]['loss']:.5f}")
 
 
 def align_head_exactly(a: Alignment, num_samples: int):
@@ -465,18 +476,18 @@ def align_embedder_and_head(a: Alignment, plan: Plan, prefixes: tuple[str, ...])
         return a.objective.train_loss(a.model, *a.samples(indices), generator)
 
     named = named_parameters_with(a.model, prefixes)
-    a.logs["stage 2"], _ = train(
-        a.out, "stage2", a.model, named, loss, len(a.data.cache), plan, seed=a.seed + 1, dtype=a.dtype,
-        watch=a.validate, watch_every=max(1, plan.steps // 8))
+    train(a.run, "stage2", a.model, named, loss, len(a.data.cache), plan, seed=a.seed + 1, dtype=a.dtype,
+          watch=a.validate, watch_every=max(1, plan.steps // 8))
 
 
 class Report:
     """What every stage is judged by: pictures, their scores, the gap to the base (Fig. 4a), the validation
     loss."""
 
-    def __init__(self, a: Alignment, count: int, cfg_scale: float | None):
+    def __init__(self, a: Alignment, count: int, previews: int, cfg_scale: float | None):
         self.a = a
-        self.count = count
+        self.count = count                                           # pictures to score
+        self.previews = previews                                     # pictures to show
         self.cfg_scale = cfg_scale
         self.scorer = pick_scorer(a.data.source) if count else None
         self.rows = []
@@ -490,17 +501,21 @@ class Report:
     def add(self, stage: str, model):
         """Draw and score the model as it is after a stage, and print the row."""
         a = self.a
-        y, titles = a.data.previews(max(8, self.count))
-        images = draw_previews(model, a.data.autoencoders[model.cfg.ae], y, a.seed, self.cfg_scale, a.dtype)
         row = {"stage": stage}
-        if self.scorer:
-            row |= self.scorer(images, y, titles)
+        drawn = max(self.previews, self.count)
+        if drawn:
+            y, titles = a.data.previews(drawn)
+            ae = a.data.autoencoders[model.cfg.ae]
+            images = draw_previews(model, ae, y, a.seed, self.cfg_scale, a.dtype)
+            self.images.append(images[: self.previews])
+            if self.scorer:
+                row |= self.scorer(images, y, titles)
         if model is a.model:
             self.gaps[stage] = self.gap(model)
             row["gap"] = sum(self.gaps[stage]) / len(self.gaps[stage])
             row["val_loss"] = a.validate()["val_loss"]
         self.rows.append(row)
-        self.images.append(images[:8])
+        a.run.log(row)
         cells = [f"{key} {value:.3f}" for key, value in row.items() if key != "stage"]
         print("  " + ", ".join([stage, *cells]), flush=True)
 
@@ -514,22 +529,18 @@ class Report:
         with autocast(a.device, a.dtype if frozen != torch.float32 else torch.float32):
             return layer_gap(model, a.base, z_dc, z_base, y)
 
-    def write(self, out: Path, facts: dict[str, str]) -> list[str]:
-        """Print the table of gaps, write the pictures and plots; returns their names."""
+    def write(self, facts: dict[str, str]):
+        """Print the table of gaps; write the pictures and the plot of the gaps."""
         print("\n" + gap_table(self.gaps))
         print("[|| g - pool(h) || / || pool(h) - its mean || per layer, clean latents of 64 unseen pictures; "
               "0 = the base's own features]\n")
         if get_rank() > 0:
-            return []
-        grid = [(self.title(row), images) for row, images in zip(self.rows, self.images)]
-        save_grid(out / "samples.png", grid, self.a.data.previews(8)[1], facts)
-        plot_gap(out / "gap.png", self.gaps)
-        written = ["samples.png", "gap.png"]
-        logs = {stage: log for stage, log in self.a.logs.items() if log}
-        if logs:                                                     # the closed form alone has none
-            plot_curves(out / "curves.png", logs)
-            written.append("curves.png")
-        return written
+            return
+        plot_gap(self.a.run.folder / "gap.png", self.gaps)
+        if self.previews:
+            grid = [(self.title(row), images) for row, images in zip(self.rows, self.images)]
+            titles = self.a.data.previews(self.previews)[1]
+            save_grid(self.a.run.folder / "samples.png", grid, titles, facts)
 
     def title(self, row: dict) -> str:
         title = row["stage"].replace(": ", "\n").replace(" in ", "\nin ")
@@ -541,74 +552,109 @@ class Report:
 
 # ---- main ----------------------------------------------------------------------------------------
 
-def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser() -> Parser:
+    p = Parser(__doc__, "[--base NAME|RUN] [--images DIR]")
     add_model_args(p)
     add_data_args(p)
-    add_plan_args(p, "stage 2")
-    p.add_argument("--solver", default="closed-form", choices=("closed-form", "adamw"),
-                   help="how stage 1, and the head before stage 2, find their optimum (default closed-form)")
-    p.add_argument("--match", default="downsample", choices=MATCHES,
-                   help="stage 1 by AdamW: on which grid embeddings are compared (default downsample)")
-    p.add_argument("--stage1-steps", type=int,
-                   help="AdamW steps of stage 1 (default: the recipe's; 0 = no stage 1, by either solver)")
-    p.add_argument("--lr1", type=float, help="stage 1 learning rate (default: the recipe's)")
-    p.add_argument("--head-samples", type=int, default=8192,
-                   help="closed form: noisy samples for the head; 0 = leave it random (default 8192)")
-    p.add_argument("--head-only", action="store_true",
-                   help="stage 2 leaves the embedder alone, as the closed form does: to compare the two")
-    p.add_argument("--stage2-steps", type=int,
-                   help="AdamW steps of embedder and head together (default: the recipe's; 0 = none)")
-    p.add_argument("--lr2", type=float, help="stage 2 learning rate (default: the recipe's)")
-    p.add_argument("--count", type=int, default=128,
-                   help="pictures a stage for its scores; 0 = no scores (default 128)")
-    args = p.parse_args(argv)
-    if args.ae:
-        ae_config(args.ae)                  # a wrong name is an error before any weights are read
-    if args.solver == "closed-form" and args.match != "downsample":
-        raise ValueError(f"--match {args.match} has no closed form here; use --solver adamw")
-    return args
+    plan = add_plan_args(p, "stage 2")
+    plan.add_argument(
+        "--stage2-steps", type=at_least(int, 0),
+        help="steps of embedder and head together; 0 = none")
+    plan.add_argument("--lr2", type=positive, help="learning rate")
+    stages = p.add_argument_group("stage 1, and the head before stage 2")
+    stages.add_argument(
+        "--solver", default="closed-form", choices=("closed-form", "adamw"),
+        help="how stage 1, and the head before stage 2, find their optimum (default closed-form)")
+    stages.add_argument(
+        "--stage1-steps", type=at_least(int, 0),
+        help="AdamW steps of stage 1 (default: the recipe's); 0 = no stage 1, by either solver")
+    stages.add_argument("--lr1", type=positive, help="its learning rate (default: the recipe's)")
+    stages.add_argument(
+        "--match", default="downsample", choices=MATCHES,
+        help="stage 1 by AdamW: on which grid embeddings are compared (default downsample)")
+    stages.add_argument(
+        "--head-samples", type=at_least(int, 0), default=8192,
+        help="closed form: noisy samples for the head; 0 = leave it random (default 8192)")
+    stages.add_argument(
+        "--head-only", action="store_true",
+        help="stage 2 leaves the embedder alone, as the closed form does: to compare the two")
+    p.add_argument(
+        "--count", type=at_least(int, 0), default=128,
+        help="pictures a stage for its scores; 0 = no scores (default 128)")
+    return p
+
+
+def deep_config(base_cfg, args):
+    """The configuration that the flags ask for, of a base's on the next latent space; the flags that it
+    settles get their values. ValueError for what does not fit."""
+    recipe = recipe_of(base_cfg)
+    ae = next_autoencoder(args.ae, base_cfg, args.base)
+    args.ae = ae.name
+    args.pos_step = args.pos_step or recipe.pos_step
+    args.shift = args.shift or recipe.shift
+    # a base that is a deep run has spread positions already, so steps multiply
+    pos_step = args.pos_step * getattr(base_cfg, "pos_step", 1.0)
+    cfg = resized(to_deep_latent(base_cfg, ae, pos_step, args.shift), args.res, args.text_tokens)
+    args.res = cfg.res
+    return cfg
 
 
 def main(argv=None):
-    args = parse_args(argv)
-    begun = time.perf_counter()
+    args = parser().parse_args(argv)
     device = init_distributed(args.device)
-    dtype = dtype_of(args)
+    if args.resume:
+        resume_flags("align", args, parser().typed(argv))
+    if args.recipe:
+        return print_recipe(args.base)
+    with open_run(f"align-{Path(args.base).name}", args.out, args.resume) as run:
+        align(args, run, device)
+    destroy_distributed()
+
+
+def align(args, run: Run, device: torch.device):
+    """Stages 1 and 2, from the flags to the files of the run."""
+    begun = time.perf_counter()
+    dtype = settle_dtype(args)
+
+    # what is wrong with flags and pictures shows before any weights are read
+    check_files(args)
+    if args.solver == "closed-form" and args.match != "downsample":
+        raise ValueError(f"--match {args.match} has no closed form here; use --solver adamw")
+    base_cfg, base_info = read_base_config(args.base)
+    recipe = recipe_of(base_cfg)
+    cfg = deep_config(base_cfg, args)
+    objective = pick_objective(cfg, args.objective, args.guidance_range, args.t_sampling, args.label_dropout)
+    stage1 = planned(recipe.stage1, args, steps="stage1_steps", lr="lr1")
+    stage2 = planned(recipe.stage2, args, steps="stage2_steps", lr="lr2", **PLAN_FLAGS)
+    stage1 = replace(stage1, betas=stage2.betas, save_every=stage2.save_every)
+    settings = data_settings(args, cfg, recipe.pictures)
+    pictures = open_pictures(cfg, base_info, settings)
 
     # a finished model, and the same trunk on the latents of a deeper autoencoder (Sec. 3.1)
     base, info = load_base(args.base, args.weights, device, dtype=None)
     prepare_for_training(base, [], device)
-    recipe = recipe_of(base.cfg)
-    # a base that is a deep run has spread positions already, so steps multiply
-    pos_step = (args.pos_step or recipe.pos_step) * getattr(base.cfg, "pos_step", 1.0)
-    ae = next_autoencoder(args.ae, base.cfg, args.base)
-    cfg = to_deep_latent(base.cfg, ae, pos_step, args.shift or recipe.shift)
-    cfg = resized(cfg, args.res, args.text_tokens)
-    objective = pick_objective(cfg, args.objective, args.guidance_range, args.t_sampling, args.label_dropout)
-
-    # the same pictures in both latent spaces
-    out = new_run("align", args.base, vars(args), args.out, args.resume)
-    weights = {base.cfg.ae: args.base_ae_weights or info.get("ae_weights"), cfg.ae: args.ae_weights}
-    with rank0_first():
-        data = open_data(cfg, weights, data_settings(args, cfg, recipe.pictures), device, dtype)
-    base.null = data.null
+    cfg = deep_config(base.cfg, args)                                # its file may have said more
     torch.manual_seed(args.seed)
     model = to_deep_model(base, cfg).to(device)
     prefixes = trainable_prefixes(model, args.final_adaln)
     prepare_for_training(model, [name for name, _ in named_parameters_with(model, prefixes)], device)
-    a = Alignment(base, model, data, objective, out, device, dtype, args.seed)
+
+    # the same pictures in both latent spaces
+    weights = {base.cfg.ae: args.base_ae_weights or info.get("ae_weights"), cfg.ae: args.ae_weights}
+    with rank0_first():
+        data = open_data(cfg, pictures, weights, settings, device, dtype)
+    base.null = model.null = data.null
+    run.settle("align", args, {"base weights": info["base_print"], **data.cache.facts()})
+    a = Alignment(base, model, data, objective, run, device, dtype, args.seed)
     # only the bundled pictures have something that scores them
-    report = Report(a, args.count if not args.images else 0, args.cfg_scale)
+    report = Report(a, args.count if not args.images else 0, preview_count(args, model), args.cfg_scale)
     print(f"{args.base}: {base.cfg.ae} patch {base.cfg.patch_size}, {report.tokens(base)} tokens -> "
           f"{cfg.ae} patch {cfg.patch_size}, {report.tokens(model)} tokens; "
-          f"{len(data.cache)} pictures, {dtype} -> {out}")
+          f"{len(data.cache)} pictures, {dtype} -> {run.folder}")
     report.add("base", base)
     report.add("not aligned", model)
 
     # stage 1: the embedder learns the base's embeddings (Eq. 1)
-    stage1 = planned(recipe.stage1, steps=args.stage1_steps, lr=args.lr1, betas=args.betas,
-                     save_every=args.save_every)
     if stage1.steps == 0:
         print("no stage 1: the embedder stays random")
     else:
@@ -619,9 +665,6 @@ def main(argv=None):
         report.add("stage 1: embedder", model)
 
     # stage 2: embedder and head learn the flow in the new latent space, the trunk frozen (Eq. 2)
-    stage2 = planned(recipe.stage2, steps=args.stage2_steps, lr=args.lr2, batch=args.batch, betas=args.betas,
-                     warmup=args.warmup, schedule=args.schedule, clip=args.clip, accumulate=args.accumulate,
-                     save_every=args.save_every)
     if args.solver == "closed-form" and args.head_samples:
         align_head_exactly(a, args.head_samples)
         report.add("head in closed form", model)
@@ -640,12 +683,10 @@ def main(argv=None):
     info |= dict(kind="align", model=config_dict(cfg), classes=list(data.source.classes), images=args.images,
                  captions=args.captions, ae_weights=args.ae_weights, objective=objective.name,
                  steps=steps + stage2.steps, stages=report.rows, gaps=report.gaps)
-    written = report.write(out, {"seed": str(args.seed), "cfg_scale": str(args.cfg_scale)})
-    log = [dict(stage=stage, **row) for stage, rows in a.logs.items() for row in rows]
-    write_run(out, info, named_parameters_with(model, prefixes), log + report.rows)
-    destroy_distributed()
+    report.write({"seed": str(args.seed), "cfg_scale": str(args.cfg_scale)})
+    write_run(run, info, named_parameters_with(model, prefixes))
     print(f"{(time.perf_counter() - begun) / 60:.1f} min, peak memory {peak_gib(device):.1f} GiB; "
-          f"wrote {out}/ (model.safetensors, metrics.jsonl, {', '.join(written)})")
+          f"wrote {run.folder}/ ({run.files()})")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ embedder and head go on training in full. The loss is stage 2's; only what is tr
     python finetune.py                          LoRA on the newest alignment of the bundled base
     python finetune.py --init base              without alignment: what the paper's Fig. 3 shows
     python finetune.py --tune full              every weight instead of LoRA (Fig. 5)
+    python finetune.py --init RUN               on another run, whose base it is then
     python finetune.py --base tiny-flux --objective flow
                                                 the plain loss on a distilled base: what Fig. 6 shows
     python finetune.py --init RUN --merge --res 1024
@@ -18,7 +19,6 @@ embedder and head go on training in full. The loss is stage 2's; only what is tr
 The paper's other strategies (A.8, A.9) are in experiments/.
 """
 
-import argparse
 import time
 from contextlib import nullcontext
 from dataclasses import replace
@@ -28,17 +28,20 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from align import next_autoencoder, pick_objective, recipe_of
+from align import next_autoencoder, pick_objective, print_recipe, recipe_of
 from autoencoder import ae_config
-from checkpoints import build, config_dict, load_base, load_run, newest_run, read_tensors, run_file
-from evaluate import plot_curves
+from checkpoints import (
+    build, config_dict, fingerprint, load_base, load_run, newest_run, read_base_config, read_run_config,
+    read_tensors, run_file)
 from lora import add_lora, merge_lora
 from model import BASES, to_deep_latent, to_deep_model
-from sample import add_model_args, dtype_of, run_main, save_grid, with_guidance
+from sample import (
+    Parser, add_model_args, at_least, positive, run_main, save_grid, with_guidance, within)
 from train import (
-    BIG, add_data_args, add_plan_args, count_parameters, data_settings, destroy_distributed, draw_previews,
-    get_rank, init_distributed, named_parameters_with, new_run, open_data, planned, prepare_for_training,
-    rank0_first, resized, train, trainable_prefixes, write_run)
+    BIG, PLAN_FLAGS, Run, add_data_args, add_plan_args, check_files, count_parameters, data_settings,
+    destroy_distributed, draw_previews, get_rank, init_distributed, named_parameters_with, open_data,
+    open_pictures, open_run, planned, prepare_for_training, preview_count, rank0_first, resized, resume_flags,
+    settle_dtype, train, trainable_prefixes, write_run)
 
 
 # ---- what stage 3 trains -------------------------------------------------------------------------
@@ -53,17 +56,45 @@ def stage3_parameters(model, tune: str, final_adaln: bool = True) -> list[tuple[
 
 # ---- from where it starts ------------------------------------------------------------------------
 
+KINDS = {"scratch": "scratch", "base": "noalign"}                    # else "finetune"
+
+
 class Start(NamedTuple):
     """A model before stage 3, the facts that its run keeps, and those of its parameters that no base has."""
-    kind: str                               # finetune, noalign, scratch
     model: nn.Module
     info: dict
     own: list[nn.Parameter] = []
 
 
-def start_from_scratch(base: str, ae: str | None, num_classes: int | None, seed: int) -> Start:
-    """A preset's architecture with random weights, on the flow's clock; a FLUX that is guided in two
-    passes."""
+def find_start(args, base_typed: bool):
+    """Settle --init and --base: "align" is the newest alignment of the base, and a run's base is the run's.
+    ValueError if there is no alignment, or the run's base is not the one that was typed."""
+    if args.init in KINDS:
+        return
+    if args.init == "align":
+        run = newest_run(kinds=(f"align-{Path(args.base).name}",))
+        if run is None:
+            raise ValueError(f"no alignment of {args.base} in runs/; first: python align.py --base "
+                             f"{args.base}   (or --init base to go without)")
+        args.init = str(run)
+    _, info = read_run_config(run_file(args.init))
+    if base_typed and args.base != info["base"]:
+        raise ValueError(f"--base {args.base}: {args.init} has the base {info['base']}; leave --base out")
+    args.base = info["base"]
+
+
+def start_config(args) -> tuple:
+    """What the model will be, and what is known of it, before any weights are read."""
+    if args.init == "scratch":
+        return scratch_config(args.base, args.ae, args.num_classes), {}
+    if args.init == "base":
+        cfg, info = read_base_config(args.base)
+        return unaligned_config(cfg, args), info
+    return read_run_config(run_file(args.init))
+
+
+def scratch_config(base: str, ae: str | None, num_classes: int | None):
+    """A preset's architecture on the flow's clock; a FLUX that is guided in two passes."""
     if base not in BASES:
         raise ValueError(f"--init scratch --base {base}: a run is no preset; there are {', '.join(BASES)}")
     cfg = BASES[base]
@@ -75,34 +106,31 @@ def start_from_scratch(base: str, ae: str | None, num_classes: int | None, seed:
     if cfg.text_encoder is None:
         cfg = replace(cfg, num_classes=num_classes or cfg.num_classes, clock="flow", predict="velocity",
                       guided_channels=None, sampling=replace(cfg.sampling, sampler="euler"))
-    cfg = replace(cfg, sampling=replace(cfg.sampling, shift=1.0))
-    torch.manual_seed(seed)
-    return Start("scratch", build(cfg), {"base": base, "base_weights": None})
+    return replace(cfg, sampling=replace(cfg.sampling, shift=1.0))
 
 
-def start_from_base(base: str, weights: str | None, ae: str | None, pos_step: float | None,
-                    seed: int) -> Start:
-    """A base with a new embedder and head that are not aligned."""
-    model, info = load_base(base, weights, dtype=None)
-    recipe = recipe_of(model.cfg)
-    step = (pos_step or recipe.pos_step) * getattr(model.cfg, "pos_step", 1.0)
-    cfg = to_deep_latent(model.cfg, next_autoencoder(ae, model.cfg, base), step, recipe.shift)
-    torch.manual_seed(seed)
-    return Start("noalign", to_deep_model(model, cfg), info)
+def unaligned_config(base_cfg, args):
+    """That of a base on the recipe's next latent space."""
+    recipe = recipe_of(base_cfg)
+    step = (args.pos_step or recipe.pos_step) * getattr(base_cfg, "pos_step", 1.0)
+    return to_deep_latent(base_cfg, next_autoencoder(args.ae, base_cfg, args.base), step, recipe.shift)
 
 
-def start_from_run(run: str, base: str, weights: str | None, merge: bool) -> Start:
-    """A run: what it trained is carried on. "align" is the newest alignment of the base."""
-    if run == "align":
-        run = newest_run(kinds=(f"align-{Path(base).name}",))
-        if run is None:
-            raise ValueError(f"no alignment of {base} in runs/; first: python align.py --base {base}   "
-                             "(or --init base to go without)")
+def load_start(args) -> Start:
+    """The model that --init stands for: random weights, a base with a new embedder and head that are not
+    aligned, or a run, which is carried on."""
+    if args.init == "scratch":
+        torch.manual_seed(args.seed)
+        model = build(scratch_config(args.base, args.ae, args.num_classes))
+        return Start(model, {"base": args.base, "base_weights": None})
+    if args.init == "base":
+        base, info = load_base(args.base, args.weights, dtype=None)
+        torch.manual_seed(args.seed)
+        return Start(to_deep_model(base, unaligned_config(base.cfg, args)), info)
     # 12B stays in the file's bf16: prepare_for_training makes float32 of what learns
-    model, info = load_run(run, base_weights=weights, dtype=None)
-    print(f"starting from {run}")
-    own = set(read_tensors(run_file(run)))
-    if merge:
+    model, info = load_run(args.init, base_weights=args.weights, dtype=None)
+    own = set(read_tensors(run_file(args.init)))
+    if args.merge:
         # the sum of W and the LoRA is as exact as what it is kept in
         merge_lora(model if count_parameters(model) > BIG else model.float())
         own = set(model.state_dict())
@@ -110,7 +138,7 @@ def start_from_run(run: str, base: str, weights: str | None, merge: bool) -> Sta
     kept = ("base", "base_weights", "base_print", "ae_weights", "images", "captions", "steps", "lora")
     facts = {key: info[key] for key in kept if key in info}
     own = [p for name, p in model.named_parameters() if name in own]
-    return Start("finetune", model, facts | {"from": str(run)}, own)
+    return Start(model, facts | {"from": args.init}, own)
 
 
 # ---- what is trained, carried along, left alone -----------------------------------------------------
@@ -132,26 +160,31 @@ class Watch:
     """Validation losses, and pictures of the same conditions and the same noise every time. All ranks draw,
     because a sharded model needs all; rank 0 writes."""
 
-    def __init__(self, model, data, objective, out: Path, seed: int, cfg_scale: float | None, dtype):
+    def __init__(self, model, data, objective, run: Run, previews: int, args, dtype):
         self.model = model
         self.data = data
         self.objective = objective
-        self.out = out
-        self.conditions, self.titles = data.previews(8)
-        self.drawn_with = (seed, cfg_scale, dtype)
+        self.run = run
+        self.previews = previews                                     # pictures a sheet
+        self.conditions, self.titles = data.previews(max(1, previews))
+        self.drawn_with = (args.seed, args.cfg_scale, dtype)
         self.dtype = dtype
-        self.facts = {"seed": str(seed), "cfg_scale": str(cfg_scale)}
+        self.facts = {"seed": str(args.seed), "cfg_scale": str(args.cfg_scale)}
 
     def __call__(self, step: int, averaged) -> dict[str, float]:
         """Evaluate the weights as trained and their average, and write a grid; returns metrics."""
         self.model.eval()
-        rows = [(f"step {step}", self.draw())]
         metrics = self.validate()
-        if step and averaged is not nullcontext:                     # at step 0 both are the same
+        both = step and averaged is not nullcontext                  # at step 0 they are the same
+        if both:
             with averaged():
-                rows.append(("average", self.draw()))
                 metrics["val_loss_ema"] = self.validate()["val_loss"]
-        self.write(f"samples_{step:06d}.png", rows)
+        if self.previews:
+            rows = [(f"step {step}", self.draw())]
+            if both:
+                with averaged():
+                    rows.append(("average", self.draw()))
+            self.write(f"samples_{step:06d}.png", rows)
         self.model.train()
         return metrics
 
@@ -165,38 +198,50 @@ class Watch:
 
     def write(self, file: str, rows: list):
         if get_rank() == 0:
-            save_grid(self.out / file, rows, self.titles, self.facts)
+            save_grid(self.run.folder / file, rows, self.titles, self.facts)
 
-    def finish(self, kind: str, log: list[dict]):
-        """Write the pictures and curves of a finished run."""
+    def finish(self, kind: str):
+        """Write the pictures of a finished run."""
+        if self.previews == 0:
+            return
         self.model.eval()
         self.write("samples.png", [(kind, self.draw())])
         if self.objective.guidance:
             self.write("guidance.png", [(f"g = {g:g}", self.draw(g)) for g in GUIDANCES])
-        if get_rank() == 0:
-            plot_curves(self.out / "curves.png", {kind: log})
 
 
 # ---- main ----------------------------------------------------------------------------------------
 
-def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser() -> Parser:
+    p = Parser(__doc__, "[--base NAME] [--init RUN]")
     add_model_args(p)
-    p.add_argument(
+    start = p.add_argument_group("from where, and what learns")
+    start.add_argument(
         "--init", default="align", metavar="WHAT",
         help="align = the newest alignment of --base (default); a run's folder; base = new embedder and "
              "head, not aligned; scratch = random weights")
-    p.add_argument(
+    start.add_argument(
         "--tune", default="lora", choices=("lora", "full"),
         help="how the trunk learns (default lora; scratch is always full)")
-    p.add_argument("--rank", type=int, help="LoRA rank (default: the recipe's; paper 256)")
-    p.add_argument("--alpha", type=float, help="LoRA alpha (default: the rank)")
-    p.add_argument(
+    start.add_argument("--rank", type=at_least(int, 1), help="LoRA rank (default: the recipe's; paper 256)")
+    start.add_argument("--alpha", type=positive, help="LoRA alpha (default: the rank)")
+    start.add_argument(
         "--merge", action="store_true",
         help="merge the LoRA that --init RUN carries into its trunk, and start a new one (next resolution)")
-    p.add_argument("--num-classes", type=int, help="with --init scratch: how many (default: the preset's)")
+    start.add_argument(
+        "--num-classes", type=at_least(int, 1),
+        help="with --init scratch: how many (default: the preset's)")
+    plan = add_plan_args(p, "stage 3")
+    plan.add_argument("--train-steps", type=at_least(int, 1), help="optimiser steps")
+    plan.add_argument("--lr", type=positive, help="learning rate")
+    plan.add_argument("--weight-decay", type=at_least(float, 0), help="on matrices only")
+    plan.add_argument(
+        "--ema", type=within(float, 0, 0.999999), help="decay of the moving average; 0 = none")
+    add_data_args(p)
     p.add_argument(
-        "--sample-every", type=int, default=-1, help="steps between preview grids; -1 = at start and end")
+        "--sample-every", type=at_least(int, 0),
+        help="steps between sheets of previews and validation losses; 0 = at start and end (default: a "
+             "quarter of the run)")
     p.add_argument(
         "--save-dtype", default="fp32", choices=("fp32", "bf16"), help="of the finished files (default fp32)")
     p.add_argument(
@@ -204,47 +249,59 @@ def parse_args(argv=None):
         help="under torchrun: the whole model on every GPU, or a shard (default: fsdp from 1e9 parameters)")
     p.add_argument(
         "--compile", action="store_true", help="torch.compile every block: a minute, then a third faster")
-    plan = add_plan_args(p, "stage 3")
-    plan.add_argument("--train-steps", type=int, help="optimiser steps")
-    plan.add_argument("--lr", type=float, help="learning rate")
-    plan.add_argument("--weight-decay", type=float, help="on matrices only")
-    plan.add_argument("--ema", type=float, help="decay of the moving average; 0 = none")
-    add_data_args(p)
-    return p.parse_args(argv)
+    return p
 
 
-def main(argv=None, hooks=None):
-    """hooks: for experiments, model -> {"on_step": ..., "lr_scale": ...} of train.train."""
-    args = parse_args(argv)
+def main(argv=None, hooks=None, strategy: str | None = None):
+    """For experiments: hooks, model -> {"on_step": ..., "lr_scale": ...} of train.train; and what they stand
+    for, which a resumed run has to have again."""
+    args = parser().parse_args(argv)
     device = init_distributed(args.device)
-    dtype = dtype_of(args)
+    typed = parser().typed(argv)
+    if args.resume:
+        resume_flags("finetune", args, typed)
+    if args.recipe:
+        return print_recipe(args.base)
+    find_start(args, base_typed="base" in typed and not args.resume)
+    kind = KINDS.get(args.init, "finetune")
+    with open_run(f"{kind}-{Path(args.base).name}", args.out, args.resume) as run:
+        finetune(args, run, kind, device, hooks, strategy)
+    destroy_distributed()
 
-    # the model that the stages before have left
-    if args.init == "scratch":
-        start = start_from_scratch(args.base, args.ae, args.num_classes, args.seed)
-    elif args.init == "base":
-        start = start_from_base(args.base, args.weights, args.ae, args.pos_step, args.seed)
-    else:
-        start = start_from_run(args.init, args.base, args.weights, args.merge)
-    model = start.model
-    info = start.info
-    cfg = resized(model.cfg, args.res, args.text_tokens)
-    if args.shift:
-        cfg = replace(cfg, sampling=replace(cfg.sampling, shift=args.shift))
-    model.cfg = cfg
+
+def finetune(args, run: Run, kind: str, device: torch.device, hooks=None, strategy: str | None = None):
+    """Stage 3, from the flags to the files of the run."""
+    dtype = settle_dtype(args)
+
+    # what is wrong with flags and pictures shows before any weights are read
+    check_files(args)
+    cfg, known = start_config(args)
+    args.images = args.images or known.get("images")
+    args.captions = args.captions or known.get("captions")
+    args.ae_weights = args.ae_weights or known.get("ae_weights")
+    cfg = stage3_config(cfg, args)
     recipe = recipe_of(cfg)
     objective = pick_objective(cfg, args.objective, args.guidance_range, args.t_sampling, args.label_dropout)
-    plan = planned(recipe.stage3, steps=args.train_steps, lr=args.lr, batch=args.batch, betas=args.betas,
-                   warmup=args.warmup, schedule=args.schedule, clip=args.clip, weight_decay=args.weight_decay,
-                   ema=args.ema, accumulate=args.accumulate, save_every=args.save_every)
-    tune = "full" if start.kind == "scratch" else args.tune
-    if info.get("lora") and (tune == "full" or args.rank or args.alpha):
-        raise ValueError(f"{info['from']} carries a LoRA of its own, which goes on learning as it is; "
+    plan = planned(recipe.stage3, args, steps="train_steps", lr="lr", weight_decay="weight_decay", ema="ema",
+                   **PLAN_FLAGS)
+    tune = "full" if kind == "scratch" else args.tune
+    carries_lora = "lora" in known and not args.merge
+    if carries_lora and (tune == "full" or args.rank or args.alpha):
+        raise ValueError(f"{args.init} carries a LoRA of its own, which goes on learning as it is; "
                          "for another one, or full tuning, add --merge")
-    out = new_run(start.kind, args.base, vars(args), args.out, args.resume)
+    settings = data_settings(args, cfg, recipe.pictures)
+    pictures = open_pictures(cfg, known, settings)
+
+    # the model that the stages before have left
+    start = load_start(args)
+    model = start.model
+    info = start.info
+    start_print = fingerprint(model)
+    cfg = stage3_config(model.cfg, args)
+    model.cfg = cfg
 
     # what is trainable: embedder and head in full, the trunk by LoRA
-    if tune == "lora" and not info.get("lora"):
+    if tune == "lora" and not carries_lora:
         rank = args.rank or recipe.rank
         info["lora"] = dict(rank=rank, alpha=args.alpha or rank)
         torch.manual_seed(args.seed + 1)
@@ -255,19 +312,18 @@ def main(argv=None, hooks=None):
     named = [(name, params[name]) for name in names]
 
     # what it learns from
-    args.images = args.images or info.get("images")
-    args.captions = args.captions or info.get("captions")
-    weights = {cfg.ae: args.ae_weights or info.get("ae_weights")}
     with rank0_first():
-        data = open_data(cfg, weights, data_settings(args, cfg, recipe.pictures), device, dtype)
+        data = open_data(cfg, pictures, {cfg.ae: args.ae_weights}, settings, device, dtype)
     model.null = data.null
+    run.settle("finetune", args, {"weights": start_print, "strategy": strategy, **data.cache.facts()})
     millions = sum(p.numel() for _, p in named) / 1e6
-    print(f"{start.kind} of {args.base} on {cfg.ae}: {millions:.2f}M trainable of "
-          f"{count_parameters(model) / 1e6:.2f}M, {dtype}, {len(data.cache)} pictures -> {out}")
+    print(f"{kind} of {args.base} on {cfg.ae}: {millions:.2f}M trainable of "
+          f"{count_parameters(model) / 1e6:.2f}M, {dtype}, {len(data.cache)} pictures -> {run.folder}")
     if args.compile:
         for block in model.blocks:
             block.compile()
-    watch = Watch(model, data, objective, out, args.seed, args.cfg_scale, dtype)
+    watch = Watch(model, data, objective, run, preview_count(args, model), args, dtype)
+    watch_every = max(1, plan.steps // 4) if args.sample_every is None else args.sample_every
 
     def loss(indices, generator):
         z, _ = data.cache.batch(indices, generator)                  # of a KL-VAE: draws of its posterior
@@ -277,23 +333,31 @@ def main(argv=None, hooks=None):
     more = hooks(model) if hooks else {}
     model.train()
     log, averaged = train(
-        out, "train", model, named, loss, len(data.cache), plan, seed=args.seed, dtype=dtype, watch=watch,
-        watch_every=args.sample_every, **more)
+        run, "train", model, named, loss, len(data.cache), plan, seed=args.seed, dtype=dtype, watch=watch,
+        watch_every=watch_every, **more)
 
-    # finish: pictures and curves, and the weights last
+    # finish: pictures, and the weights last
     with averaged():
-        watch.finish(start.kind, log)
+        watch.finish(kind)
     info |= dict(
-        kind=start.kind, model=config_dict(cfg), objective=objective.name, classes=list(data.source.classes),
-        images=args.images, captions=args.captions, ae_weights=weights[cfg.ae],
+        kind=kind, model=config_dict(cfg), objective=objective.name, classes=list(data.source.classes),
+        images=args.images, captions=args.captions, ae_weights=args.ae_weights,
         steps=plan.steps + info.get("steps", 0))                     # of all stages so far
     save_dtype = torch.bfloat16 if args.save_dtype == "bf16" else torch.float32
-    write_run(out, info, named, log, averaged, save_dtype, [(name, params[name]) for name in carried])
-    destroy_distributed()
+    write_run(run, info, named, averaged, save_dtype, [(name, params[name]) for name in carried])
     average = f", {log[-1]['val_loss_ema']:.4f} by the average" if "val_loss_ema" in log[-1] else ""
     print(f"validation loss {log[0]['val_loss']:.4f} -> {log[-1]['val_loss']:.4f} as trained{average}, "
           f"in {time.perf_counter() - begun:.0f} s; "
-          f"wrote {out}/ (weights, metrics.jsonl, pictures, curves.png)")
+          f"wrote {run.folder}/ ({run.files()})")
+
+
+def stage3_config(cfg, args):
+    """A configuration at the size, length of prompts and shift that the flags ask for."""
+    cfg = resized(cfg, args.res, args.text_tokens)
+    args.res = cfg.res
+    if args.shift:
+        cfg = replace(cfg, sampling=replace(cfg.sampling, shift=args.shift))
+    return cfg
 
 
 if __name__ == "__main__":

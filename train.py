@@ -4,7 +4,7 @@
     state        EMA; one safetensors file from which a killed run resumes to the same numbers
     ranks        torchrun starts one process a GPU; gradients are summed, or FSDP2 shards the model
     memory       frozen weights may be bf16, blocks may be recomputed, the model may be sharded
-    runs         a folder each in runs/; model.safetensors is written last: a folder that has it is finished
+    runs         a folder each: settings, lock, log and curves as they grow, the weights last
     data         latents and conditions of a run, and the flags that the training scripts share
 
 The three stages differ in loss and in what is trainable, so these are arguments. Ablations enter by two
@@ -15,17 +15,24 @@ import argparse
 import json
 import math
 import os
+import platform
+import shutil
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
+
+try:
+    import fcntl
+except ImportError:                         # Windows, where folders are not locked
+    fcntl = None
 
 import torch
 import torch.distributed as dist
@@ -38,10 +45,14 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from autoencoder import AUTOENCODERS, ae_config
-from checkpoints import atomic, load_autoencoder, read_config, read_tensors, write_json, write_tensors
-from data import LatentCache, cache_prompts, open_source, order, read_prompts, text_folder
+from checkpoints import (
+    code_version, load_autoencoder, read_config, read_tensors, write_json, write_tensors)
+from data import LatentCache, cache_prompts, check_encoders, open_source, order, read_prompts, text_folder
+from evaluate import plot_curves
 from model import Text
-from sample import choose_sampling, device_here, generate, latent_size, resolve_shift, with_guidance
+from sample import (
+    at_least, choose_sampling, class_names, device_here, dtype_of, generate, latent_size, resolve_shift,
+    positive, with_guidance, within)
 
 
 # ---- the loop ------------------------------------------------------------------------------------
@@ -56,8 +67,8 @@ class Plan:
     schedule: str = "constant"              # of the rate; "cosine" and "linear" fall to zero over the run
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.0               # on matrices only
-    clip: float | None = None               # limit of the gradient norm
-    ema: float | None = None                # decay of the moving average
+    clip: float = 0.0                       # limit of the gradient norm; 0 = none
+    ema: float = 0.0                        # decay of the moving average; 0 = none
     accumulate: int = 1                     # microbatches a step
     save_every: int = 500
     log_every: int = 25
@@ -69,16 +80,16 @@ class Plan:
         return self.lr * min(1.0, (step + 1) / max(1, self.warmup)) * decay[self.schedule]
 
 
-def train(out: Path, name: str, model: nn.Module, named: list[tuple[str, nn.Parameter]], loss_fn,
+def train(run: "Run", name: str, model: nn.Module, named: list[tuple[str, nn.Parameter]], loss_fn,
           num_samples: int, plan: Plan, *, seed: int = 0, dtype: torch.dtype = torch.float32, watch=None,
-          watch_every: int = -1, on_step=None, lr_scale=None) -> tuple[list[dict], Callable]:
+          watch_every: int = 0, on_step=None, lr_scale=None) -> tuple[list[dict], Callable]:
     """Train `named`, parameters of the model by name, and leave everything else as it is. Returns the log,
     and a context manager inside which the moving average stands in the place of the weights.
 
     loss_fn      (indices, generator) -> scalar loss, {metric: number}; indices are below num_samples
     dtype        of autocast
-    watch        (step, averaged) -> {metric: number} for the log: at step 0, every watch_every steps and at
-                 the end, on every rank; `with averaged():` evaluates the moving average
+    watch        (step, averaged) -> {metric: number} for the log: at step 0, every watch_every steps (0:
+                 never in between) and at the end, on every rank; `with averaged():` evaluates the average
     on_step      called with every step's number before it is made
     lr_scale     name -> share of the learning rate of that parameter (default: all 1)
 
@@ -86,9 +97,9 @@ def train(out: Path, name: str, model: nn.Module, named: list[tuple[str, nn.Para
     Noise belongs to the microbatch and not to the rank, so equally many microbatches give the same run on any
     number of ranks.
 
-    Writes <out>/<name>.state.safetensors every save_every steps and after Ctrl-C or SIGTERM; if there is one,
-    the run continues from it, to the same numbers. Raises RuntimeError after three non-finite gradients in a
-    row."""
+    Writes <run>/<name>.state.safetensors every save_every steps and after Ctrl-C or SIGTERM; if there is one,
+    the run continues from it, to the same numbers. The rows of the log go to the run as they come. ValueError
+    after three non-finite gradients in a row."""
     rank, world_size = get_rank(), get_world_size()
     params = [p for _, p in named]
     device = params[0].device
@@ -99,7 +110,7 @@ def train(out: Path, name: str, model: nn.Module, named: list[tuple[str, nn.Para
     ema = EMA(params, plan.ema) if plan.ema else None
     averaged = ema.swapped_in if ema else nullcontext
 
-    state = TrainState(out / f"{name}.state.safetensors", named, ema, optimizer)
+    state = TrainState(run, name, named, ema, optimizer)
     first = state.load()
     # as many microbatches as the run began with, and a whole number of them for every rank
     state.microbatches = math.ceil(max(plan.accumulate, state.microbatches) / world_size) * world_size
@@ -110,7 +121,8 @@ def train(out: Path, name: str, model: nn.Module, named: list[tuple[str, nn.Para
     bad_steps = 0
     since = time.perf_counter()
     with stop_signals() as stop:
-        bar = tqdm(range(first, plan.steps), initial=first, total=plan.steps, desc=name, disable=rank > 0)
+        bar = tqdm(range(first, plan.steps), initial=first, total=plan.steps, desc=name,
+                   disable=True if rank > 0 else None)               # None: where there is no terminal
         for step in bar:
             # evaluate: at step 0 too, so that an out-of-memory of the previews shows in the first minute
             if watch and state.watch_is_due(step, watch_every):
@@ -150,21 +162,32 @@ def train(out: Path, name: str, model: nn.Module, named: list[tuple[str, nn.Para
             last = step + 1 == plan.steps
             if last or (step + 1) % plan.log_every == 0:
                 row = state.log_row(step + 1, plan, norm, time.perf_counter() - since, device)
-                bar.set_postfix({key: f"{row[key]:.4g}" for key in ("loss", "grad_norm", "images_per_s")})
+                show_row(bar, row, plan.steps)
                 since = time.perf_counter()
 
             # save
             stopping = any_rank(bool(stop))
             if stopping or last or (step + 1) % plan.save_every == 0:
                 state.save(step + 1)
+                run.plot()
             if stopping:
-                raise KeyboardInterrupt(f"stopped after step {step + 1}, saved in {out}; "
-                                        "the same command with --resume continues")
+                raise KeyboardInterrupt(f"stopped after step {step + 1}, saved in {run.folder}; "
+                                        f"--resume --out {run.folder} continues")
 
     if watch and state.watched < plan.steps:
         state.log_watch(plan.steps, watch(plan.steps, averaged))
         state.save(plan.steps)
+        run.plot()
     return state.log, averaged
+
+
+def show_row(bar, row: dict, steps: int):
+    """A row of the log on the bar; where there is no terminal, on a line."""
+    shown = {key: f"{row[key]:.4g}" for key in ("loss", "grad_norm", "images_per_s")}
+    bar.set_postfix(shown)
+    if bar.disable or not sys.stdout.isatty():
+        numbers = ", ".join(f"{key} {value}" for key, value in shown.items())
+        print(f"{row['stage']} {row['step']}/{steps}: {numbers}", flush=True)
 
 
 def autocast(device, dtype: torch.dtype):
@@ -179,11 +202,11 @@ def noise_of(step: int, microbatch: int, microbatches: int, seed: int) -> torch.
 
 
 def report_bad_step(step: int, bad_steps: int, indices: Tensor, state_file: Path):
-    """Print that a step was left out; RuntimeError if it is the third in a row."""
+    """Print that a step was left out; ValueError if it is the third in a row."""
     print(f"step {step}: the gradient is not finite, step skipped (samples {indices[:8].tolist()} ...)")
     if bad_steps == 3:
-        raise RuntimeError(f"three non-finite gradients in a row at step {step}; "
-                           f"the last good state is {state_file}")
+        raise ValueError(f"three non-finite gradients in a row at step {step}; "
+                         f"the last good state is {state_file}; a smaller learning rate or --clip may help")
 
 
 NO_DECAY = ("embedding_table", "scale_shift_table", "pos_embed")
@@ -258,8 +281,10 @@ class TrainState:
     """Everything that the next step depends on: weights, AdamW's moments, EMA, and how far the run is. One
     safetensors file of whole tensors, whatever number of ranks wrote it, so any number resumes it."""
 
-    def __init__(self, file: Path, named, ema: EMA | None, optimizer):
-        self.file = file
+    def __init__(self, run: "Run", name: str, named, ema: EMA | None, optimizer):
+        self.run = run
+        self.name = name
+        self.file = run.folder / f"{name}{STATE}"
         self.named = named
         self.ema = ema
         self.optimizer = optimizer
@@ -305,7 +330,9 @@ class TrainState:
         self.microbatches = progress["microbatches"]
         if get_rank() == 0:                                          # it holds the metrics of all ranks
             self.window = progress["window"]
-        print(f"{self.file}: continuing at step {progress['step']}")
+        for row in self.log:
+            self.run.log(row)
+        print(f"resuming {self.run.folder} at step {progress['step']} of {self.name}")
         return progress["step"]
 
     def note(self, **metrics):
@@ -317,12 +344,14 @@ class TrainState:
     def log_row(self, step: int, plan: Plan, norm: Tensor, seconds: float, device) -> dict:
         """Append the means of the window to the log and empty it."""
         window = all_gather_metrics(self.window)
-        row = {"step": step, **{key: float(torch.tensor(values).mean()) for key, values in window.items()}}
+        row = {"stage": self.name, "step": step}
+        row |= {key: float(torch.tensor(values).mean()) for key, values in window.items()}
         row |= dict(lr=plan.lr_at(step - 1), grad_norm=float(norm))
         row["images_per_s"] = round(len(window["loss"]) * plan.batch / self.microbatches / seconds, 1)
         if device.type == "cuda":
             row["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
         self.log.append(row)
+        self.run.log(row)
         self.window = {}
         return row
 
@@ -330,7 +359,9 @@ class TrainState:
         return step > self.watched and (step == 0 or (every > 0 and step % every == 0))
 
     def log_watch(self, step: int, metrics: dict):
-        self.log.append({"step": step, **metrics})
+        row = {"stage": self.name, "step": step, **metrics}
+        self.log.append(row)
+        self.run.log(row)
         self.watched = step
 
 
@@ -512,42 +543,219 @@ def prepare_for_training(model: nn.Module, trained: list[str], device, frozen: t
 
 
 # ---- runs: a folder each -------------------------------------------------------------------------
+# config.json                 the flags with every value that was used, facts of the data, versions
+# metrics.jsonl, curves.png   the log, a row a line as it comes; its plot, at every save
+# STAGE.state.safetensors     what --resume continues from
+# ema.safetensors, model.safetensors    at the end; then config.json says that the run is finished
+
+STATE = ".state.safetensors"
+# flags of which a resumed run may have others: where it runs, how it is watched, and where things lie, for
+# what lies there is compared by fingerprint. Steps may grow.
+FREE = {"resume", "out", "device", "parallel", "compile", "save_every", "sample_every", "previews", "cache",
+        "prompts", "images", "weights", "ae_weights", "base_ae_weights", "text_encoders"}
+
+
+class Run:
+    """A run's folder, on every rank; rank 0 writes."""
+
+    def __init__(self, folder):
+        self.folder = Path(folder)
+        self.rows = []
+        if get_rank() == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            # what a resumed run has logged is in its states, and comes back with them
+            (self.folder / "metrics.jsonl").unlink(missing_ok=True)
+
+    def settle(self, script: str, args: argparse.Namespace, facts: dict):
+        """Write config.json and print it in a line. facts: what the flags do not say of model and data.
+        ValueError if this run began with others."""
+        if args.resume:
+            old = read_settings(self.folder)
+            check_facts(self.folder, old["facts"], json.loads(json.dumps(facts)))
+            if versions() != old["versions"]:
+                print(f"note: {self.folder} began with {old['versions']}; numbers may differ a little")
+        if get_rank() == 0:
+            settings = dict(script=script, flags=vars(args), facts=facts, versions=versions(), finished=False)
+            write_json(self.folder / "config.json", settings)
+        given = [f"{key} {value}" for key, value in vars(args).items() if value not in (None, False)]
+        print(f"{self.folder}: {', '.join(given)}; {versions()}")
+
+    def log(self, row: dict):
+        """Add a row to the log."""
+        self.rows.append(row)
+        if get_rank() == 0:
+            with open(self.folder / "metrics.jsonl", "a") as file:
+                file.write(json.dumps(row) + "\n")
+
+    def plot(self):
+        """Draw the log of every stage so far."""
+        stages = {}
+        for row in self.rows:
+            if "step" in row:
+                stages.setdefault(row["stage"], []).append(row)
+        if stages and get_rank() == 0:
+            plot_curves(self.folder / "curves.png", stages)
+
+    def files(self) -> str:
+        """The names of what is in the folder, but for states."""
+        return ", ".join(sorted(file.name for file in self.folder.iterdir() if STATE not in file.name))
+
+    def finish(self):
+        """Say that everything is written."""
+        settings = read_settings(self.folder)
+        if settings and get_rank() == 0:
+            write_json(self.folder / "config.json", settings | {"finished": True})
+
+
+def check_facts(run: Path, old: dict, new: dict):
+    """ValueError if a run that is resumed finds other things than it began with."""
+    for key in old:
+        if new.get(key) != old[key]:
+            raise ValueError(f"{run} began with {key} {old[key]} and finds {new.get(key)} now; start another "
+                             "run, without --resume")
+
+
+def versions() -> str:
+    """What made the numbers of a run."""
+    return f"torch {torch.__version__}, python {platform.python_version()}, dcgen {code_version()}"
+
+
+def read_settings(run: Path) -> dict | None:
+    """The config.json of a run, None if there is none. ValueError if it is damaged or none of ours."""
+    file = Path(run) / "config.json"
+    if not file.is_file():
+        return None
+    try:
+        settings = json.loads(file.read_text())
+        return {key: settings[key] for key in ("script", "flags", "facts", "versions", "finished")}
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{file} is not the settings of a run, or of another version of this code") from None
+
 
 def is_finished(run: Path) -> bool:
-    """Whether everything of a run is written: its weights come last."""
-    return (run / "model.safetensors").exists()
+    settings = read_settings(run)
+    return settings is not None and settings["finished"]
 
 
-def new_run(kind: str, base: str, settings: dict, out: str | None = None, resume: bool = False) -> Path:
-    """The folder of a run, one for all ranks, with its settings in config.json: `out`; with resume the newest
-    unfinished run of this kind and base; or runs/KIND-BASE-N, the next N. ValueError for a folder that holds
-    a finished run, or an unfinished one that resume does not ask for."""
-    return broadcast_from_rank0(partial(make_run, f"{kind}-{Path(base).name}", settings, out, resume))
+def has_state(run: Path) -> bool:
+    return any(Path(run).glob(f"*{STATE}"))
 
 
-def make_run(name: str, settings: dict, out: str | None, resume: bool) -> Path:
-    numbers = [d.name.removeprefix(f"{name}-") for d in Path("runs").glob(f"{name}-*")]
-    numbers = sorted(int(n) for n in numbers if n.isdigit())
-    unfinished = [n for n in numbers if not is_finished(Path("runs") / f"{name}-{n}")]
-    if out:
-        run = Path(out)
-    elif resume and unfinished:
-        run = Path("runs") / f"{name}-{unfinished[-1]}"
-    else:
-        run = Path("runs") / f"{name}-{numbers[-1] + 1 if numbers else 1}"
-    if is_finished(run):
-        raise ValueError(f"{run} holds a finished run; give another --out")
-    if any(run.glob("*.state.safetensors")) and not resume:
-        raise ValueError(f"{run} holds an unfinished run; continue it with --resume, or give another --out")
-    write_json(run / "config.json", settings)
-    return run
+@contextmanager
+def open_run(name: str, out: str | None, resume: bool):
+    """The Run in `out`, or in runs/NAME-N, the next N. Inside, the folder is this process's alone; a run that
+    fails before it has trained anything leaves none. ValueError for a folder that is in use, or holds another
+    run; a folder that is resumed was chosen by resume_flags."""
+    if get_rank() > 0:
+        yield Run(broadcast_from_rank0(None))
+        return
+    folder, made = make_folder(name, out)
+    try:
+        with locked(folder):
+            before = set(folder.iterdir())
+            if not resume and (has_state(folder) or is_finished(folder)):
+                kind = "a finished" if is_finished(folder) else "an unfinished"
+                raise ValueError(f"{folder} holds {kind} run; continue it with --resume, or give another "
+                                 "--out")
+            run = Run(broadcast_from_rank0(partial(str, folder)))
+            try:
+                yield run
+            except BaseException:
+                if not has_state(folder) and not any("loss" in row for row in run.rows):
+                    remove(set(folder.iterdir()) - before)
+                raise
+    finally:
+        for parent in made:                                          # those that are empty
+            with suppress(OSError):
+                parent.rmdir()
 
 
-def write_run(out: Path, info: dict, named, log: list[dict], averaged=nullcontext, dtype=torch.float32,
-              carried=()):
-    """Write a run's log, moving average and weights, which come last. info: facts that load_run reads.
-    carried: parameters that an earlier run has trained and this one left alone; no base has them, so they
-    travel on."""
+def make_folder(name: str, out: str | None) -> tuple[Path, list[Path]]:
+    """The folder, and it and its parents as far as they are new, the deepest first."""
+    numbers = [path.name.removeprefix(f"{name}-") for path in Path("runs").glob(f"{name}-*")]
+    number = 1 + max((int(n) for n in numbers if n.isdecimal()), default=0)
+    while True:
+        folder = Path(out or f"runs/{name}-{number}")
+        made = [path for path in (folder, *folder.parents) if not path.exists()]
+        try:
+            folder.mkdir(parents=True, exist_ok=out is not None)
+            return folder, made
+        except FileExistsError:
+            if out:
+                raise ValueError(f"--out {out}: a file of this name exists") from None
+            number += 1                                              # another process was faster
+
+
+@contextmanager
+def locked(folder: Path):
+    """The folder is this process's alone inside; a process that dies lets go of it. ValueError if another one
+    has it."""
+    if fcntl is None:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{folder} is in use: another process trains in it") from None
+        yield
+    finally:
+        os.close(handle)
+
+
+def remove(paths):
+    for path in paths:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def resume_flags(script: str, args: argparse.Namespace, typed: dict):
+    """Give args the flags of the run to resume: in args.out, or else the newest unfinished one of this script
+    (of the base and the init that were typed). typed: the flags on the command line; those of FREE hold.
+    ValueError if there is nothing to resume, and for a typed flag that the run does not have."""
+    run = Path(args.out) if args.out else newest_unfinished(script, typed)
+    settings = read_settings(run)
+    if settings is None or not has_state(run):
+        raise ValueError(f"--resume: nothing to resume in {run}, no state was saved there; start it without "
+                         "--resume")
+    if settings["script"] != script:
+        raise ValueError(f"--resume: {run} is a run of {settings['script']}.py")
+    flags = settings["flags"]
+    more = False
+    for flag, value in typed.items():
+        old = flags.get(flag)
+        grows = flag.endswith("_steps") and value > old
+        more = more or grows
+        if not grows and flag not in FREE and value != old:
+            rule = "; steps only grow" if flag.endswith("_steps") else ""
+            raise ValueError(f"--{flag.replace('_', '-')} {value}: {run} was started with {old}; a resumed "
+                             f"run keeps its settings{rule}")
+    if settings["finished"] and not more:
+        raise ValueError(f"--resume: {run} is finished; only more steps go on with it")
+    vars(args).update(flags | typed | {"out": str(run), "resume": True, "device": args.device})
+
+
+def newest_unfinished(script: str, typed: dict) -> Path:
+    """ValueError if there is none."""
+    wanted = {flag: typed[flag] for flag in ("base", "init") if flag in typed}
+    fitting = []
+    for file in Path("runs").glob("*/config.json"):
+        with suppress(ValueError):                                   # of another version of this code
+            settings = read_settings(file.parent)
+            fits = settings["script"] == script and wanted.items() <= settings["flags"].items()
+            if fits and not settings["finished"] and has_state(file.parent):
+                fitting.append(file)
+    if not fitting:
+        such = "".join(f" of --{flag} {value}" for flag, value in wanted.items())
+        raise ValueError(f"--resume: runs/ holds no unfinished run of {script}.py{such} that has saved a "
+                         "state; start one without --resume, or name its folder with --out")
+    return max(fitting, key=lambda file: file.stat().st_mtime).parent
+
+
+def write_run(run: Run, info: dict, named, averaged=nullcontext, dtype=torch.float32, carried=()):
+    """Write a run's moving average and weights, and finish it. info: facts that load_run reads. carried:
+    parameters that an earlier run has trained and this one left alone; no base has them, so they travel
+    on."""
     @torch.no_grad()
     def gather() -> dict[str, Tensor]:
         """Copies of the whole weights on rank 0's CPU; every rank takes part."""
@@ -558,17 +766,15 @@ def write_run(out: Path, info: dict, named, log: list[dict], averaged=nullcontex
                 tensors[name] = whole.to("cpu", dtype, copy=True)
         return tensors
 
-    if get_rank() == 0:
-        with atomic(out / "metrics.jsonl") as tmp:
-            tmp.write_text("".join(json.dumps(row) + "\n" for row in log))
     if averaged is not nullcontext:
         with averaged():
             average = gather()
         if get_rank() == 0:
-            write_tensors(out / "ema.safetensors", average, info)
+            write_tensors(run.folder / "ema.safetensors", average, info)
     trained = gather()
     if get_rank() == 0:
-        write_tensors(out / "model.safetensors", trained, info)
+        write_tensors(run.folder / "model.safetensors", trained, info)
+    run.finish()
 
 
 # ---- what a run learns from ----------------------------------------------------------------------
@@ -588,28 +794,38 @@ class RunData(NamedTuple):
 @dataclass(frozen=True)
 class DataSettings:
     """Which pictures and prompts a run uses, and where they are kept encoded; see data_settings."""
-    images: str | None
-    captions: str | None
-    pictures: int | None
-    flip: bool
-    prompts: str | None
-    text_encoders: Path | None
-    cache: str
+    images: str | None = None
+    captions: str | None = None
+    pictures: int | None = None
+    flip: bool = False
+    any_classes: bool = False
+    prompts: str | None = None
+    text_encoders: Path | None = None
+    cache: str = "runs/cache"
 
 
-def open_data(cfg, autoencoders: dict[str, str | None], settings: DataSettings, device, dtype) -> RunData:
-    """Pictures, latents and conditions for a model of this configuration. autoencoders: {name: weight file or
-    None}. ValueError if the pictures lack what the model is conditioned on."""
+def open_pictures(cfg, info: dict, settings: DataSettings) -> tuple:
+    """The sources of training and of validation pictures for a model of this configuration; info: that of its
+    base, which may name its classes. Nothing is loaded or downloaded. ValueError if the pictures lack what
+    the model is conditioned on, or its text encoders cannot be had."""
+    if cfg.text_encoder:
+        if settings.flip and not settings.images:
+            raise ValueError("--flip: the captions of the procedural pictures tell left from right")
+        check_encoders(cfg.text_encoder, settings.text_encoders)
+        kind = dict(captions=settings.captions or "txt")
+    else:
+        kind = dict(names=class_names(cfg, info), num_classes=cfg.num_classes,
+                    any_classes=settings.any_classes)
+    return tuple(open_source(settings.images, cfg.res, split, **kind) for split in ("train", "val"))
+
+
+def open_data(cfg, pictures: tuple, autoencoders: dict[str, str | None], settings: DataSettings, device,
+              dtype) -> RunData:
+    """Latents and conditions of these pictures for a model of this configuration. pictures: of open_pictures;
+    autoencoders: {name: weight file or None}."""
     aes = {name: load_autoencoder(name, file, device=device) for name, file in autoencoders.items()}
-    captions = (settings.captions or "txt") if cfg.text_encoder else None
-    source = open_source(settings.images, cfg.res, "train", captions)
-    val_source = open_source(settings.images, cfg.res, "val", captions)
-    if cfg.text_encoder is None:
-        check_classes(source, cfg.num_classes, settings.images)
-    elif settings.flip and not settings.images:
-        raise ValueError("--flip: the captions of the procedural pictures tell left from right")
-
     # every picture goes through all autoencoders at once; validation pictures are never trained on
+    source, val_source = pictures
     both = list(aes.values())
     cache = LatentCache(settings.cache, source, both, settings.pictures, settings.flip, device=device)
     val = LatentCache(settings.cache, val_source, both, 256, device=device)
@@ -622,7 +838,7 @@ def open_data(cfg, autoencoders: dict[str, str | None], settings: DataSettings, 
 
         def class_previews(n):
             y = torch.arange(n) % cfg.num_classes
-            return y, class_names(source.classes, y.tolist())
+            return y, [str(source.classes[k]) if k < len(source.classes) else str(k) for k in y.tolist()]
 
         return RunData(aes, source, cache, classes, latents, labels.to(device), class_previews, None)
 
@@ -645,46 +861,42 @@ def open_data(cfg, autoencoders: dict[str, str | None], settings: DataSettings, 
     return RunData(aes, source, cache, encoded, latents, val_text, prompt_previews, texts.null)
 
 
-def check_classes(source, num_classes: int, images: str | None):
-    """ValueError if a class model cannot learn from this source; a note if its classes may be other ones."""
-    found = len(source.classes)
-    if not 0 < found <= num_classes:
-        limit = f", at most {num_classes}" if found else ""
-        raise ValueError(f"{images or 'the procedural pictures'}: {found or 'no'} classes, "
-                         f"and the model has {num_classes}; give class folders{limit}")
-    if images and found < num_classes and not source.numbered:
-        print(f"note: {images} has {found} class folders, the model {num_classes} classes: they are taken "
-              "for its "
-              "first ones, in alphabetical order; if they are others, name every folder by the number of its "
-              "class")
+# ---- flags that the training scripts share -------------------------------------------------------
+
+# numbers of a Plan whose flags have the same names in every stage
+PLAN_FLAGS = {name: name for name in ("batch", "accumulate", "betas", "warmup", "schedule", "clip",
+                                      "save_every")}
 
 
-def class_names(classes: tuple[str, ...], numbers: list[int]) -> list[str]:
-    return [str(classes[k]) if k < len(classes) else str(k) for k in numbers]
+def number_or_rule(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
-
-# ---- settings that the training scripts share ----------------------------------------------------
 
 def add_data_args(p: argparse.ArgumentParser):
     """The flags of a run's data and objective, for stages 1 to 3."""
+    share = within(float, 0, 1)
     data = p.add_argument_group("pictures and prompts")
     data.add_argument("--images", metavar="DIR", help="folder of pictures (default: procedural shapes)")
-    data.add_argument("--pictures", type=int, help="use so many of them (default: the recipe's, all of a "
-                                                   "folder)")
+    data.add_argument(
+        "--pictures", type=at_least(int, 1),
+        help="use so many of them (default: the recipe's, all of a folder)")
     data.add_argument("--flip", action="store_true", help="mirrored pictures as well")
     data.add_argument(
         "--captions", metavar="TEMPLATE",
         help="captions made of the names of class folders, as 'a photo of a {}' (default: the folder's "
              "metadata.jsonl, else the .txt beside each picture)")
     data.add_argument(
-        "--text-tokens", type=int,
+        "--any-classes", action="store_true",
+        help="class folders are new classes, in alphabetical order, and not those that the base knows")
+    data.add_argument(
+        "--text-tokens", type=at_least(int, 1),
         help="prompt tokens kept (default: the base's; FLUX 512, of which the authors' guides take 256)")
     data.add_argument(
         "--text-encoders", metavar="DIR",
         help="pipeline folder with the text encoders (default: that of --weights, or the model hub's cache)")
-    data.add_argument(
-        "--prompts", metavar="FILE",
-        help="prompts of the preview pictures, one a line (default: captions of validation pictures)")
     data.add_argument(
         "--cache", default="runs/cache", metavar="DIR",
         help="where latents and encoded prompts are kept (default runs/cache)")
@@ -696,11 +908,11 @@ def add_data_args(p: argparse.ArgumentParser):
     deep.add_argument(
         "--ae-weights", metavar="FILE", help="its weight file (default: shipped, or the model hub's cache)")
     deep.add_argument(
-        "--pos-step", type=float,
+        "--pos-step", type=positive,
         help="distance of neighbouring tokens in the new position table, in tokens of the base; 1 = as the "
              "authors, 2 = spread over the base's positions (default: the recipe's; DiT 2, FLUX 1)")
     deep.add_argument(
-        "--shift",
+        "--shift", type=number_or_rule,
         help="resolution shift of the times, a number or a rule (sample.py --help), saved with the run; "
              "1 = off (default: the recipe's, or the aligned run's)")
 
@@ -710,13 +922,13 @@ def add_data_args(p: argparse.ArgumentParser):
         help="flow matching (Eq. 2), or guided flow matching (Eq. 7) for distilled models (default: "
              "guided for a distilled base, else flow)")
     objective.add_argument(
-        "--guidance-range", type=float, nargs=2, metavar=("MIN", "MAX"),
+        "--guidance-range", type=at_least(float, 0), nargs=2, metavar=("MIN", "MAX"),
         help="of the guidance that a distilled model reads (default: the recipe's, 1 to 14)")
     objective.add_argument(
         "--t-sampling", default="logit-normal", choices=("logit-normal", "uniform"),
         help="distribution of training times (default logit-normal)")
     objective.add_argument(
-        "--label-dropout", type=float, default=0.1,
+        "--label-dropout", type=share, default=0.1,
         help="share of conditions replaced by the null one (default 0.1)")
     objective.add_argument(
         "--final-adaln", action=argparse.BooleanOptionalAction, default=True,
@@ -725,55 +937,81 @@ def add_data_args(p: argparse.ArgumentParser):
     run = p.add_argument_group("the run")
     run.add_argument("--out", metavar="DIR", help="its folder (default: runs/KIND-BASE-N, the next N)")
     run.add_argument(
-        "--resume", action="store_true", help="continue --out, or the newest unfinished run of this kind")
-    run.add_argument("--save-every", type=int, help="steps between resumable states (default 500)")
+        "--resume", action="store_true",
+        help="continue --out, or the newest unfinished run, with the flags that it began with; only steps "
+             "may grow")
     run.add_argument(
-        "--cfg-scale", type=float, help="guidance of the preview pictures (default: the model's own; DiT 3)")
+        "--save-every", type=at_least(int, 1), help="steps between resumable states (default 500)")
+    run.add_argument(
+        "--previews", type=at_least(int, 0), metavar="N",
+        help="pictures on each sheet of previews, 0 = none (default 8; 0 for a large model on a CPU)")
+    run.add_argument(
+        "--prompts", metavar="FILE",
+        help="prompts of the preview pictures, one a line (default: captions of validation pictures)")
+    run.add_argument(
+        "--cfg-scale", type=at_least(float, 0),
+        help="guidance of the preview pictures (default: the model's own; DiT 3)")
 
 
 def add_plan_args(p: argparse.ArgumentParser, stage: str):
     """The flags that change a stage's Plan; see planned."""
     plan = p.add_argument_group(f"AdamW in {stage} (defaults: the recipe's)")
-    plan.add_argument("--batch", type=int, help="samples a step, over all GPUs")
-    plan.add_argument("--accumulate", type=int, help="microbatches that a batch is split into (default 1)")
+    plan.add_argument("--recipe", action="store_true", help="print the recipe of --base, and stop")
+    plan.add_argument("--batch", type=at_least(int, 1), help="samples a step, over all GPUs")
     plan.add_argument(
-        "--betas", type=float, nargs=2, metavar="B", help="0.9 0.999; the authors' guides use 0.9 0.95")
-    plan.add_argument("--warmup", type=int, help="steps of linear warm-up")
+        "--accumulate", type=at_least(int, 1), help="microbatches that a batch is split into (default 1)")
+    plan.add_argument(
+        "--betas", type=within(float, 0, 0.99999), nargs=2, metavar="B",
+        help="0.9 0.999; the authors' guides use 0.9 0.95")
+    plan.add_argument("--warmup", type=at_least(int, 0), help="steps of linear warm-up")
     plan.add_argument(
         "--schedule", choices=("constant", "cosine", "linear"), help="of the rate after the warm-up")
     plan.add_argument(
-        "--clip", type=float, help="limit of the gradient norm; -1 = none; the authors' guides use 0.1")
+        "--clip", type=at_least(float, 0),
+        help="limit of the gradient norm; 0 = none; the authors' guides use 0.1")
     return plan
+
+
+def settle_dtype(args) -> torch.dtype:
+    """The type of the arithmetic; the flag gets its name."""
+    dtype = dtype_of(args)
+    args.dtype = "bf16" if dtype == torch.bfloat16 else "fp32"
+    return dtype
 
 
 def data_settings(args, cfg, pictures: int | None) -> DataSettings:
     """What add_data_args' flags say; pictures: how many procedural ones without --pictures."""
-    count = args.pictures
-    if count is None and args.images is None:
-        count = pictures
+    if args.pictures is None and args.images is None:
+        args.pictures = pictures
     return DataSettings(
-        images=args.images, captions=args.captions, pictures=count, flip=args.flip, prompts=args.prompts,
+        images=args.images, captions=args.captions, pictures=args.pictures, flip=args.flip,
+        any_classes=args.any_classes, prompts=args.prompts,
         text_encoders=text_folder(args.base, cfg, args.text_encoders, args.weights), cache=args.cache)
 
 
-def planned(plan: Plan, **given) -> Plan:
-    """The plan with what is given, unless None, in its place; a negative clip and an ema of 0 mean none."""
-    given = {key: value for key, value in given.items() if value is not None}
-    if given.get("clip", 0) < 0:
-        given["clip"] = None
-    if given.get("ema") == 0:
-        given["ema"] = None
-    return replace(plan, **given)
+def planned(plan: Plan, args, **flags: str) -> Plan:
+    """The plan with the flags that were given in place of its numbers; the others' flags get these numbers.
+    flags: of a number of the plan, the name of its flag."""
+    given = {field: getattr(args, flag) for field, flag in flags.items()}
+    plan = replace(plan, **{field: value for field, value in given.items() if value is not None})
+    vars(args).update({flag: getattr(plan, field) for field, flag in flags.items()})
+    return plan
+
+
+def check_files(args):
+    """ValueError for a file or folder of the flags that is not there: before anything is loaded."""
+    for flag in ("weights", "base_ae_weights", "ae_weights", "text_encoders", "prompts", "images"):
+        path = getattr(args, flag)
+        if path and not Path(path).exists():
+            raise ValueError(f"--{flag.replace('_', '-')} {path}: no such file or folder")
 
 
 def resized(cfg, res: int | None, text_tokens: int | None):
     """The configuration at another size of pictures and length of prompts; a run keeps both. ValueError for
-    bad ones."""
+    text tokens of a class model."""
     if text_tokens is not None:
         if cfg.text_encoder is None:
             raise ValueError(f"--text-tokens {text_tokens}: this model reads classes, not prompts")
-        if text_tokens < 1:
-            raise ValueError(f"--text-tokens {text_tokens}: at least 1")
         cfg = replace(cfg, text_tokens=text_tokens)
     return replace(cfg, res=res or cfg.res)
 
@@ -782,6 +1020,14 @@ def training_shift(cfg) -> float:
     """The number of a configuration's resolution shift at its size. ValueError if the size does not fit."""
     H, W = latent_size(cfg, ae_config(cfg.ae), (cfg.res, cfg.res))
     return resolve_shift(cfg.sampling.shift, cfg.in_channels, H, W, cfg.patch_size)
+
+
+def preview_count(args, model: nn.Module) -> int:
+    """How many preview pictures to draw: a large model takes minutes for one on a CPU."""
+    slow = args.device == "cpu" and count_parameters(model) > 1e8
+    if args.previews is None and slow:
+        print("no preview pictures, this model is slow on a CPU; --previews N draws some")
+    return (0 if slow else 8) if args.previews is None else args.previews
 
 
 def draw_previews(model, ae, conditions, seed: int, cfg_scale: float | None, dtype) -> Tensor:

@@ -44,7 +44,8 @@ from model import BASES, Flux, cat_conditions
 from sample import path, run_main
 from shapes import CLASSIFIER, Classifier, accuracy
 from train import (
-    DataSettings, Plan, is_finished, new_run, open_data, prepare_for_training, train, write_run)
+    DataSettings, Plan, Run, has_state, is_finished, open_data, open_pictures, open_run, prepare_for_training,
+    train, write_run)
 
 
 # ---- what is trained, and for how long -----------------------------------------------------------
@@ -101,7 +102,7 @@ def make_classifier(file: Path, device: str, images: str | None = None):
         return F.cross_entropy(classifier(x.to(device)), y.to(device)), {}
 
     named = list(classifier.named_parameters())
-    train(file.parent, file.stem, classifier, named, loss, len(source), PLANS["classifier"])
+    train(Run(file.with_suffix("")), "train", classifier, named, loss, len(source), PLANS["classifier"])
     val = open_source(images, 64, "val")
     x, y = val.batch(torch.arange(min(1024, len(val))))
     share = accuracy(classifier.cpu().eval(), x, y)
@@ -175,7 +176,7 @@ def train_autoencoder(ae: Autoencoder, source, file: Path, plan: Plan, extra: nn
         return total, metrics
 
     dtype = torch.bfloat16 if bf16_is_fast(device) else torch.float32
-    train(file.parent, file.stem, model, named, loss, len(source), plan, dtype=dtype)
+    train(Run(file.with_suffix("")), "train", model, named, loss, len(source), plan, dtype=dtype)
     estimate_batch_norm(ae, source, plan.batch)
     scale, shift = measure_scale(ae.requires_grad_(False).eval(), source)
     write_tensors(file, to_bf16(ae.state_dict()), asdict(replace(ae.cfg, scale=scale, shift=shift)))
@@ -236,7 +237,9 @@ def train_model(name: str, out: Path, device: str, init: Path | None = None) -> 
     run = out / name.replace(" ", "-")
     if is_finished(run):
         return run
-    flags = [*FLAGS[name].split(), "--out", str(run), "--resume", "--device", device]
+    flags = [*FLAGS[name].split(), "--out", str(run), "--device", device]
+    if has_state(run):
+        flags += ["--resume"]
     if init:
         flags += ["--init", str(init)]
     kl = out / "tiny-kl-f8c4.safetensors"
@@ -283,12 +286,10 @@ def distill_guidance(name: str, teacher_run: Path, out: Path, plan: Plan, pictur
     cfg = replace(model.cfg, sampling=BASES[name].sampling)
     model.cfg = cfg
     dtype = torch.bfloat16 if bf16_is_fast(device) else torch.float32
-    new_run("distill", name, dict(teacher=str(teacher_run), plan=asdict(plan)), str(out), resume=True)
     named = list(prepare_for_training(model, [key for key, _ in model.named_parameters()], device).items())
-
-    settings = DataSettings(images=None, captions=None, pictures=pictures, flip=False, prompts=None,
-                            text_encoders=None, cache="runs/cache")
-    data = open_data(cfg, {cfg.ae: info.get("ae_weights")}, settings, device, dtype)
+    settings = DataSettings(pictures=pictures)
+    weights = {cfg.ae: info.get("ae_weights")}
+    data = open_data(cfg, open_pictures(cfg, info, settings), weights, settings, device, dtype)
     model.null = data.null
     objective = Objective(loss=partial(distillation_loss, teacher), guidance=RECIPES[cfg.recipe].guidance)
 
@@ -299,10 +300,14 @@ def distill_guidance(name: str, teacher_run: Path, out: Path, plan: Plan, pictur
     for block in model.blocks:
         block.compile()
     model.train()
-    log, averaged = train(out, "train", model, named, loss, len(data.cache), plan, dtype=dtype)
-    facts = dict(kind="distill", base=name, base_weights=None, model=config_dict(cfg), objective="distill",
-                 classes=[], ae_weights=info.get("ae_weights"), steps=plan.steps)
-    write_run(out, facts, named, log, averaged)
+    resume = has_state(out)
+    with open_run("distill", str(out), resume) as run:
+        flags = argparse.Namespace(base=name, teacher=str(teacher_run), plan=asdict(plan), resume=resume)
+        run.settle("make_weights", flags, data.cache.facts())
+        _, averaged = train(run, "train", model, named, loss, len(data.cache), plan, dtype=dtype)
+        facts = dict(kind="distill", base=name, base_weights=None, model=config_dict(cfg),
+                     objective="distill", classes=[], ae_weights=info.get("ae_weights"), steps=plan.steps)
+        write_run(run, facts, named, averaged)
     print(f"wrote {out}/")
 
 

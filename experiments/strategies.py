@@ -55,11 +55,11 @@ def train_layer_rates(flags: list[str], ratio: float):
     def hooks(model):
         return {"lr_scale": layer_rates(model, ratio)}
 
-    finetune.main(["--init", "base", *flags], hooks)
+    finetune.main(["--init", "base", *flags], hooks, f"layer-rates {ratio:g}")
 
 
 def train_gradual_lora(flags: list[str], ramp: int):
-    args = finetune.parse_args(flags)
+    args = finetune.parser().parse_args(flags)
     if args.compile:
         raise ValueError("--compile: a compiled block has its alpha built in; leave it out of gradual-lora")
 
@@ -70,7 +70,7 @@ def train_gradual_lora(flags: list[str], ramp: int):
             raise ValueError(f"--ramp {ramp}: it has to end before the run does, of {steps} steps")
         return {"on_step": lora_ramp(model, ramp)}
 
-    finetune.main(["--init", "base", *flags], hooks)
+    finetune.main(["--init", "base", *flags], hooks, f"gradual-lora {ramp}")
 
 
 def train_frozen_then_all(flags: list[str], frozen_steps: int | None):
@@ -79,7 +79,7 @@ def train_frozen_then_all(flags: list[str], frozen_steps: int | None):
     add_model_args(p)
     add_data_args(p)
     shared = known_flags(p, flags, without=("--out", "--resume"))
-    steps = ["--stage2-steps", str(frozen_steps)] if frozen_steps else []
+    steps = [] if frozen_steps is None else ["--stage2-steps", str(frozen_steps)]
     align.main([*shared, "--solver", "adamw", "--stage1-steps", "0", *steps])
     finetune.main([*flags, "--init", "align"])
 
@@ -115,7 +115,7 @@ def main(argv=None):
         raise ValueError(f"--ratio {args.ratio:g}: above 0; 1 = all layers alike")
     if args.ramp < 1:
         raise ValueError(f"--ramp {args.ramp}: at least 1 step")
-    finetune.parse_args(flags)                                       # a flag of neither ends here
+    finetune.parser().parse_args(flags)                              # a flag of neither ends here
     match args.strategy:
         case "layer-rates":
             train_layer_rates(flags, args.ratio)

@@ -16,7 +16,8 @@ import finetune
 from checkpoints import read_tensors
 from data import order
 from helpers import WORDS_FLAGS, make_words_base, relative_error, scramble, words_base  # noqa: F401
-from train import Plan, destroy_distributed, full_tensor, init_distributed, prepare_for_training, train
+from train import (
+    Plan, Run, destroy_distributed, full_tensor, init_distributed, prepare_for_training, train)
 from training import FLOW, GUIDED, small_flux, small_pair
 
 
@@ -85,7 +86,7 @@ def short_run(out, name, how, steps, accumulate=1, log_every=1, dies_at=None):
 
     plan = Plan(steps, 1e-3, 8, ema=0.9, accumulate=accumulate, save_every=4, log_every=log_every)
     named = [(key, params[key]) for key in names]
-    log, _ = train(Path(out), "train", net, named, loss, 48, plan, dtype=dtype, watch=watch, watch_every=3)
+    log, _ = train(Run(out), "train", net, named, loss, 48, plan, dtype=dtype, watch=watch, watch_every=3)
     weights = {key: full_tensor(params[key]).numpy() for key in names}
     for key in weights:
         # softmax does not see a key's bias: its gradient is rounding alone, made large by Adam

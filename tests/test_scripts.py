@@ -16,9 +16,9 @@ from data import ImageFolder
 from helpers import ROOT, WORDS_FLAGS, tiny_base, words_base  # noqa: F401
 from lora import merge_lora
 from shapes import SHAPES
-from train import Plan
+from train import Plan, read_settings
 
-QUICK = ["--pictures", "64", "--batch", "8", "--device", "cpu", "--dtype", "fp32"]
+QUICK = ["--pictures", "64", "--batch", "8", "--previews", "0", "--device", "cpu", "--dtype", "fp32"]
 CPU = ["--device", "cpu", "--dtype", "fp32"]
 
 
@@ -71,7 +71,7 @@ def test_alignment_in_closed_form_alone_is_a_run_too(aligned, capsys):
     stages = [row["stage"] for row in load_run("runs/closed")[1]["stages"]]
     assert stages == ["base", "not aligned", "stage 1: embedder", "head in closed form"]
     assert not Path("runs/closed/curves.png").exists()
-    assert "samples.png, gap.png)" in capsys.readouterr().out
+    assert "(config.json, gap.png, metrics.jsonl, model.safetensors)" in capsys.readouterr().out
 
 
 def test_the_numbers_of_table_7_are_flags(aligned, monkeypatch):
@@ -157,7 +157,7 @@ def test_sample_and_evaluate_take_the_newest_run(aligned, capsys):
     assert newest.name in capsys.readouterr().out
 
 
-def test_a_class_models_data_set_is_folders_that_it_learns_from(tiny_base, capsys):  # noqa: F811
+def test_a_class_models_data_set_is_folders_that_it_learns_from(tiny_base):  # noqa: F811
     sample.main([*CPU, "--base", "test", "--classes", "7", "2", "--count", "42", "--num-steps", "1",
                  "--cfg-scale", "1", "--dataset", "--out", "drawn"])
     source = ImageFolder("drawn", 64)
@@ -168,10 +168,18 @@ def test_a_class_models_data_set_is_folders_that_it_learns_from(tiny_base, capsy
     learn = [*CPU, "--base", "test", "--images", "drawn", "--ae", "tiny-dc-ae-f32c32", "--stage2-steps", "0",
              "--head-samples", "16", "--count", "0"]
     align.main([*learn, "--out", "run"])
-    assert "note:" not in capsys.readouterr().out
-    Path("drawn/0002").rename("drawn/triangle")
-    align.main([*learn, "--out", "other"])
-    assert "note: drawn has 2 class folders, the model 8 classes" in capsys.readouterr().out
+    before = read_settings("run")["facts"]
+    # a class by its name is the class by its number
+    Path("drawn/0002").rename(f"drawn/{SHAPES[2]}")
+    align.main([*learn, "--out", "named"])
+    source = ImageFolder("drawn", 64, names=SHAPES, num_classes=8)
+    assert sorted(source.labels.unique().tolist()) == [2, 7]
+    Path(f"drawn/{SHAPES[2]}").rename("drawn/zebra")
+    with pytest.raises(ValueError, match="--any-classes"):
+        align.main([*learn, "--out", "other"])
+    assert not Path("other").exists()
+    align.main([*learn, "--any-classes", "--out", "other"])
+    assert read_settings("other")["facts"] != before
 
 
 def test_no_folder_is_left_by_a_size_that_does_not_fit(tmp_path, monkeypatch):

@@ -4,6 +4,9 @@ import json
 import math
 import os
 import signal
+import subprocess
+import sys
+from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,11 +19,11 @@ import align
 import finetune
 from align import Objective, flow_matching_loss, next_autoencoder
 from checkpoints import read_config, read_tensors
-from helpers import TINIES, TINY_FLUX, random_condition, scramble, tiny_model
+from helpers import ROOT, TINIES, TINY_FLUX, random_condition, scramble, tiny_model
 from lora import add_lora
 from model import BASES, FAMILIES, Flux, Text
 from train import (
-    EMA, Plan, decay_groups, is_finished, named_parameters_with, new_run, planned, prepare_for_training,
+    EMA, Plan, Run, decay_groups, is_finished, named_parameters_with, open_run, planned, prepare_for_training,
     train, write_run)
 from training import FLOW, SHORT, run_train, small_pair
 
@@ -64,9 +67,11 @@ def test_the_learning_rate_follows_the_plan(plan, step, expected):
     assert plan.lr_at(step) == pytest.approx(expected)
 
 
-def test_a_plan_takes_what_is_given_and_minus_one_means_no_clip():
+def test_a_plan_takes_the_flags_that_are_given_and_fills_the_others():
     plan = Plan(10, 1.0, 8, clip=1.0, ema=0.9)
-    assert planned(plan, steps=3, lr=None, clip=-1, ema=0) == Plan(3, 1.0, 8, clip=None, ema=None)
+    flags = Namespace(train_steps=3, lr=None, clip=0.0)
+    assert planned(plan, flags, steps="train_steps", lr="lr", clip="clip") == replace(plan, steps=3, clip=0.0)
+    assert vars(flags) == dict(train_steps=3, lr=1.0, clip=0.0)
 
 
 def test_weight_decay_spares_norms_biases_and_embeddings():
@@ -91,7 +96,7 @@ def test_hooks_scale_the_rate_by_name_and_see_every_step(tmp_path):
         return 0.5 if name.startswith(model.EMBEDDER) else 1.0
 
     named = named_parameters_with(model, (model.EMBEDDER, model.HEAD))
-    train(tmp_path, "train", model, named, loss, 48, replace(SHORT, steps=1), on_step=steps.append,
+    train(Run(tmp_path), "train", model, named, loss, 48, replace(SHORT, steps=1), on_step=steps.append,
           lr_scale=half_for_the_embedder)
     moved = {key: (model.state_dict()[key] - start.state_dict()[key]).abs().max().item() for key, _ in named}
     assert steps == [0]                                              # AdamW's first step is the learning rate
@@ -143,7 +148,7 @@ def test_a_step_whose_gradient_is_not_finite_is_left_out(tmp_path, capsys):
 
 def test_the_third_gradient_in_a_row_that_is_not_finite_ends_the_run_after_the_last_good_state(tmp_path):
     before, *_ = run_train(tmp_path / "a", steps=5)
-    with pytest.raises(RuntimeError, match="three non-finite gradients in a row at step 7"):
+    with pytest.raises(ValueError, match="three non-finite gradients in a row at step 7"):
         run_train(tmp_path / "b", wrap=poison({6, 7, 8}))
     saved = read_tensors(tmp_path / "b" / STATE)
     assert read_config(tmp_path / "b" / STATE)["step"] == 5
@@ -156,7 +161,7 @@ class Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize("ema", [None, 0.99])
+@pytest.mark.parametrize("ema", [0.0, 0.99])
 @pytest.mark.parametrize("call", [3, 9, 12])
 def test_a_killed_run_resumes_to_the_same_numbers(tmp_path, ema, call):
     """Killed before the first state, in the middle and at the last step: twelve steps all the same, bit for
@@ -205,7 +210,7 @@ def test_a_run_killed_between_its_last_step_and_its_last_evaluation_only_evaluat
         run_train(tmp_path / "run", watch=watch)
     (tmp_path / "second").touch()
     _, _, log, _ = run_train(tmp_path / "run", watch=watch, wrap=fails_at(1, AssertionError("trained again")))
-    assert log[-1] == {"step": 12, "val_loss": 12.0}
+    assert log[-1] == {"stage": "train", "step": 12, "val_loss": 12.0}
     assert [row["step"] for row in log if "val_loss" in row] == [0, 12]
 
 
@@ -233,7 +238,7 @@ def test_a_signal_finishes_the_step_saves_and_ends(tmp_path, sign):
 
         return loss
 
-    with pytest.raises(KeyboardInterrupt, match="stopped after step 3, saved in .*--resume continues"):
+    with pytest.raises(KeyboardInterrupt, match="stopped after step 3, saved in .*--resume --out .* continues"):
         run_train(tmp_path, wrap=interrupted)
     assert read_config(tmp_path / STATE)["step"] == 3
     assert signal.getsignal(sign) is old
@@ -366,28 +371,70 @@ def test_frozen_blocks_may_be_bf16_and_everything_that_learns_is_float32():
 
 # ---- runs ----------------------------------------------------------------------------------------
 
-def test_runs_are_numbered_and_resume_takes_the_newest_unfinished_one(tmp_path, monkeypatch):
+def flags_of_a_run(**flags):
+    return Namespace(**{"base": "tiny", "out": None, "resume": False, "train_steps": 12, **flags})
+
+
+def test_runs_are_numbered_and_what_has_trained_nothing_leaves_no_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    runs = [new_run("align", "models/tiny", {"lr": 1}) for _ in range(3)]
-    assert [run.name for run in runs] == ["align-tiny-1", "align-tiny-2", "align-tiny-3"]
-    assert json.loads((runs[0] / "config.json").read_text()) == {"lr": 1}
-    (runs[2] / "model.safetensors").touch()
-    assert new_run("align", "tiny", {}, resume=True).name == "align-tiny-2"
+    with pytest.raises(KeyError):
+        with open_run("align-tiny", None, False) as run:
+            run.settle("align", flags_of_a_run(), {})
+            run.log({"stage": "base"})
+            raise KeyError
+    assert not Path("runs").exists()
+    for number in (1, 2):
+        with open_run("align-tiny", None, False) as run:
+            run.log({"stage": "base"})
+            assert run.folder == Path(f"runs/align-tiny-{number}")
+    # a run that has logged a training step is kept, and so is what was in the folder before
+    Path("other").mkdir()
+    Path("other/notes.txt").touch()
+    for kept, row in ((set(), {"stage": "base"}), ({"metrics.jsonl"}, {"stage": "train", "loss": 1.0})):
+        with pytest.raises(KeyError):
+            with open_run("align-tiny", "other", False) as run:
+                run.log(row)
+                raise KeyError
+        assert {file.name for file in Path("other").iterdir()} == {"notes.txt"} | kept
 
 
-@pytest.mark.parametrize("file, message", [
-    ("model.safetensors", "holds a finished run; give another --out"),
-    ("train.state.safetensors", "holds an unfinished run; continue it with --resume"),
+def test_a_run_is_one_processs_and_a_dead_one_lets_go(tmp_path):
+    """Two processes wrote into one folder before."""
+    code = ("import sys, time, train\n"
+            "with train.open_run('x', sys.argv[1], False): print('in', flush=True); time.sleep(60)")
+    command = [sys.executable, "-c", code, str(tmp_path / "run")]
+    other = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert other.stdout.readline() == "in\n"
+    with pytest.raises(ValueError, match="run is in use: another process trains in it"):
+        with open_run("x", str(tmp_path / "run"), False):
+            pass
+    other.kill()
+    other.wait()
+    with open_run("x", str(tmp_path / "run"), False):
+        pass
+
+
+@pytest.mark.parametrize("finished, message", [
+    (False, "holds an unfinished run; continue it with --resume, or give another --out"),
+    (True, "holds a finished run; continue it with --resume, or give another --out"),
 ])
-def test_a_run_is_never_written_over(tmp_path, file, message):
-    (tmp_path / file).touch()
+def test_a_run_is_never_written_over(tmp_path, finished, message):
+    run = Run(tmp_path)
+    run.settle("align", flags_of_a_run(), {})
+    (tmp_path / STATE).touch()
+    if finished:
+        run.finish()
+    before = {file: file.read_bytes() for file in tmp_path.iterdir()}
     with pytest.raises(ValueError, match=message):
-        new_run("align", "tiny", {}, out=str(tmp_path))
+        with open_run("x", str(tmp_path), False):
+            pass
+    assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
-def test_the_weights_are_the_last_file_of_a_run(tmp_path, monkeypatch):
-    """Killed at any file, a run is not finished: it was, with pictures missing, before."""
+def test_a_run_is_finished_when_everything_is_written(tmp_path, monkeypatch):
     import train as room
+    run = Run(tmp_path)
+    run.settle("align", flags_of_a_run(), {})
     model, _, log, averaged = run_train(tmp_path, steps=2, ema=0.9)
     named = named_parameters_with(model, (model.EMBEDDER,))
     written = []
@@ -399,11 +446,34 @@ def test_the_weights_are_the_last_file_of_a_run(tmp_path, monkeypatch):
         write_tensors(path, *args)
 
     monkeypatch.setattr(room, "write_tensors", note)
-    write_run(tmp_path, {}, named, log, averaged)
+    write_run(run, {}, named, averaged)
     assert written == ["ema.safetensors", "model.safetensors"]
-    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == len(log)
+    assert is_finished(tmp_path)
     raw, average = (read_tensors(tmp_path / file) for file in reversed(written))
     assert not torch.equal(raw["x_embedder.proj.weight"], average["x_embedder.proj.weight"])
+
+
+def test_the_log_grows_row_by_row_and_the_curves_at_every_save(tmp_path, capsys):
+    """A killed run had neither before."""
+    seen = []
+
+    def wrap(flow, model):
+        def loss(indices, generator):
+            rows = (tmp_path / "metrics.jsonl")
+            seen.append((len(rows.read_text().splitlines()) if rows.exists() else 0,
+                         (tmp_path / "curves.png").exists()))
+            return flow(indices, generator)
+        return loss
+
+    run_train(tmp_path, wrap=wrap)
+    assert seen == [(step, step >= 5) for step in range(12)]
+    # no terminal here: a line a row
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("train ")]
+    assert len(lines) == 12 and lines[4].startswith("train 5/12: loss ")
+    # a resumed run has its old rows again, once
+    run_train(tmp_path, steps=14)
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, 15))
 
 
 @pytest.mark.parametrize("flags, message", [
@@ -414,7 +484,6 @@ def test_the_weights_are_the_last_file_of_a_run(tmp_path, monkeypatch):
     (["--guidance-range", "1", "5"], "not distilled"),
     (["--base", "tiny-flux", "--guidance-range", "5", "1"], "the smaller first"),
     (["--text-tokens", "8"], "this model reads classes"),
-    (["--base", "tiny-flux", "--text-tokens", "0"], "--text-tokens 0: at least 1"),
     (["--base", "tiny-flux", "--flip"], "left from right"),
     (["--res", "100"], "--res 100: tiny-dc-ae-f32c32 with patch 1 needs a multiple of 32; try 96 or 128"),
     (["--init", "align"], "no alignment of tiny in runs/; first: python align.py --base tiny"),

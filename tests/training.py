@@ -12,7 +12,7 @@ from autoencoder import AUTOENCODERS
 from helpers import TINY_FLUX, random_text, scramble
 from lora import add_lora
 from model import DiT, DiTConfig, Flux, Text, to_deep_latent, to_deep_model
-from train import Plan, named_parameters_with, train
+from train import Plan, Run, named_parameters_with, train
 
 
 def small_pair(seed=0):
@@ -61,7 +61,7 @@ def run_train(out, seed=0, wrap=None, watch=None, **plan):
     named = named_parameters_with(model, (model.EMBEDDER, model.HEAD))
     loss = wrap(flow, model) if wrap else flow
     plan = replace(SHORT, **plan)
-    log, averaged = train(out, "train", model, named, loss, 48, plan, seed=seed, watch=watch)
+    log, averaged = train(Run(out), "train", model, named, loss, 48, plan, seed=seed, watch=watch)
     return model, base, log, averaged
 
 
