@@ -186,13 +186,18 @@ def reconstruct(ae: Autoencoder, x: Tensor, dtype=torch.float32) -> tuple[Tensor
     return y.float().clamp(-1, 1), seconds["encode"], seconds["decode"]
 
 
-def score_autoencoder(ae: Autoencoder, source, count: int, out: Path, dtype: torch.dtype, device: str,
-                      settings: str):
-    """Print PSNR and SSIM of a source's first pictures; write them above their reconstructions to `out`,
-    with the digest of the settings."""
-    check_finite(ae, ae.cfg.name)
+def score_autoencoder(name: str, weights: str | None, images: str | None, res: int, count: int, out: Path,
+                      dtype: torch.dtype, device: str):
+    """Print PSNR and SSIM of the first pictures of a folder, or of procedural ones (None); write them above
+    their reconstructions to `out`."""
+    check_writable(out)
+    # procedural pictures of the split that no autoencoder was trained on
+    source = open_source(images, res, "all" if images else "val")
+    ae = load_autoencoder(name, weights, device=device)
+    check_finite(ae, name)
+    settings = short_hash([name, weights, images, res, count, str(dtype)])
+    out = free_path(out, settings)
     n = min(count, len(source))
-    res = source.size
     cells = res // ae.cfg.f
     print(f"{ae.cfg.name}: {res}x{res} -> {cells}x{cells} places of {ae.cfg.channels} channels, "
           f"{dtype} on {device}")
@@ -598,6 +603,17 @@ def pick_runs(base: str | None, runs: list[str]) -> tuple[str, list[Path]]:
     return name, [folder for folder in newest.values() if folder]
 
 
+def open_pictures(cfg, info: dict, folder: str | None, res: int, any_classes: bool) -> list:
+    """The training and the validation pictures of a folder, or procedural ones (None), with what a model of
+    this configuration and info reads: captions, or its own classes by the names of their folders."""
+    kind = {}
+    if cfg.text_encoder:
+        kind = dict(captions=info.get("captions") or "txt")
+    elif folder:
+        kind = dict(names=class_names(cfg, info), num_classes=cfg.num_classes, any_classes=any_classes)
+    return [open_source(folder, res, split, **kind) for split in ("train", "val")]
+
+
 def run_title(run: Path) -> str:
     return run.name if run.is_dir() else f"{run.parent.name}/{run.name}"
 
@@ -668,15 +684,9 @@ def main(argv=None):
     check_paths(args, "weights", "base_ae_weights", "text_encoders", "images", "classifier", "fid",
                 "reference", "inception")
     if args.ae:
-        # procedural pictures of the split that no autoencoder was trained on
-        res = args.res or 128
-        count = args.count or 8
-        source = open_source(args.images, res, "all" if args.images else "val")
         out = Path(args.out or f"runs/{args.ae}.png")
-        check_writable(out)
-        ae = load_autoencoder(args.ae, args.weights, device=device)
-        settings = short_hash([args.ae, args.weights, args.images, res, count, str(dtype)])
-        return score_autoencoder(ae, source, count, free_path(out, settings), dtype, device, settings)
+        return score_autoencoder(
+            args.ae, args.weights, args.images, args.res or 128, args.count or 8, out, dtype, device)
     if args.fid:
         reject(not args.reference, "--fid DIR", "needs --reference DIR: a distance has two ends")
         return score_folder(args.fid, args.reference, args.inception, args.res or 256, device)
@@ -694,26 +704,23 @@ def main(argv=None):
     for run in runs:
         run_cfg, info = read_run_config(run_file(run, not args.raw))
         check_model(run_cfg, args.res, args.num_steps, guidance[0])
+        for path in (info.get("ae_weights"), args.weights or info.get("base_weights")):
+            reject(path and not Path(path).exists(), str(run), f"needs {path}, which is not there")
+    # the base as the runs know it
+    weights = args.weights or info.get("base_weights")
     folder = args.images or info.get("images")
-    captions = None
-    classes = {}
-    if cfg.text_encoder:
-        captions = info.get("captions") or "txt"
-        check_encoders(cfg.text_encoder, args.text_encoders)
-    elif folder:
-        names = class_names(cfg, info)
-        classes = dict(names=names, num_classes=cfg.num_classes, any_classes=args.any_classes)
     res = args.res or cfg.res
-    train = open_source(folder, res, "train", captions, **classes)
-    val = open_source(folder, res, "val", captions, **classes)
-    metrics, reason = make_metrics(args.classifier, folder, train, count, bool(captions))
+    train, val = open_pictures(cfg, info, folder, res, args.any_classes)
+    captions = cfg.text_encoder is not None
+    metrics, reason = make_metrics(args.classifier, folder, train, count, captions)
 
     # what every model draws, and the pictures on which its features are compared with the base's
     probe_rows = order(0, min(64, len(val)), len(val), seed=0)
     probe_images, probe_y = val.batch(probe_rows)
     null = None
     if captions:
-        encoders = text_folder(name, cfg, args.text_encoders, args.weights)
+        check_encoders(cfg.text_encoder, args.text_encoders)
+        encoders = text_folder(name, cfg, args.text_encoders, weights)
         rows = torch.cat([torch.arange(count) % len(val), probe_rows])
         text, titles, null = caption_conditions(cfg, val, rows, encoders, dtype, device)
         y = text[:count]
@@ -724,7 +731,7 @@ def main(argv=None):
     task = Task(y, titles[:count], null, seeds, guidance, args.num_steps, dtype)
 
     # models of one latent space share an autoencoder
-    base, base_info = load_base(name, args.weights, device)
+    base, base_info = load_base(name, weights, device)
     load_ae = lru_cache(partial(load_autoencoder, device=device))
     base_ae = load_ae(cfg.ae, args.base_ae_weights or base_info.get("ae_weights"))
     probe = Probe(base, base_ae, probe_images.to(device), probe_y.to(device))

@@ -19,7 +19,7 @@ from checkpoints import config_dict, write_tensors
 from data import ImageFolder
 from helpers import (DEEP_DIT, TINY_DIT, deep_model, random_condition, scramble, tiny_base, tiny_model,
                      words_base)
-from model import DiT, to_deep_model
+from model import BASES, DiT, to_deep_model
 from shapes import ANSWERS, SHAPES, Classifier, ShapesSource, load_classifier
 
 QUICK = ["--count", "16", "--num-steps", "1", "--device", "cpu", "--dtype", "fp32"]
@@ -229,6 +229,7 @@ def two_runs(tiny_base, monkeypatch):
     """A run of "test" and one of "tiny"; weights are not to be loaded."""
     write_run("align-test-1", deep_model(tiny_base))
     write_run("align-tiny-1", deep_model(tiny_base), base="tiny")
+    write_run("align-test-2", deep_model(tiny_base), ae_weights="gone.safetensors")
     Path("one").mkdir()
     monkeypatch.setattr(checkpoints, "build", lambda *args: pytest.fail("loaded weights"))
     monkeypatch.setattr(evaluate, "load_classifier", lambda *args: pytest.fail("loaded weights"))
@@ -238,14 +239,15 @@ def two_runs(tiny_base, monkeypatch):
     ("runs/nope", "runs/nope: no such"),
     ("runs/align-test-1 --base tiny", "--base tiny: runs/align-test-1 was trained from test; leave --base"),
     ("runs/align-test-1 runs/align-tiny-1", "runs/align-tiny-1: its base is tiny, that of runs/align-test-1"),
-    ("--base test --images nope", "--images nope: no such"),
-    ("--base test --images one", "--images one: no pictures in it"),
+    ("runs/align-test-1 runs/align-test-2", "runs/align-test-2: needs gone.safetensors, which is not there"),
+    ("--base tiny --images nope", "--images nope: no such"),
+    ("--base tiny --images one", "--images one: no pictures in it"),
     ("--base test --classifier nope", "--classifier nope: no such"),
     ("--base test --device cuda:99", "--device cuda:99: this "),
     ("--base test --out /dev/null/x", "--out /dev/null/x: /dev/null is a file"),
     ("--base test --out x.png", "--out x.png: the table is JSON"),
     ("--base test --count 1", "--count 1: a Frechet distance needs two pictures"),
-    ("--base test --res 50", "--res 50: tiny-kl-f8c4 with patch 2 needs a multiple of 16"),
+    ("--base tiny --res 50", "--res 50: tiny-kl-f8c4 with patch 2 needs a multiple of 16"),
     ("--base dit-xl --num-steps 300", "--num-steps 300: .*nearest is 250"),
     ("--ae tiny-kl-f8c4 --weights nope", "--weights nope: no such"),
     ("--fid nope --reference nope", "--fid nope: no such"),
@@ -273,6 +275,12 @@ def test_a_table_of_other_settings_is_not_written_over(tiny_base, capsys):
     _, lines = evaluated(capsys, "--base", "test")
     assert lines[-1] == "wrote runs/evaluate.json and runs/evaluate.png"
     assert Path("runs/evaluate.json").read_text() == first
+
+
+def test_a_run_is_compared_with_the_weights_that_it_was_trained_from(tiny_base):
+    file = Path(BASES["test"].weights).rename("other.safetensors")
+    write_run("align-test-1", deep_model(tiny_base), base_weights=str(file))
+    evaluate.main(["runs/align-test-1", *QUICK])
 
 
 def test_weights_that_are_not_finite_have_no_scores(tiny_base):
