@@ -805,8 +805,8 @@ def check_paths(args, *names: str):
 def check_base(base: str | None, run, info: dict):
     """ValueError if a base is given that is not the one of a run with this info."""
     own = info["base"]
-    reject(base is not None and Path(base) != Path(own), f"--base {base}",
-           f"{run} was trained from {own}; leave --base out")
+    another = base is not None and Path(base).resolve() != Path(own).resolve()
+    reject(another, f"--base {base}", f"{run} was trained from {own}; leave --base out")
 
 
 def check_finite(module: torch.nn.Module, source: str):
@@ -879,22 +879,16 @@ def pick_prompts(given: list[str] | None, file: str | None, count: int | None) -
 
 def check_flags(cfg, label: str, cfg_scale: float, flags: dict):
     """ValueError for a flag that this kind of model does not have. flags: their values as given, by name."""
-    classes = f"{label} draws classes, not prompts: use --classes"
-    foreign = {
-        "prompt": classes,
-        "prompts": classes,
-        "text_tokens": classes,
-        "negative": f"{label} has no negative prompt: it is guided away from no class, by --cfg-scale",
-        "guidance": f"{label} reads no guidance number: it is guided in two passes, by --cfg-scale",
-    }
+    foreign = {}
     if cfg.text_encoder:
-        foreign = {"classes": f"{label} draws prompts, not classes: use --prompt"}
-        if not getattr(cfg, "guidance_embed", False):
-            foreign["guidance"] = (f"{label} is not a distilled model that reads its guidance as a number: "
-                                   "use --cfg-scale")
-        if cfg_scale == 1:
-            foreign["negative"] = ("a negative prompt acts in classifier-free guidance: give --cfg-scale "
-                                   "above 1")
+        foreign["classes"] = f"{label} draws prompts, not classes: use --prompt"
+    else:
+        why = f"{label} draws classes, not prompts: use --classes"
+        foreign |= dict.fromkeys(("prompt", "prompts", "negative", "text_tokens"), why)
+    if cfg.text_encoder and cfg_scale == 1:
+        foreign["negative"] = "a negative prompt acts in classifier-free guidance: give --cfg-scale above 1"
+    if not getattr(cfg, "guidance_embed", False):
+        foreign["guidance"] = f"{label} reads no guidance number: it is guided in two passes, by --cfg-scale"
     for name, why in foreign.items():
         reject(flags[name] not in (None, ""), flag_of(name), why)
 
@@ -1069,6 +1063,17 @@ def write_pictures(pipeline: Pipeline, request: Request, batches: list[Tensor], 
     return small
 
 
+def write_sheet(out: Path, request: Request, small: list[Tensor]) -> Path:
+    """Write thumbnails on one sheet beside the folder, which so holds samples only."""
+    sheet = out.with_name(f"{out.name}-grid.png")
+    rows = []
+    for i in range(0, len(small), 8):
+        rows.append((f"seed {request.seed + i} +", torch.stack(small[i : i + 8])))
+    columns = request.titles if len(request) <= 8 else ()
+    save_grid(sheet, rows, columns, {"dcgen": request.meta(0)["dcgen"]})
+    return sheet
+
+
 def parser() -> Parser:
     p = Parser(__doc__, "[RUN | --base NAME]")
     p.add_argument("run", nargs="?", metavar="RUN",
@@ -1218,11 +1223,7 @@ def main(argv=None):
         write_captions(out, [request.caption(i) for i in range(len(request))])
         also = f"whole, {len(request)} pictures with captions in metadata.jsonl"
     else:
-        # beside the folder, which so holds samples only
-        grid = out.with_name(f"{out.name}-grid.png")
-        rows = [(f"seed {args.seed + i} +", torch.stack(small[i : i + 8])) for i in range(0, len(small), 8)]
-        save_grid(grid, rows, titles if len(titles) <= 8 else (), {"dcgen": request.meta(0)["dcgen"]})
-        also = f"and {grid}"
+        also = f"and {write_sheet(out, request, small)}"
     parts = ", ".join(f"{what} {s:.1f} s" for what, s in seconds.items())
     each = total / max(1, drawn)
     print(f"wrote {drawn} pictures to {out}/ {also} ({total:.1f} s, {each:.2f} s each: {parts}; "

@@ -351,7 +351,7 @@ def no_weights(tmp_path, monkeypatch):
     ("flux-krea", "draws prompts: give --prompt TEXT"),
     ("flux-krea --classes 3", "--classes: flux-krea draws prompts"),
     ("dit-xl --prompt x", "--prompt: dit-xl draws classes"),
-    ("sana-1.6b --prompt x --guidance 3", "--guidance: sana-1.6b is not a distilled"),
+    ("sana-1.6b --prompt x --guidance 3", "--guidance: sana-1.6b reads no guidance number"),
     ("flux-krea --prompt x --negative y", "--negative: .*--cfg-scale above 1"),
     ("flux-krea --prompts gone.txt", "--prompts gone.txt: not a readable text file"),
     ("tiny --dataset", "--dataset: name its folder"),
