@@ -48,7 +48,7 @@ from einops import rearrange
 from torch import Tensor
 
 from autoencoder import AUTOENCODERS, ae_config
-from checkpoints import config_dict, load_base, read_base_config
+from checkpoints import config_dict, exportable, load_base, read_base_config
 from evaluate import gap_table, layer_gap, plot_gap
 from fast import peak_gib
 from model import to_deep_latent, to_deep_model, where_conditions
@@ -591,12 +591,26 @@ def deep_config(base_cfg, args):
     ae = next_autoencoder(args.ae, base_cfg, args.base)
     args.ae = ae.name
     args.pos_step = args.pos_step or recipe.pos_step
-    args.shift = args.shift or recipe.shift
+    args.shift = recipe.shift if args.shift is None else args.shift
     # a base that is a deep run has spread positions already, so steps multiply
     pos_step = args.pos_step * getattr(base_cfg, "pos_step", 1.0)
     cfg = resized(to_deep_latent(base_cfg, ae, pos_step, args.shift), args.res, args.text_tokens)
     args.res = cfg.res
     return cfg
+
+
+def settled_objective(cfg, args) -> Objective:
+    """The objective that the flags ask for; those that it settles get its values."""
+    objective = pick_objective(cfg, args.objective, args.guidance_range, args.t_sampling, args.label_dropout)
+    args.objective = objective.name
+    args.guidance_range = objective.guidance and list(objective.guidance)
+    return objective
+
+
+def note_export(cfg):
+    reason = exportable(cfg)
+    if reason:
+        print(f"note: diffusers has no such model, sample.py --export will refuse it: {reason}")
 
 
 def main(argv=None):
@@ -623,7 +637,7 @@ def align(args, run: Run, device: torch.device):
     base_cfg, base_info = read_base_config(args.base)
     recipe = recipe_of(base_cfg)
     cfg = deep_config(base_cfg, args)
-    objective = pick_objective(cfg, args.objective, args.guidance_range, args.t_sampling, args.label_dropout)
+    objective = settled_objective(cfg, args)
     stage1 = planned(recipe.stage1, args, steps="stage1_steps", lr="lr1")
     stage2 = planned(recipe.stage2, args, steps="stage2_steps", lr="lr2", **PLAN_FLAGS)
     stage1 = replace(stage1, betas=stage2.betas, save_every=stage2.save_every)
@@ -651,6 +665,7 @@ def align(args, run: Run, device: torch.device):
     print(f"{args.base}: {base.cfg.ae} patch {base.cfg.patch_size}, {report.tokens(base)} tokens -> "
           f"{cfg.ae} patch {cfg.patch_size}, {report.tokens(model)} tokens; "
           f"{len(data.cache)} pictures, {dtype} -> {run.folder}")
+    note_export(cfg)
     report.add("base", base)
     report.add("not aligned", model)
 

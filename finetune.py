@@ -28,7 +28,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from align import next_autoencoder, pick_objective, print_recipe, recipe_of
+from align import next_autoencoder, note_export, print_recipe, recipe_of, settled_objective
 from autoencoder import ae_config
 from checkpoints import (
     build, config_dict, fingerprint, load_base, load_run, newest_run, read_base_config, read_run_config,
@@ -112,7 +112,8 @@ def scratch_config(base: str, ae: str | None, num_classes: int | None):
 def unaligned_config(base_cfg, args):
     """That of a base on the recipe's next latent space."""
     recipe = recipe_of(base_cfg)
-    step = (args.pos_step or recipe.pos_step) * getattr(base_cfg, "pos_step", 1.0)
+    args.pos_step = args.pos_step or recipe.pos_step
+    step = args.pos_step * getattr(base_cfg, "pos_step", 1.0)
     return to_deep_latent(base_cfg, next_autoencoder(args.ae, base_cfg, args.base), step, recipe.shift)
 
 
@@ -279,16 +280,24 @@ def finetune(args, run: Run, kind: str, device: torch.device, hooks=None, strate
     args.images = args.images or known.get("images")
     args.captions = args.captions or known.get("captions")
     args.ae_weights = args.ae_weights or known.get("ae_weights")
+    check_start(args, kind, cfg)
     cfg = stage3_config(cfg, args)
     recipe = recipe_of(cfg)
-    objective = pick_objective(cfg, args.objective, args.guidance_range, args.t_sampling, args.label_dropout)
+    objective = settled_objective(cfg, args)
     plan = planned(recipe.stage3, args, steps="train_steps", lr="lr", weight_decay="weight_decay", ema="ema",
                    **PLAN_FLAGS)
-    tune = "full" if kind == "scratch" else args.tune
+    if kind == "scratch":
+        args.tune = "full"
     carries_lora = "lora" in known and not args.merge
-    if carries_lora and (tune == "full" or args.rank or args.alpha):
+    if carries_lora and (args.tune == "full" or args.rank or args.alpha):
         raise ValueError(f"{args.init} carries a LoRA of its own, which goes on learning as it is; "
                          "for another one, or full tuning, add --merge")
+    adds_lora = args.tune == "lora" and not carries_lora
+    if adds_lora:
+        args.rank = args.rank or recipe.rank
+        args.alpha = args.alpha or float(args.rank)
+    if args.sample_every is None:
+        args.sample_every = max(1, plan.steps // 4)
     settings = data_settings(args, cfg, recipe.pictures)
     pictures = open_pictures(cfg, known, settings)
 
@@ -301,12 +310,11 @@ def finetune(args, run: Run, kind: str, device: torch.device, hooks=None, strate
     model.cfg = cfg
 
     # what is trainable: embedder and head in full, the trunk by LoRA
-    if tune == "lora" and not carries_lora:
-        rank = args.rank or recipe.rank
-        info["lora"] = dict(rank=rank, alpha=args.alpha or rank)
+    if adds_lora:
+        info["lora"] = dict(rank=args.rank, alpha=args.alpha)
         torch.manual_seed(args.seed + 1)
         add_lora(model, **info["lora"])
-    names, carried = split_parameters(start, tune, args.final_adaln)
+    names, carried = split_parameters(start, args.tune, args.final_adaln)
     sharded = args.parallel == "fsdp" or (args.parallel is None and count_parameters(model) > BIG)
     params = prepare_for_training(model, names, device, shard=sharded)
     named = [(name, params[name]) for name in names]
@@ -319,11 +327,11 @@ def finetune(args, run: Run, kind: str, device: torch.device, hooks=None, strate
     millions = sum(p.numel() for _, p in named) / 1e6
     print(f"{kind} of {args.base} on {cfg.ae}: {millions:.2f}M trainable of "
           f"{count_parameters(model) / 1e6:.2f}M, {dtype}, {len(data.cache)} pictures -> {run.folder}")
+    note_export(cfg)
     if args.compile:
         for block in model.blocks:
             block.compile()
     watch = Watch(model, data, objective, run, preview_count(args, model), args, dtype)
-    watch_every = max(1, plan.steps // 4) if args.sample_every is None else args.sample_every
 
     def loss(indices, generator):
         z, _ = data.cache.batch(indices, generator)                  # of a KL-VAE: draws of its posterior
@@ -334,7 +342,7 @@ def finetune(args, run: Run, kind: str, device: torch.device, hooks=None, strate
     model.train()
     log, averaged = train(
         run, "train", model, named, loss, len(data.cache), plan, seed=args.seed, dtype=dtype, watch=watch,
-        watch_every=watch_every, **more)
+        watch_every=args.sample_every, **more)
 
     # finish: pictures, and the weights last
     with averaged():
@@ -351,13 +359,25 @@ def finetune(args, run: Run, kind: str, device: torch.device, hooks=None, strate
           f"wrote {run.folder}/ ({run.files()})")
 
 
+def check_start(args, kind: str, cfg):
+    """ValueError for flags of another start than --init names."""
+    if kind == "finetune" and args.ae not in (None, cfg.ae):
+        raise ValueError(f"--ae {args.ae}: {args.init} is on {cfg.ae}; another latent space begins with "
+                         f"align.py --base {args.init} --ae {args.ae}")
+    if kind != "noalign" and args.pos_step:
+        raise ValueError("--pos-step: only a new embedder (--init base, align.py) gets new positions")
+    if kind != "scratch" and args.num_classes:
+        raise ValueError("--num-classes: only a model from scratch (--init scratch) has other classes")
+    args.ae = cfg.ae
+
+
 def stage3_config(cfg, args):
     """A configuration at the size, length of prompts and shift that the flags ask for."""
     cfg = resized(cfg, args.res, args.text_tokens)
     args.res = cfg.res
-    if args.shift:
-        cfg = replace(cfg, sampling=replace(cfg.sampling, shift=args.shift))
-    return cfg
+    if args.shift is None:
+        args.shift = cfg.sampling.shift
+    return replace(cfg, sampling=replace(cfg.sampling, shift=args.shift))
 
 
 if __name__ == "__main__":

@@ -823,7 +823,10 @@ def open_data(cfg, pictures: tuple, autoencoders: dict[str, str | None], setting
               dtype) -> RunData:
     """Latents and conditions of these pictures for a model of this configuration. pictures: of open_pictures;
     autoencoders: {name: weight file or None}."""
-    aes = {name: load_autoencoder(name, file, device=device) for name, file in autoencoders.items()}
+    aes = {}
+    for name, file in autoencoders.items():
+        flag = "--ae-weights" if name == cfg.ae else "--base-ae-weights"
+        aes[name] = load_autoencoder(name, file, device=device, flag=flag)
     # every picture goes through all autoencoders at once; validation pictures are never trained on
     source, val_source = pictures
     both = list(aes.values())
@@ -1027,7 +1030,9 @@ def preview_count(args, model: nn.Module) -> int:
     slow = args.device == "cpu" and count_parameters(model) > 1e8
     if args.previews is None and slow:
         print("no preview pictures, this model is slow on a CPU; --previews N draws some")
-    return (0 if slow else 8) if args.previews is None else args.previews
+    if args.previews is None:
+        args.previews = 0 if slow else 8
+    return args.previews
 
 
 def draw_previews(model, ae, conditions, seed: int, cfg_scale: float | None, dtype) -> Tensor:

@@ -238,7 +238,8 @@ def test_a_signal_finishes_the_step_saves_and_ends(tmp_path, sign):
 
         return loss
 
-    with pytest.raises(KeyboardInterrupt, match="stopped after step 3, saved in .*--resume --out .* continues"):
+    message = "stopped after step 3, saved in .*--resume --out .* continues"
+    with pytest.raises(KeyboardInterrupt, match=message):
         run_train(tmp_path, wrap=interrupted)
     assert read_config(tmp_path / STATE)["step"] == 3
     assert signal.getsignal(sign) is old
