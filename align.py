@@ -52,10 +52,11 @@ from checkpoints import config_dict, exportable, load_base, read_base_config
 from evaluate import gap_table, layer_gap, plot_gap
 from fast import peak_gib
 from model import to_deep_latent, to_deep_model, where_conditions
-from sample import Parser, add_model_args, at_least, path, positive, run_main, sample_t, save_grid
+from sample import (
+    Parser, add_model_args, at_least, check_paths, path, positive, run_main, sample_t, save_grid)
 from shapes import pick_scorer
 from train import (
-    PLAN_FLAGS, Plan, Run, RunData, add_data_args, add_plan_args, all_reduce_sum, autocast, check_files,
+    PATHS, PLAN_FLAGS, Plan, Run, RunData, add_data_args, add_plan_args, all_reduce_sum, autocast,
     data_settings, destroy_distributed, draw_previews, get_rank, get_world_size, init_distributed,
     named_parameters_with, open_data, open_pictures, open_run, planned, prepare_for_training, preview_count,
     rank0_first, resized, resume_flags, settle_dtype, train, trainable_prefixes, training_shift, write_run)
@@ -73,7 +74,7 @@ class Recipe:
     then: str | None = None                 # the next one: f32 serves up to 1K, f64 serves 2K and 4K
     rank: int = 256                         # of LoRA in stage 3; alpha is the same
     pictures: int | None = None             # number of procedural ones (bundled bases)
-    shift: float | str = 1.0                # of times: a number, or a rule of sample.resolve_shift
+    shift: float | str = 1.0                # of times: a number, or a rule of model.resolve_shift
     pos_step: float = 1.0                   # distance between neighbouring tokens, in positions of the base
     guidance: tuple[float, float] = (1.0, 14.0)    # range of g in training, as in the authors' code
 
@@ -631,7 +632,7 @@ def align(args, run: Run, device: torch.device):
     dtype = settle_dtype(args)
 
     # what is wrong with flags and pictures shows before any weights are read
-    check_files(args)
+    check_paths(args, *PATHS)
     if args.solver == "closed-form" and args.match != "downsample":
         raise ValueError(f"--match {args.match} has no closed form here; use --solver adamw")
     base_cfg, base_info = read_base_config(args.base)

@@ -36,9 +36,10 @@ from checkpoints import (
 from lora import add_lora, merge_lora
 from model import BASES, to_deep_latent, to_deep_model
 from sample import (
-    Parser, add_model_args, at_least, positive, run_main, save_grid, with_guidance, within)
+    Parser, add_model_args, at_least, check_base, check_paths, positive, run_main, save_grid, with_guidance,
+    within)
 from train import (
-    BIG, PLAN_FLAGS, Run, add_data_args, add_plan_args, check_files, count_parameters, data_settings,
+    BIG, PATHS, PLAN_FLAGS, Run, add_data_args, add_plan_args, count_parameters, data_settings,
     destroy_distributed, draw_previews, get_rank, init_distributed, named_parameters_with, open_data,
     open_pictures, open_run, planned, prepare_for_training, preview_count, rank0_first, resized, resume_flags,
     settle_dtype, train, trainable_prefixes, write_run)
@@ -78,8 +79,7 @@ def find_start(args, base_typed: bool):
                              f"{args.base}   (or --init base to go without)")
         args.init = str(run)
     _, info = read_run_config(run_file(args.init))
-    if base_typed and args.base != info["base"]:
-        raise ValueError(f"--base {args.base}: {args.init} has the base {info['base']}; leave --base out")
+    check_base(args.base if base_typed else None, args.init, info)
     args.base = info["base"]
 
 
@@ -275,7 +275,7 @@ def finetune(args, run: Run, kind: str, device: torch.device, hooks=None, strate
     dtype = settle_dtype(args)
 
     # what is wrong with flags and pictures shows before any weights are read
-    check_files(args)
+    check_paths(args, *PATHS)
     cfg, known = start_config(args)
     args.images = args.images or known.get("images")
     args.captions = args.captions or known.get("captions")

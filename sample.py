@@ -47,7 +47,8 @@ from fast import (
     Hoist, attention_priority, bf16_is_fast, capture, compile_decoder, compile_layers, count_cost,
     example_condition, peak_gib, pixels_on_host, timed, uncompile)
 from lora import merge_lora
-from model import BASES, FAMILIES, Sampling, Text, cat_conditions, ddpm_alphas_cumprod, to_float32
+from model import (
+    BASES, FAMILIES, SHIFTS, Sampling, Text, cat_conditions, ddpm_alphas_cumprod, resolve_shift, to_float32)
 from shapes import SHAPES
 
 
@@ -65,29 +66,6 @@ def shift_time(t: Tensor, shift: float) -> Tensor:
     same noise level, so r > 1 spends more of the clock near the noise. 1 = off.
     Written so that 0, 1 and r = 1 come out exact."""
     return t / (t + shift * (1 - t))
-
-
-SHIFTS = ("mu", "flux2")
-
-
-def resolve_shift(rule: str | float, channels: int, H: int, W: int, patch_size: int) -> float:
-    """A published rule's shift r for a latent (C,H,W); a number is itself (SANA: 3 at every size).
-    mu     exp(mu), mu on a line in the tokens through (256, 0.5) and (4096, 1.15)  (FLUX; DC-Gen-FLUX at 4K)
-    flux2  sqrt(C H W / 4096)                                                       (DC-Gen-FLUX at 1K)
-    ValueError lists the rules."""
-    # the two rules that FLUX's authors and DC-Gen's trained with
-    if rule == "mu":
-        tokens = H * W / patch_size**2
-        return math.exp(0.5 + (1.15 - 0.5) * (tokens - 256) / (4096 - 256))
-    if rule == "flux2":
-        return math.sqrt(channels * H * W / 4096)
-    try:
-        shift = float(rule)
-    except ValueError:
-        shift = -1.0
-    if not 0 < shift < math.inf:
-        raise ValueError(f"--shift {rule}: give a positive number, or one of {', '.join(SHIFTS)}")
-    return shift
 
 
 def sample_t(n: int, generator=None, kind="logit-normal", shift: float = 1.0, device="cpu") -> Tensor:

@@ -363,7 +363,7 @@ def test_finetune_continues_from_the_alignment_and_sample_draws_the_result(align
     model, info = load_run("runs/tuned")
     assert (info["kind"], model.cfg.ae) == ("finetune", "tiny-dc-ae-f32c32")
     assert model.blocks[0].attn.qkv.A.shape[0] == RECIPES["tiny"].rank
-    sample.main(["--ckpt", "runs/tuned", "--count", "2", "--num-steps", "2", "--device", "cpu"])
+    sample.main(["runs/tuned", "--count", "2", "--num-steps", "2", "--device", "cpu"])
     assert len(list(Path("runs/tuned/samples").glob("*.png"))) == 2
 
 

@@ -49,10 +49,10 @@ from checkpoints import (
     code_version, load_autoencoder, read_config, read_tensors, write_json, write_tensors)
 from data import LatentCache, cache_prompts, check_encoders, open_source, order, read_prompts, text_folder
 from evaluate import plot_curves
-from model import Text
+from model import Text, resolve_shift
 from sample import (
-    at_least, choose_sampling, class_names, device_here, dtype_of, generate, latent_size, resolve_shift,
-    positive, with_guidance, within)
+    at_least, choose_sampling, class_names, device_here, dtype_of, generate, latent_size, positive,
+    with_guidance, within)
 
 
 # ---- the loop ------------------------------------------------------------------------------------
@@ -871,6 +871,10 @@ PLAN_FLAGS = {name: name for name in ("batch", "accumulate", "betas", "warmup", 
                                       "save_every")}
 
 
+# flags that name a file or a folder, checked before anything is loaded
+PATHS = ("weights", "base_ae_weights", "ae_weights", "text_encoders", "prompts", "images")
+
+
 def number_or_rule(text: str) -> float | str:
     try:
         return float(text)
@@ -999,14 +1003,6 @@ def planned(plan: Plan, args, **flags: str) -> Plan:
     plan = replace(plan, **{field: value for field, value in given.items() if value is not None})
     vars(args).update({flag: getattr(plan, field) for field, flag in flags.items()})
     return plan
-
-
-def check_files(args):
-    """ValueError for a file or folder of the flags that is not there: before anything is loaded."""
-    for flag in ("weights", "base_ae_weights", "ae_weights", "text_encoders", "prompts", "images"):
-        path = getattr(args, flag)
-        if path and not Path(path).exists():
-            raise ValueError(f"--{flag.replace('_', '-')} {path}: no such file or folder")
 
 
 def resized(cfg, res: int | None, text_tokens: int | None):

@@ -345,6 +345,8 @@ def main(argv=None):
         if args.only != ["classifier"] or not (args.images and args.classifier) or args.install:
             raise ValueError("--images and --classifier are for a classifier of your own pictures: "
                              "--only classifier --images DIR --classifier FILE, without --install")
+        if Path(args.classifier).exists():
+            raise ValueError(f"--classifier {args.classifier}: exists; name another file")
         make_classifier(Path(args.classifier), args.device, args.images)
         return
     for name in args.only or STAGES:

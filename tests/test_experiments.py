@@ -194,7 +194,9 @@ def test_a_classifier_of_other_pictures_goes_to_a_file_of_its_own(short):
         make_weights.main(flags)
     make_weights.main([*flags, "--classifier", "own.safetensors"])
     assert load_classifier("own.safetensors").classes == ("cat", "dog")
-    assert [file.name for file in Path(".").iterdir()] == ["pictures", "own.safetensors", "own"]
+    assert {file.name for file in Path(".").iterdir()} == {"pictures", "own.safetensors", "own"}
+    with pytest.raises(ValueError, match="own.safetensors: exists; name another file"):
+        make_weights.main([*flags, "--classifier", "own.safetensors"])
 
 
 def test_a_model_is_made_on_the_new_kl_vae_and_published_without_paths(short, tmp_path):

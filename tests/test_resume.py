@@ -1,7 +1,11 @@
-"""Kill -9 and resume: one harness for every script that writes for a long time."""
+"""Kill -9 and resume: one harness for every script that writes for a long time.
+
+    DCGEN_KILLS=20 python -m pytest -q tests/test_resume.py       as many kills a script, at random moments
+"""
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -52,6 +56,10 @@ def contents(folder: Path) -> dict:
     return files
 
 
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+KILLS = int(os.environ.get("DCGEN_KILLS", 0))
+
+
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory):
     root = tmp_path_factory.mktemp("resume")
@@ -63,12 +71,11 @@ def workplace(tmp_path_factory):
 @pytest.mark.parametrize("writer", WRITERS)
 def test_what_is_killed_resumes_to_the_same_files(writer, workplace):
     script, flags, resume, file = WRITERS[writer]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
     straight, killed = (workplace / f"{writer}-{kind}" for kind in ("straight", "killed"))
-    subprocess.run(command(script, *flags, "--out", str(straight)), cwd=workplace, env=env, check=True,
+    subprocess.run(command(script, *flags, "--out", str(straight)), cwd=workplace, env=ENV, check=True,
                    capture_output=True)
 
-    victim = subprocess.Popen(command(script, *flags, "--out", str(killed)), cwd=workplace, env=env,
+    victim = subprocess.Popen(command(script, *flags, "--out", str(killed)), cwd=workplace, env=ENV,
                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while not (killed / file).exists() and victim.poll() is None and time.monotonic() < deadline:
@@ -78,9 +85,46 @@ def test_what_is_killed_resumes_to_the_same_files(writer, workplace):
     assert not (killed / "model.safetensors").exists(), "it finished before it was killed"
     assert not (killed / "metadata.jsonl").exists(), "it finished before it was killed"
 
-    subprocess.run(command(script, *flags, "--out", str(killed), *resume), cwd=workplace, env=env, check=True,
+    subprocess.run(command(script, *flags, "--out", str(killed), *resume), cwd=workplace, env=ENV, check=True,
                    capture_output=True)
     expected, found = contents(straight), contents(killed)
     assert expected.keys() == found.keys()
     for name in expected:
         assert expected[name] == found[name], name
+
+
+@pytest.mark.skipif(KILLS == 0, reason="DCGEN_KILLS asks for kills at random moments, minutes of them")
+@pytest.mark.parametrize("writer", WRITERS)
+def test_killed_at_random_moments_it_ends_as_the_run_that_was_not(writer, workplace):
+    """Kills come at any moment of the command, from its start to its last file; what is finished in between
+    is compared, and another run begins."""
+    script, flags, resume, _ = WRITERS[writer]
+    moments = random.Random(writer)
+    begun = time.monotonic()
+    straight = workplace / f"{writer}-reference"
+    subprocess.run(command(script, *flags, "--out", str(straight)), cwd=workplace, env=ENV, check=True,
+                   capture_output=True)
+    duration = time.monotonic() - begun
+    expected = contents(straight)
+
+    kills = finished = 0
+    while kills < KILLS or finished == 0:
+        out = workplace / f"{writer}-{finished}"
+        started = any(out.glob("*.state.safetensors"))
+        victim = subprocess.Popen(
+            command(script, *flags, "--out", str(out), *(resume if started else [])), cwd=workplace, env=ENV,
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        try:
+            _, errors = victim.communicate(timeout=None if kills >= KILLS else moments.uniform(0, duration))
+        except subprocess.TimeoutExpired:
+            victim.kill()
+            victim.communicate()
+            kills += 1
+            continue
+        assert victim.returncode == 0, errors
+        found = contents(out)
+        assert expected.keys() == found.keys()
+        for name in expected:
+            assert expected[name] == found[name], name
+        finished += 1
+    print(f"{writer}: {kills} kills, {finished} runs finished")

@@ -1,6 +1,7 @@
 """align.py, finetune.py and sample.py from end to end: what runs hand to each other."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -180,6 +181,15 @@ def test_a_class_models_data_set_is_folders_that_it_learns_from(tiny_base):  # n
     assert not Path("other").exists()
     align.main([*learn, "--any-classes", "--out", "other"])
     assert read_settings("other")["facts"] != before
+
+
+def test_the_python_lines_of_the_readme_draw(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    block, = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    names = {}
+    exec(block, names)
+    assert names["images"].shape == (2, 3, 128, 128)
+    assert Path("shapes.png").is_file()
 
 
 def test_no_folder_is_left_by_a_size_that_does_not_fit(tmp_path, monkeypatch):

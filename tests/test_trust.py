@@ -289,7 +289,7 @@ def test_the_base_of_a_run_is_the_runs(stopped, capsys):
     tune = TUNE.replace("--base test ", "").replace("--init base", "--init aligned").replace(
         "--ae tiny-dc-ae-f32c32 ", "")
     message = refused(f"{tune} --base tiny", capsys)
-    assert "--base tiny: aligned has the base test; leave --base out" in message
+    assert "--base tiny: aligned was trained from test; leave --base out" in message
     run(f"{tune} --out on-it")
     assert read_settings("on-it")["flags"]["base"] == "test"
 
