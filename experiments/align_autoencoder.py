@@ -11,7 +11,6 @@ model then learns without any alignment of its own. The paper finds DC-Gen ahead
     python experiments/align_autoencoder.py --ae dc-ae-f32c32-in-1.0 --to flux-vae-f8c16 --images DIR
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -26,7 +25,7 @@ from checkpoints import load_autoencoder
 from data import open_source
 from experiments.make_weights import AE_PLAN, train_autoencoder
 from model import BASES
-from sample import run_main
+from sample import Parser, at_least, device_here, positive, run_main
 from train import Plan
 
 
@@ -50,22 +49,23 @@ class LatentAlignment(nn.Module):
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(__doc__)
     p.add_argument("--ae", default="tiny-dc-ae-f32c32", choices=AUTOENCODERS, metavar="NAME",
                    help="the deep autoencoder that is fine-tuned (default tiny-dc-ae-f32c32)")
     p.add_argument("--init", metavar="FILE", help="its weights (default: shipped, or the model hub's cache)")
     p.add_argument("--to", default="tiny-kl-f8c4", choices=AUTOENCODERS, metavar="NAME",
                    help="the base's autoencoder (default tiny-kl-f8c4)")
-    p.add_argument("--ratio", type=float, default=1.0, help="weight of the alignment loss (default 1)")
-    p.add_argument("--steps", type=int, default=3000, help="optimiser steps (default 3000)")
-    p.add_argument("--batch", type=int, default=16, help="pictures a step (default 16)")
-    p.add_argument("--lr", type=float, default=1e-3, help="peak learning rate (default 1e-3)")
+    p.add_argument("--ratio", type=at_least(float, 0), default=1.0, help="weight of the alignment loss (default 1)")
+    p.add_argument("--steps", type=at_least(int, 1), default=3000, help="optimiser steps (default 3000)")
+    p.add_argument("--batch", type=at_least(int, 1), default=16, help="pictures a step (default 16)")
+    p.add_argument("--lr", type=positive, default=1e-3, help="peak learning rate (default 1e-3)")
     p.add_argument("--images", metavar="DIR", help="folder of pictures (default: procedural shapes)")
-    p.add_argument("--res", type=int, default=128, help="pixels a side (default 128)")
+    p.add_argument("--res", type=at_least(int, 1), default=128, help="pixels a side (default 128)")
     p.add_argument("--out", metavar="FILE", help="what is written (default runs/AE-RATIO.safetensors)")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
                    help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
     args = p.parse_args(argv)
+    device_here(args.device)
     file = Path(args.out or f"runs/{args.ae}-{args.ratio:g}.safetensors")
     if file.exists():
         raise ValueError(f"{file} is finished; give another --out")

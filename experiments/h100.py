@@ -24,7 +24,6 @@ and with what is left:
 Without a GPU small twins run on the CPU: the same code, not the same figures.
 """
 
-import argparse
 import copy
 import os
 import platform
@@ -54,7 +53,7 @@ from checkpoints import write_json
 from fast import example_condition, synchronized_time
 from model import FAMILIES, attention
 from quant import e4m3_rows
-from sample import run_main
+from sample import Parser, at_least, positive, run_main
 
 ON_GPU = torch.cuda.is_available()
 
@@ -576,11 +575,11 @@ def parts_of(name: str, sizes: list[int], until: float) -> dict:
 
 def main(argv=None):
     start = time.perf_counter()
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(__doc__, "facts|draw|base|tokens")
     p.add_argument("part", choices=("facts", "draw", "base", "tokens"))
-    p.add_argument("res", type=int, nargs="*",
+    p.add_argument("res", type=at_least(int, 1), nargs="*",
                    help="pixels a side, for draw and base (default 1024 2048 4096)")
-    p.add_argument("--deadline", type=float, default=540.0, metavar="SECONDS",
+    p.add_argument("--deadline", type=positive, default=540.0, metavar="SECONDS",
                    help="nothing begins later than this after the start (default 540)")
     p.add_argument("--out", metavar="DIR", type=Path, default=os.environ.get("OUT", "runs/h100"),
                    help="where results are kept (default: the variable OUT, or runs/h100)")

@@ -41,7 +41,7 @@ from checkpoints import (
 from data import open_source
 from fast import bf16_is_fast
 from model import BASES, Flux, cat_conditions
-from sample import path, run_main
+from sample import Parser, device_here, path, run_main
 from shapes import CLASSIFIER, Classifier, accuracy
 from train import (
     DataSettings, Plan, Run, has_state, is_finished, open_data, open_pictures, open_run, prepare_for_training,
@@ -329,7 +329,7 @@ def publish(run: Path, file: Path):
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(__doc__)
     p.add_argument(
         "--only", nargs="+", choices=STAGES, metavar="STAGE", help=f"of {', '.join(STAGES)} (default all)")
     p.add_argument(
@@ -341,6 +341,7 @@ def main(argv=None):
     p.add_argument("--images", metavar="DIR", help="with --only classifier: class folders of your own")
     p.add_argument("--classifier", metavar="FILE", help="with --images: the file to write")
     args = p.parse_args(argv)
+    device_here(args.device)
     if args.images or args.classifier:
         if args.only != ["classifier"] or not (args.images and args.classifier) or args.install:
             raise ValueError("--images and --classifier are for a classifier of your own pictures: "

@@ -9,7 +9,6 @@ All start from a new embedder and head that are not aligned. Flags not listed he
     python experiments/strategies.py --strategy layer-rates --base flux-krea --images DIR --train-steps 10000
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -17,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))      # the rooms
 import align
 import finetune
 from lora import LoRALinear
-from sample import add_model_args, run_main
+from sample import Parser, add_model_args, at_least, positive, run_main
 from train import add_data_args
 
 
@@ -75,7 +74,7 @@ def train_gradual_lora(flags: list[str], ramp: int):
 
 def train_frozen_then_all(flags: list[str], frozen_steps: int | None):
     """Stage 2 without stage 1, then stage 3, which finds the newest alignment in runs/, as always."""
-    p = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    p = Parser("")
     add_model_args(p)
     add_data_args(p)
     shared = known_flags(p, flags, without=("--out", "--resume"))
@@ -84,7 +83,7 @@ def train_frozen_then_all(flags: list[str], frozen_steps: int | None):
     finetune.main([*flags, "--init", "align"])
 
 
-def known_flags(p: argparse.ArgumentParser, flags: list[str], without: tuple[str, ...]) -> list[str]:
+def known_flags(p: Parser, flags: list[str], without: tuple[str, ...]) -> list[str]:
     """Those of the flags, with their values, that this parser has."""
     groups = []
     # a group is a flag and its values
@@ -101,20 +100,15 @@ def known_flags(p: argparse.ArgumentParser, flags: list[str], without: tuple[str
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                allow_abbrev=False)
+    p = Parser(__doc__, "--strategy NAME")
     p.add_argument("--strategy", required=True, choices=("layer-rates", "gradual-lora", "freeze-then-all"))
-    p.add_argument("--ratio", type=float, default=3.0,
+    p.add_argument("--ratio", type=positive, default=3.0,
                    help="layer-rates: learning rate of the last layer over that of the first (default 3)")
-    p.add_argument("--ramp", type=int, default=1000, metavar="STEPS",
+    p.add_argument("--ramp", type=at_least(int, 1), default=1000, metavar="STEPS",
                    help="gradual-lora: steps in which alpha grows from 0 to its own (default 1000)")
-    p.add_argument("--frozen-steps", type=int, metavar="STEPS",
+    p.add_argument("--frozen-steps", type=at_least(int, 0), metavar="STEPS",
                    help="freeze-then-all: steps with the trunk frozen (default: the recipe's stage 2)")
     args, flags = p.parse_known_args(argv)
-    if args.ratio <= 0:
-        raise ValueError(f"--ratio {args.ratio:g}: above 0; 1 = all layers alike")
-    if args.ramp < 1:
-        raise ValueError(f"--ramp {args.ramp}: at least 1 step")
     finetune.parser().parse_args(flags)                              # a flag of neither ends here
     match args.strategy:
         case "layer-rates":

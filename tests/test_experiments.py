@@ -251,8 +251,6 @@ def test_freeze_then_all_gives_both_scripts_their_flags(monkeypatch):
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--strategy", "layer-rates", "--ratio", "0"], "--ratio 0: above 0"),
-    (["--strategy", "gradual-lora", "--ramp", "0"], "--ramp 0: at least 1"),
     (["--strategy", "gradual-lora", "--compile"], "leave it out of gradual-lora"),
     (["--strategy", "gradual-lora", "--ramp", "3", "--train-steps", "3"], "--ramp 3: it has to end before"),
     (["--strategy", "gradual-lora", "--ramp", "1", "--train-steps", "3", "--tune", "full"], "is no LoRA")])

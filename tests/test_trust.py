@@ -134,6 +134,21 @@ def test_a_wrong_command_is_one_line_before_any_weights_are_read(command, messag
     assert not any(Path("empty").iterdir())
 
 
+def numeric_flags():
+    """(script, flag) of every flag that is a number."""
+    for name in ("align", "evaluate", "finetune", "sample"):
+        for action in SCRIPTS[name].parser()._actions:
+            if action.type is not None and action.type is not train.number_or_rule and action.nargs is None:
+                if action.option_strings and action.type is not str:
+                    yield name, action.option_strings[0]
+
+
+@pytest.mark.parametrize("name, flag", numeric_flags())
+@pytest.mark.parametrize("value", ["-5", "nan"])
+def test_no_number_is_negative_or_none(name, flag, value, capsys):
+    assert f"{flag} {value}: " in refused(f"{name} {flag} {value}", capsys)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_cuda_without_a_gpu_is_one_line(script, capsys):
