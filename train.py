@@ -177,7 +177,7 @@ def train(run: "Run", name: str, model: nn.Module, named: list[tuple[str, nn.Par
     if watch and state.watched < plan.steps:
         state.log_watch(plan.steps, watch(plan.steps, averaged))
         state.save(plan.steps)
-        run.plot()
+    run.plot()                              # a run may have been killed between its last state and this
     return state.log, averaged
 
 
