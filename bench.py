@@ -52,7 +52,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import SDPBackend
 
 from model import (
     BASES, FAMILIES, DiTConfig, FluxConfig, SanaConfig, Sampling, Text, ddpm_times, rotary_table, sincos_2d,
@@ -277,8 +277,7 @@ def switches_up_to(row: str, device) -> tuple[str, ...]:
 
 def flash_attention():
     """A context in which softmax attention is what it would be without cuDNN's."""
-    order = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-    return sdpa_kernel(order, set_priority=True)
+    return attention_priority([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 
 
 class Variant(Pipeline):

@@ -15,6 +15,7 @@ way to time and to count.
     hoisted.remove()                            # the model as it was
 """
 
+import os
 import resource
 import time
 import weakref
@@ -222,11 +223,23 @@ ATTENTION = [
     SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
-def attention_priority():
-    """A context in which softmax attention is the first of ATTENTION that takes the shapes at hand. cuDNN's
+@contextmanager
+def attention_priority(order: list = ATTENTION):
+    """A context in which softmax attention is the first of the order that takes the shapes at hand. cuDNN's
     is the fastest on an H100, and torch passes over it silently in several cases; a profile shows which ran.
-    Compiled blocks keep the choice they were traced with, so the context has to surround their first call."""
-    return sdpa_kernel(ATTENTION, set_priority=True)
+    Compiled blocks keep the choice they were traced with, so the context has to surround their first call;
+    and what the compiler keeps on the disk does not know of the choice, so every order has its own folder."""
+    with sdpa_kernel(order, set_priority=True):
+        if torch.cuda.is_available():
+            from torch._inductor.runtime.cache_dir_utils import cache_dir
+            before = cache_dir()
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{before}/attention-{order[0].name.lower()}"
+            try:
+                yield
+            finally:
+                os.environ["TORCHINDUCTOR_CACHE_DIR"] = before
+        else:
+            yield
 
 
 def bf16_is_fast(device) -> bool:

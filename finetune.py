@@ -316,7 +316,7 @@ def finetune(args, run: Run, kind: str, device: torch.device, hooks=None, strate
         add_lora(model, **info["lora"])
     names, carried = split_parameters(start, args.tune, args.final_adaln)
     sharded = args.parallel == "fsdp" or (args.parallel is None and count_parameters(model) > BIG)
-    params = prepare_for_training(model, names, device, shard=sharded)
+    params = prepare_for_training(model, names, device, shard=sharded, compiled=args.compile)
     named = [(name, params[name]) for name in names]
 
     # what it learns from
@@ -328,9 +328,6 @@ def finetune(args, run: Run, kind: str, device: torch.device, hooks=None, strate
     print(f"{kind} of {args.base} on {cfg.ae}: {millions:.2f}M trainable of "
           f"{count_parameters(model) / 1e6:.2f}M, {dtype}, {len(data.cache)} pictures -> {run.folder}")
     note_export(cfg)
-    if args.compile:
-        for block in model.blocks:
-            block.compile()
     watch = Watch(model, data, objective, run, preview_count(args, model), args, dtype)
 
     def loss(indices, generator):

@@ -909,12 +909,16 @@ class DoubleBlock(nn.Module):
         img_shift1, img_scale1, img_gate1, img_shift2, img_scale2, img_gate2 = self.img_mod(c).chunk(6, -1)
         txt_shift1, txt_scale1, txt_gate1, txt_shift2, txt_scale2, txt_gate2 = self.txt_mod(c).chunk(6, -1)
 
-        # one attention over both streams, text first as in rotary
-        img_qkv = self.img_attn(modulate(self.img_norm1(img), img_shift1, img_scale1))
-        txt_qkv = self.txt_attn(modulate(self.txt_norm1(txt), txt_shift1, txt_scale1))
-        q, k, v = (torch.cat(pair, dim=1) for pair in zip(txt_qkv, img_qkv))      # B L+N nh hd
-        out = attention(rotate(q, rotary), rotate(k, rotary), v)                  # B L+N D
-        txt_out, img_out = out.split([txt.shape[1], img.shape[1]], dim=1)
+        # one attention over both streams, text first as in rotary; each stream is turned before they are
+        # joined, which saves a compiler a pass over both
+        lengths = [txt.shape[1], img.shape[1]]
+        txt_rotary, img_rotary = zip(*(table.split(lengths) for table in rotary))
+        img_q, img_k, img_v = self.img_attn(modulate(self.img_norm1(img), img_shift1, img_scale1))
+        txt_q, txt_k, txt_v = self.txt_attn(modulate(self.txt_norm1(txt), txt_shift1, txt_scale1))
+        q = torch.cat([rotate(txt_q, txt_rotary), rotate(img_q, img_rotary)], dim=1)    # B L+N nh hd
+        k = torch.cat([rotate(txt_k, txt_rotary), rotate(img_k, img_rotary)], dim=1)
+        v = torch.cat([txt_v, img_v], dim=1)
+        txt_out, img_out = attention(q, k, v).split(lengths, dim=1)                     # B L D, B N D
 
         img = img + img_gate1[:, None] * self.img_attn.proj(img_out)
         h = modulate(self.img_norm2(img), img_shift2, img_scale2)

@@ -506,6 +506,16 @@ def cast_frozen(model: nn.Module, trained: set[str], device, frozen: torch.dtype
         p.data = p.data.to(device, dtype)
 
 
+def compile_blocks(model: nn.Module, **options):
+    """torch.compile every block, before checkpoint_blocks: a checkpoint is not compiled, what it calls is.
+    options: torch.compile's."""
+    import torch._dynamo                                             # takes seconds: only where needed
+    # the programs of all blocks of a class lie in one cache
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 256)
+    for block in model.blocks:
+        block.forward = torch.compile(block.forward, **options)
+
+
 def checkpoint_blocks(model: nn.Module):
     """Keep only the inputs of a block, and run it again in the backward pass (activation checkpointing)."""
     for block in model.blocks:              # no dropout anywhere: nothing random to repeat
@@ -522,11 +532,15 @@ def shard_model(model: nn.Module, device):
 
 
 def prepare_for_training(model: nn.Module, trained: list[str], device, frozen: torch.dtype | None = None,
-                         recompute: bool | None = None, shard: bool = False) -> dict[str, nn.Parameter]:
+                         recompute: bool | None = None, shard: bool = False,
+                         compiled: bool = False) -> dict[str, nn.Parameter]:
     """Make a model ready to train the parameters of these names, also where it is big: from BIG parameters
     on, frozen blocks are bf16 and recomputed unless frozen and recompute say otherwise. shard: FSDP2, under
-    torchrun.
+    torchrun. compiled: torch.compile every block.
     -> parameters by name (sharded, they are other objects than before)"""
+    # cuDNN's masked attention gives NaN gradients at 64 mod 128 keys (pytorch issue 196678)
+    if getattr(model.cfg, "text_tokens", 0) % 128 == 64:
+        torch.backends.cuda.enable_cudnn_sdp(False)
     big = count_parameters(model) > BIG
     if frozen is None:
         frozen = torch.bfloat16 if big else torch.float32
@@ -535,6 +549,8 @@ def prepare_for_training(model: nn.Module, trained: list[str], device, frozen: t
     by_name = dict(model.named_parameters())
     freeze_except(model, [by_name[name] for name in trained])
     cast_frozen(model, set(trained), device, frozen)
+    if compiled:
+        compile_blocks(model)
     if recompute:
         checkpoint_blocks(model)
     if shard and get_world_size() > 1:

@@ -286,7 +286,8 @@ def distill_guidance(name: str, teacher_run: Path, out: Path, plan: Plan, pictur
     cfg = replace(model.cfg, sampling=BASES[name].sampling)
     model.cfg = cfg
     dtype = torch.bfloat16 if bf16_is_fast(device) else torch.float32
-    named = list(prepare_for_training(model, [key for key, _ in model.named_parameters()], device).items())
+    names = [key for key, _ in model.named_parameters()]
+    named = list(prepare_for_training(model, names, device, compiled=True).items())
     settings = DataSettings(pictures=pictures)
     weights = {cfg.ae: info.get("ae_weights")}
     data = open_data(cfg, open_pictures(cfg, info, settings), weights, settings, device, dtype)
@@ -297,8 +298,6 @@ def distill_guidance(name: str, teacher_run: Path, out: Path, plan: Plan, pictur
         z, _ = data.cache.batch(indices, generator)
         return objective.train_loss(model, z[cfg.ae].to(device), data.conditions(indices), generator)
 
-    for block in model.blocks:
-        block.compile()
     model.train()
     resume = has_state(out)
     with open_run("distill", str(out), resume) as run:

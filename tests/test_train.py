@@ -19,12 +19,13 @@ import align
 import finetune
 from align import Objective, flow_matching_loss, next_autoencoder
 from checkpoints import read_config, read_tensors
-from helpers import ROOT, TINIES, TINY_FLUX, random_condition, scramble, tiny_model
+from helpers import (  # noqa: F401
+    ROOT, TINIES, TINY_FLUX, fresh_compiler, random_condition, scramble, tiny_model)
 from lora import add_lora
 from model import BASES, FAMILIES, Flux, Text
 from train import (
-    EMA, Plan, Run, decay_groups, is_finished, named_parameters_with, open_run, planned, prepare_for_training,
-    train, write_run)
+    EMA, Plan, Run, checkpoint_blocks, compile_blocks, decay_groups, is_finished, named_parameters_with,
+    open_run, planned, prepare_for_training, train, write_run)
 from training import FLOW, SHORT, run_train, small_pair
 
 STATE = "train.state.safetensors"
@@ -358,6 +359,34 @@ def test_recomputing_blocks_changes_no_gradient(name):
     assert gradients[0].keys() == gradients[1].keys()
     for key, grad in gradients[0].items():
         assert torch.equal(grad, gradients[1][key]), key
+
+
+def test_blocks_are_compiled_inside_their_checkpoints(fresh_compiler):  # noqa: F811
+    """Above 1e9 parameters --compile did nothing before."""
+    gradients = []
+    for compiled in (False, True):
+        net = tiny_model("flux").requires_grad_(True)
+        if compiled:
+            compile_blocks(net, backend="eager")
+        checkpoint_blocks(net)
+        z = torch.randn(2, net.cfg.in_channels, 8, 8, generator=torch.Generator().manual_seed(0))
+        net(z, torch.tensor([0.2, 0.7]), random_condition(net.cfg)).square().mean().backward()
+        gradients.append({key: p.grad for key, p in net.named_parameters() if p.grad is not None})
+        # a program for each class of block
+        assert fresh_compiler["stats"]["unique_graphs"] == 2 * compiled
+    assert gradients[0].keys() == gradients[1].keys()
+    for key, grad in gradients[0].items():
+        assert_close(grad, gradients[1][key])
+
+
+@pytest.mark.parametrize("tokens, spared", [(300, False), (64, True), (320, True), (512, False)])
+def test_cudnn_is_left_out_where_its_backward_is_wrong(tokens, spared, monkeypatch):
+    calls = []
+    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", calls.append)
+    net = tiny_model("sana")
+    net.cfg = replace(net.cfg, text_tokens=tokens)
+    prepare_for_training(net, [], "cpu")
+    assert calls == [False] * spared
 
 
 def test_frozen_blocks_may_be_bf16_and_everything_that_learns_is_float32():
