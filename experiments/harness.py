@@ -173,16 +173,16 @@ class Experiment:
         """Keep the table as it is."""
         here = environment(torch.device(self.args.device))
         self.result |= dict(device=here["device"], versions=versions(), ended=here["date"],
-                            minutes=round((time.time() - self.since) / 60, 2), summary=self.summary())
+                            minutes=round((time.time() - self.since) / 60, 3), summary=self.summary())
         write_json(self.file, self.result)
 
     # ---- runs ----
 
     def seeds(self):
         """Yield the seeds that are not finished; each is, once the loop comes back for the next."""
-        self.write()                        # the settings, before anything is trained with them
         for seed in self.args.seeds:
             if seed not in self.result["finished"]:
+                self.write()                # the settings, before anything is trained with them
                 yield seed
                 self.result["finished"].append(seed)
                 self.write()
@@ -224,7 +224,10 @@ class Experiment:
             given = ["--resume"]
         given += [*always, "--out", run, "--device", self.args.device]
         print(f"\n== {self.name}, seed {seed}: {run.name}", flush=True)
-        main(list(map(str, given)))
+        try:
+            main(list(map(str, given)))
+        finally:
+            self.write()                    # the minutes, of a run that is killed too
 
     # ---- rows ----
 
@@ -270,7 +273,7 @@ class Experiment:
         found = {key for row in rows for key in row}
         measures = dict.fromkeys(key for row in rows for key in row if key not in KEYS and f"± {key}" in row)
         columns = [*(key for key in KEYS if key in found), *measures]
-        widths = [max(len(row["row"]) for row in rows) + 2] + [max(16, len(key) + 2) for key in columns[1:]]
+        widths = [max(len(row["row"]) for row in rows) + 2] + [max(20, len(key) + 2) for key in columns[1:]]
         print("\n" + "".join(f"{key:<{width}}" for key, width in zip(columns, widths)))
         for row in rows:
             print("".join(f"{cell(row, key):<{width}}" for key, width in zip(columns, widths)))

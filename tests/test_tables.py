@@ -209,8 +209,10 @@ def test_a_killed_table_resumes_to_the_same_numbers(base, monkeypatch):
     Path("table").rename("straight")
     # within a run of each kind, then between two rows
     for after in (3, 4, 9):
+        minutes = result("strategies")["minutes"] if Path("table").exists() else 0
         with interrupted(monkeypatch, after=after):
             strategies_table.main(flags)
+        assert result("strategies")["minutes"] > minutes
     scored = []
 
     def rows(self, run, seed, own=harness.Judge.rows):
@@ -230,11 +232,13 @@ def test_a_killed_table_resumes_to_the_same_numbers(base, monkeypatch):
 def test_a_finished_table_is_only_printed_and_other_settings_are_refused(base, monkeypatch, capsys):
     gap.main([*CLASSES])
     printed = capsys.readouterr().out.splitlines()
+    before = Path("table/gap.json").read_bytes()
     with monkeypatch.context() as m:
         m.setattr(harness.Experiment, "train", None)
         m.setattr(harness, "Judge", None)
         gap.main([*CLASSES])
     assert capsys.readouterr().out.splitlines()[1:-1] == printed[-7:-1]
+    assert Path("table/gap.json").read_bytes() == before
     # only its seeds may be more
     with pytest.raises(ValueError, match="gap.json was made with count 8, not 16; give another --out"):
         gap.main([*CLASSES, "--count", "16"])
