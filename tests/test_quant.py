@@ -410,3 +410,15 @@ def test_damaged_settings_are_refused(change, message, tmp_path):
     with pytest.raises(ValueError, match=message) as error:
         load_quantised(file)
     assert "make it again" in str(error.value)
+
+
+def test_scales_of_another_type_are_refused(tmp_path):
+    net = small_model("dit")
+    facts = quantise_model(net, "int4", 4)
+    file = tmp_path / "q.safetensors"
+    save_quantised(net, file, facts)
+    info = load_quantised(file)[1]
+    converted = {key: x.half() if key.endswith("scales") else x for key, x in load_file(file).items()}
+    write_tensors(file, converted, info)
+    with pytest.raises(ValueError, match="scales is of type torch.float16, not torch.bfloat16"):
+        load_quantised(file)
