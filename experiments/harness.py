@@ -277,8 +277,9 @@ class Experiment:
         print("\n" + "".join(f"{key:<{width}}" for key, width in zip(columns, widths)))
         for row in rows:
             print("".join(f"{cell(row, key):<{width}}" for key, width in zip(columns, widths)))
-        print(f"[{len(self.result['finished'])} seeds, mean ± standard deviation; {self.args.count} pictures "
-              f"a row; {self.result['device']}, {self.result['minutes']:.1f} min; {self.file}]")
+        seeds = len(self.result["finished"])
+        print(f"[{seeds} seeds, mean ± standard deviation; {self.args.count} pictures a row; "
+              f"{self.result['device']}, {self.result['minutes']:.1f} min; {self.file}]")
 
     def lines(self, x: str, y: str) -> dict[str, list[tuple[float, float]]]:
         """{row: [(x, mean of y), ...]} of the summary, for evaluate.plot."""
