@@ -260,7 +260,7 @@ class Experiment:
     # ---- result ----
 
     def summary(self) -> list[dict]:
-        """A row for every KEYS: every measure's mean over the seeds, and as "± ..." its standard deviation."""
+        """A row for every KEYS: measures' means over the seeds, and as "± ..." its standard deviation."""
         groups = {}
         for row in self.result["rows"]:
             key = tuple((key, row[key]) for key in KEYS if key in row)
