@@ -1,5 +1,6 @@
 """The experiments: autoencoders are trained and aligned, guidance is distilled, strategies enter by hooks."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,10 +9,12 @@ import torch
 from PIL import Image
 
 import finetune
+import train
 from autoencoder import AUTOENCODERS, build_autoencoder
 from checkpoints import load_autoencoder, load_run, read_config, read_tensors, write_tensors
-from experiments import align_autoencoder, make_weights, strategies
+from experiments import align_autoencoder, causes, make_weights, strategies
 from experiments.align_autoencoder import LatentAlignment
+from experiments.causes import BinnedLinear
 from experiments.make_weights import (
     distillation_loss, estimate_batch_norm, train_autoencoder, with_guidance_embed)
 from experiments.strategies import layer_rates, lora_ramp
@@ -22,7 +25,6 @@ from lora import LoRALinear, add_lora
 from model import BASES, FAMILIES, Flux
 from sample import guided_velocity, path
 from shapes import ShapesSource, load_classifier, shapes
-import train
 from train import Plan
 
 AE_PLAN = Plan(4, 1e-3, 3, warmup=2, schedule="linear", clip=1.0, save_every=2)
@@ -212,6 +214,30 @@ def test_a_model_is_made_on_the_new_kl_vae_and_published_without_paths(short, tm
     assert read_config(made)["kind"] == "scratch"
     shipped = make_weights.HERE / "weights/tiny-dit.safetensors"
     assert read_tensors(made).keys() == read_tensors(shipped).keys()
+
+
+# ---- causes.py -----------------------------------------------------------------------------------
+
+def test_a_head_in_parts_is_the_linear_map_of_its_bin_of_t():
+    head = BinnedLinear(torch.nn.Linear(4, 3), 2)
+    head.t = torch.tensor([0.1, 0.9, 1.0])
+    h = torch.randn(3, 5, 4)
+    expected = torch.stack([head.parts[0](h[0]), head.parts[1](h[1]), head.parts[1](h[2])])
+    assert_near(head(h), expected, 1e-6)
+
+
+def test_causes_are_measured_one_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(causes, "UNSEEN", 16)
+    flags = ["--only", "bins", "both", "--pictures", "64", "--count", "8", "--steps", "2"]
+    causes.main(flags)
+    rows = json.loads(Path("runs/causes/causes.json").read_text())["rows"]
+    assert [row["row"] for row in rows] == ["bins", "both"]
+    assert rows[0].keys() >= {"accuracy", "frechet", "gap", "val_loss"}
+    # the base of two sizes is trained once
+    before = Path("runs/causes/two-sizes.safetensors").stat().st_mtime_ns
+    causes.main(["--only", "both", *flags[3:]])
+    assert Path("runs/causes/two-sizes.safetensors").stat().st_mtime_ns == before
 
 
 # ---- strategies.py -------------------------------------------------------------------------------
