@@ -579,8 +579,6 @@ class Run:
         self.rows = []
         if get_rank() == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
-            # what a resumed run has logged is in its states, and comes back with them
-            (self.folder / "metrics.jsonl").unlink(missing_ok=True)
 
     def settle(self, script: str, args: argparse.Namespace, facts: dict):
         """Write config.json and print it in a line. facts: what the flags do not say of model and data.
@@ -597,10 +595,12 @@ class Run:
         print(f"{self.folder}: {', '.join(given)}; {versions()}")
 
     def log(self, row: dict):
-        """Add a row to the log."""
+        """Add a row to the log. The first one begins the file anew: what a resumed run has logged is in its
+        states, and comes back with them; a run that is refused keeps its file."""
+        mode = "a" if self.rows else "w"
         self.rows.append(row)
         if get_rank() == 0:
-            with open(self.folder / "metrics.jsonl", "a") as file:
+            with open(self.folder / "metrics.jsonl", mode) as file:
                 file.write(json.dumps(row) + "\n")
 
     def plot(self):

@@ -278,7 +278,9 @@ def test_a_run_does_not_go_on_with_other_weights_or_other_pictures(stopped, tmp_
     with pytest.MonkeyPatch.context() as m, interrupted(m, after=4):
         run(f"{command} --out photographs")
     draw("ring", 99)
+    before = contents("photographs")
     assert "photographs began with " in refused("finetune --resume --out photographs", capsys)
+    assert contents("photographs") == before
     Path("pictures/ring/99.png").unlink()
     # the same pictures in another place are the same data
     Path("pictures").rename("moved")
