@@ -50,9 +50,7 @@ def main(argv=None):
             row = f"autoencoder aligned, ratio {ratio:g}"
             runs[row] = x.finetune(seed, name, total, "--init", "base", "--ae-weights", weights)
         runs["DC-Gen"] = x.finetune(seed, "aligned-lora", x.steps(3), "--init", aligned)
-        for row, run in runs.items():
-            x.score(seed, row, run)
-        x.pictures(runs)
+        x.score_all(seed, runs)
     x.show()
 
 

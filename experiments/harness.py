@@ -294,6 +294,12 @@ class Experiment:
         """The name of the share of right pictures."""
         return "all" if self.cfg.text_encoder else "accuracy"
 
+    def score_all(self, seed: int, runs: dict[str, Path | None]):
+        """A row for each of these runs, by name, and their pictures."""
+        for row, run in runs.items():
+            self.score(seed, row, run)
+        self.pictures(runs)
+
     def pictures(self, runs: dict[str, Path | None], file: str | None = None):
         """Write the first eight pictures of each run, a row a guidance scale, unless they are there."""
         file = self.folder / (file or f"{self.name}.png")

@@ -39,9 +39,7 @@ def main(argv=None):
             "LoRA at once": x.finetune(seed, "noalign-lora", total, "--init", "base"),
             "DC-Gen": x.finetune(seed, "aligned-lora", x.steps(3), "--init", aligned),
         }
-        for row, run in runs.items():
-            x.score(seed, row, run)
-        x.pictures(runs)
+        x.score_all(seed, runs)
     x.show()
 
 
