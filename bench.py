@@ -65,10 +65,9 @@ from checkpoints import (
 from fast import (
     LiveBytes, attention_priority, bf16_is_fast, compile_decoder, compile_layers, count_cost,
     example_condition, peak_gib, pixels_on_host, synchronized_time, timed)
+from flags import Parser, add_device_arg, at_least, device_here, positive, run_main, within
 from quant import fp8_linears
-from sample import (
-    Parser, Pipeline, Speed, add_device_arg, at_least, device_here, free_path, integrate, latent_size,
-    positive, run_main, short_hash, time_grid, within)
+from sample import Pipeline, Speed, free_path, integrate, latent_size, short_hash, time_grid
 from train import autocast, count_parameters, named_parameters_with, prepare_for_training, trainable_prefixes
 from align import RECIPES, Objective, embedding_loss, flow_matching_loss, guided_flow_matching_loss
 from finetune import stage3_parameters

@@ -262,6 +262,32 @@ def pixels_on_host(x: Tensor) -> Tensor:
     return host
 
 
+# ---- from device to device --------------------------------------------------------------------------
+
+def numbered(device) -> torch.device:
+    """The device with its number: "cuda" is the current one, and tensors there are on cuda:0."""
+    return torch.empty(0, device=device).device
+
+
+@contextmanager
+def on_device(module: nn.Module, device):
+    """Move the module to `device` inside the context and back afterwards. Its own tensors stay where they
+    were, so the way back copies nothing."""
+    if all(p.device == numbered(device) for p in module.parameters()):
+        # nothing to restore: FSDP's parameters even change within
+        yield module
+        return
+    home = []
+    for m in module.modules():
+        for store in (m._parameters, m._buffers):
+            home += [(store, name, t, t.data) for name, t in store.items() if t is not None]
+    module.to(device)
+    yield module
+    for store, name, t, data in home:
+        t.data = data
+        store[name] = t
+
+
 # ---- time and memory -----------------------------------------------------------------------------
 
 def synchronized_time(device) -> float:

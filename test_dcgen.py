@@ -389,8 +389,8 @@ def test_the_bundled_text_bases_draw_what_captions_say():
 
 # ---- the project ---------------------------------------------------------------------------------
 
-ROOMS = ("model lora autoencoder checkpoints shapes data fast quant sample evaluate train align finetune "
-         "bench").split()
+ROOMS = ("model lora autoencoder checkpoints shapes data fast flags quant sample evaluate train align "
+         "finetune bench").split()
 
 
 @pytest.mark.parametrize("room", ROOMS)

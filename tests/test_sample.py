@@ -28,8 +28,9 @@ from helpers import (  # noqa: F401 (fixtures: encoders, fresh_compiler, tiny_ba
 from lora import add_lora, lora_state
 from model import BASES, FAMILIES, DiT, Flux, Sampling, ddpm_alphas_cumprod
 from sample import (
-    SHAPES, START, DDPMChain, Pipeline, Speed, choose_speed, generate, guided_velocity, integrate, noise,
+    START, DDPMChain, Pipeline, Speed, choose_speed, generate, guided_velocity, integrate, noise,
     parse_classes, path, resolve_shift, sample_t, save_png, time_grid, to_uint8)
+from shapes import SHAPES
 from test_model import fill, stored, stored_condition
 
 T = torch.tensor([0.25, 0.5])
