@@ -682,7 +682,8 @@ class DiT(Backbone):
         pos = sincos_2d(D, height, width, self.cfg.pos_step, h.device)
         # in the weights' type: under autocast the residual stream, which starts here, stays float32
         pos = pos.to(self.x_embedder.proj.weight.dtype)
-        return rearrange(h, "b d h w -> b (h w) d") + pos            # B N D
+        h = rearrange(h, "b d h w -> b (h w) d").contiguous()        # see Sana.embed
+        return h + pos                                               # B N D
 
     def trunk(self, h: Tensor, c: Tensor) -> Tensor:
         for block in self.blocks:
@@ -1191,7 +1192,9 @@ class Sana(Backbone):
         return self.attention_y_norm(self.y_embedder(text.tokens))
 
     def embed(self, x: Tensor) -> Tensor:
-        h = rearrange(self.x_embedder(x), "b d h w -> b (h w) d")    # B N D
+        # a view of the convolution's output would give its order of axes to the whole residual stream, and a
+        # compiled block on a CPU gives NaN for that (torch 2.13)
+        h = rearrange(self.x_embedder(x), "b d h w -> b (h w) d").contiguous()       # B N D
         # in the weights' type: under autocast the residual stream, which starts here, stays float32
         return h.to(self.x_embedder.proj.weight.dtype)
 

@@ -315,6 +315,13 @@ def test_patches_become_the_same_latent_again(name):
     assert torch.equal(net.unpatchify(net.patchify(x), (6, 10)), x)
 
 
+@pytest.mark.parametrize("name", TINIES)
+def test_tokens_are_contiguous_which_compiled_blocks_on_a_cpu_need(name):
+    model = tiny_model(name)
+    z = torch.randn(2, model.cfg.in_channels, 4 * model.cfg.patch_size, 4 * model.cfg.patch_size)
+    assert model.embed(z).is_contiguous()
+
+
 @pytest.mark.parametrize("name, scale, sign", [
     ("dit", 1000, 1),
     ("flux", 1, -1),
