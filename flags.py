@@ -113,6 +113,18 @@ def positive(text: str) -> float:
 def add_model_args(p: argparse.ArgumentParser, res=at_least(int, 1)):
     """Add the flags that choose a model: what load_base and load_autoencoder take. res: the type of --res.
     Returns the model's group."""
+    model = add_base_args(p)
+    model.add_argument(
+        "--base-ae-weights", metavar="FILE",
+        help="weight file of the base's own autoencoder (default: as above)")
+    sides = ", or WIDTHxHEIGHT" if res is str else ""
+    model.add_argument("--res", type=res, help=f"pixels a side{sides} (default: the base's)")
+    add_compute_args(p)
+    return model
+
+
+def add_base_args(p: argparse.ArgumentParser):
+    """Add --base and --weights; returns their group."""
     model = p.add_argument_group("the model")
     model.add_argument(
         "--base", default="tiny", metavar="NAME|RUN",
@@ -121,17 +133,16 @@ def add_model_args(p: argparse.ArgumentParser, res=at_least(int, 1)):
         "--weights", metavar="PATH",
         help="the base's weights: a file in any published layout, or a pipeline folder (default: shipped, or "
              "the model hub's cache)")
-    model.add_argument(
-        "--base-ae-weights", metavar="FILE",
-        help="weight file of the base's own autoencoder (default: as above)")
-    sides = ", or WIDTHxHEIGHT" if res is str else ""
-    model.add_argument("--res", type=res, help=f"pixels a side{sides} (default: the base's)")
+    return model
+
+
+def add_compute_args(p: argparse.ArgumentParser):
+    """Add --device, --dtype and --seed."""
     add_device_arg(p).add_argument(
         "--dtype", default="auto", choices=("auto", "bf16", "fp32"),
         help="arithmetic; auto = bf16 where it is faster (default auto)")
     p.add_argument("--seed", type=within(int, 0, 2**32 - 1), default=0,
                    help="seed; picture i of a batch uses seed + i (default 0)")
-    return model
 
 
 def add_device_arg(p: argparse.ArgumentParser):
@@ -230,7 +241,9 @@ def check_base(base: str | None, run, info: dict):
 def check_finite(module: torch.nn.Module, source: str):
     """ValueError naming the first weight that is NaN or infinite: one spoils every picture."""
     for name, value in module.state_dict().items():
-        if not value.isfinite().all():
+        # torch asks this of no number of 8 bits
+        wide = value.float() if value.dtype == torch.float8_e4m3fn else value
+        if not wide.isfinite().all():
             raise ValueError(f"{source}: {name} is not finite (NaN or infinity), so nothing can be drawn; "
                              "take another file, or an earlier state of the run")
 

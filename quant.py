@@ -4,6 +4,10 @@
     nvfp4   16 numbers of 4 bits share a scale                            multiplied by Blackwell
     int4    64 numbers of 4 bits share a scale                            for memory only
 
+    python quant.py --base tiny-flux --out DIR                  nvfp4, weights and inputs (W4A4), rank 32
+    python quant.py --base RUN --out DIR --form int4 --weights-only
+    python sample.py DIR --prompt "a small red ring on blue"    draws with it
+
 Eight bits need nothing else. With four, one large channel of the input takes the digits of its neighbours.
 SVDQuant (arXiv 2411.05007; the paper's Table 6) moves such channels into the weight, and what is large there
 into a branch of 16 bits. Q rounds the rest R:
@@ -20,15 +24,17 @@ alone; 4 bits round their weights without a branch and never their input, as SVD
 
 The order is fixed: merge a LoRA first, then quantise. A delta of a LoRA is smaller than the steps.
 
-    facts = quantise_model(model, "nvfp4", batch=(x, t, y))          in place, block by block
+    batch = calibration_batch(model, y, device=device)               its own path from noise to data
+    facts = quantise_model(model, "nvfp4", batch=batch)              in place, block by block
     save_quantised(model, folder, info | facts)
     model, info = load_quantised(folder)
 """
 
 import math
 import re
+import statistics
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -38,12 +44,20 @@ import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
+from tqdm import tqdm
 
-from model import FAMILIES, Backbone
-from lora import TARGETS, lora_layers
+from model import BASES, FAMILIES, Backbone, cat_conditions
+from lora import TARGETS, lora_layers, merge_lora
+from autoencoder import ae_config
 from checkpoints import (
-    SAME_NAMES, config_dict, fingerprint, load_weights, read_run_config, read_tensors, run_file,
-    write_tensors)
+    SAME_NAMES, check_writable, config_dict, fingerprint, load_base, load_run, load_weights, read_base_config,
+    read_run_config, read_tensors, run_file, write_tensors)
+from shapes import captions_from
+from data import cache_prompts, check_encoders, read_prompts, text_folder
+from fast import on_device
+from flags import (
+    Parser, add_base_args, add_compute_args, at_least, check_finite, check_paths, device_here, dtype_of,
+    guidance_of, reject, run_main, with_guidance)
 
 
 # ---- FP8: rows ---------------------------------------------------------------------------------------
@@ -57,6 +71,12 @@ def e4m3_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     scale = x.abs().amax(dim=-1, keepdim=True).float().clamp(min=1e-12) / E4M3_MAX
     codes = (x.float() / scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
     return codes, scale
+
+
+@torch.compiler.assume_constant_result
+def multiplies_fp8(device: torch.device) -> bool:
+    """Whether a device has FP8 products: Ada, Hopper and later. A CPU has a function for them."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 class FixedTypes(nn.Module):
@@ -74,6 +94,7 @@ class FP8Linear(FixedTypes):
     """A linear map with weight and input in e4m3, output in the input's type (multiplied out in bf16).
     e4m3 has 4 bits of exponent and 3 of mantissa: steps of 1/16 to 1/8 of a value, up to 448. The input's
     scales are computed anew at every call: no calibration, and an outlier spoils its own token only."""
+    settings = {"form": "fp8"}
 
     def __init__(self, layer: nn.Linear):
         super().__init__()
@@ -85,6 +106,10 @@ class FP8Linear(FixedTypes):
     def forward(self, x: Tensor) -> Tensor:
         # row by row in memory: another order is refused on a GPU
         codes, scale = e4m3_rows(x.flatten(0, -2).contiguous())
+        if not multiplies_fp8(x.device):
+            y = F.linear((codes.float() * scale).to(x.dtype), self.dequantised().to(x.dtype))
+            y = y.view(*x.shape[:-1], -1)
+            return y if self.bias is None else y + self.bias.to(y.dtype)
         # a bias in bf16 enters the product; one in float32 is refused there, and added afterwards
         inside = self.bias if self.bias is not None and self.bias.dtype == torch.bfloat16 else None
         # the fast accumulation keeps 22 bits of a sum, plenty beside 4 of the factors
@@ -101,11 +126,7 @@ class FP8Linear(FixedTypes):
 def fp8_linears(model: nn.Module, targets: str = TARGETS, made: dict | None = None) -> list[str]:
     """Put an FP8Linear in the place of every linear map whose name matches; returns the names. Sizes must
     divide by 16, as the hardware wants. made: FP8Linears by name and address of their weight, for models
-    that share a trunk. ValueError if there is a LoRA, if nothing matches, or if the GPU has no FP8."""
-    device = next(model.parameters()).device
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
-        raise ValueError(f"{torch.cuda.get_device_name(device)} does not multiply FP8; that takes compute "
-                         "capability 8.9 or more (Ada, Hopper)")
+    that share a trunk. ValueError if there is a LoRA, or if nothing matches."""
     layers = layers_called(targets, model, (nn.Linear,), 16)
     made = {} if made is None else made
     for name, layer in layers.items():
@@ -383,19 +404,74 @@ def plan(model: nn.Module, form: str, rank: int = 32, activations: bool = True) 
     return settings
 
 
+@contextmanager
+def streamed(model: Backbone, device, title: str = ""):
+    """Inside, the model works on a device that holds one of its blocks at a time; the others wait where they
+    are. title: of a progress bar over the blocks."""
+    home = next(model.parameters()).device
+    visits = {}
+    bar = tqdm(total=len(model.blocks), desc=title, leave=False, disable=None if title else True)
+
+    def come(block, args):
+        visits[block] = ExitStack()
+        visits[block].enter_context(on_device(block, device))
+
+    def go(block, args, out):
+        visits.pop(block).close()
+        block.to(home)                                               # layers that were made on the device
+        bar.update()
+
+    with bar, ExitStack() as stack:
+        for part in model.children():
+            if not isinstance(part, nn.ModuleList):
+                stack.enter_context(on_device(part, device))
+        for block in model.blocks:
+            stack.callback(block.register_forward_pre_hook(come).remove)
+            stack.callback(block.register_forward_hook(go).remove)
+        yield
+
+
+@torch.no_grad()
+def calibration_batch(
+    model: Backbone, y, steps: int = 8, seed: int = 0, device=None, progress: bool = False
+) -> tuple:
+    """(x, t, y) that quantise_model calibrates on, on the device: what the model reads while it draws. One
+    picture for each row of the condition y, classes (B,) or a Text, by Euler steps evenly over t and without
+    guidance in two passes; picture i is held as it is after i mod `steps` of them. A model that is guided in
+    two passes reads its null condition too, so the pictures are there twice."""
+    cfg = model.cfg
+    device = device or next(model.parameters()).device
+    side = cfg.res // ae_config(cfg.ae).f
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(len(y), cfg.in_channels, side, side, generator=generator).to(device)
+    t = torch.arange(len(y), device=device).remainder(steps) / steps
+    y = y.to(device)
+    held = x.clone()
+    for i in range(min(steps, len(y)) - 1):
+        now = torch.full_like(t, i / steps)
+        with streamed(model, device, f"path, step {i + 1}" if progress else ""):
+            x = x + model(x, now, y).float() / steps
+        held[i + 1 :: steps] = x[i + 1 :: steps]
+    if cfg.sampling.cfg_scale != 1:
+        y = cat_conditions([y, model.null_condition(y)])
+        held = torch.cat([held, held])
+        t = torch.cat([t, t])
+    return held, t, y
+
+
 @torch.no_grad()
 def quantise_model(
     model: Backbone, form: str, rank: int = 32, activations: bool = True, batch: tuple | None = None,
-    smooth: bool = True, tokens: int = 256
+    smooth: bool = True, tokens: int = 256, progress: bool = False
 ) -> dict:
-    """Quantise a model in place; returns facts for its file: the format, the fingerprint that the model had,
-    and the relative errors of calibrated layers' outputs. ValueError as fp8_linears and plan raise it.
+    """Quantise a model in place; returns facts for its file: the settings, the fingerprint that the model
+    had, and the relative errors of calibrated layers' outputs. ValueError as fp8_linears and plan raise it.
 
     form         "fp8", or a name in FORMATS; the other arguments are for these
     rank         of the branch in bf16
     activations  round inputs as well (W4A4), or weights alone (W4A16)
     batch        (x, t, y) to calibrate on, rows of several prompts and times in the model's own types, on the
-                 device where to work. In one forward pass each block moves there, and each of its layers is
+                 device where to work. In one forward pass each block visits it, and each of its layers is
                  replaced as soon as it has run. None: no calibration, so no smoothing either
     smooth       search the smoothing of every layer; otherwise all channels are treated alike
     tokens       so many inputs of a layer decide on its smoothing"""
@@ -404,15 +480,11 @@ def quantise_model(
         fp8_linears(model)
         return facts
     settings = plan(model, form, rank, activations)
+    facts |= dict(rank=rank, activations=activations, smooth=smooth and batch is not None)
     if batch is None:
         for name in settings:
             model.set_submodule(name, QuantLinear(model.get_submodule(name), **settings[name]))
         return facts
-
-    device = batch[0].device
-
-    def fetch(block, args):
-        block.to(device)
 
     def shrink(name, layer, args, out):
         if re.fullmatch(MODULATIONS, name):
@@ -423,12 +495,8 @@ def quantise_model(
             facts["errors"][name] = error
         model.set_submodule(name, made)
 
-    for part in model.children():
-        if not isinstance(part, nn.ModuleList):
-            part.to(device)
-    with ExitStack() as hooks:
-        for block in model.blocks:
-            hooks.callback(block.register_forward_pre_hook(fetch).remove)
+    title = f"{form}, block by block" if progress else ""
+    with streamed(model, batch[0].device, title), ExitStack() as hooks:
         for name in settings:
             layer = model.get_submodule(name)
             hooks.callback(layer.register_forward_hook(partial(shrink, name)).remove)
@@ -436,31 +504,66 @@ def quantise_model(
     return facts
 
 
+def empty_quantised(cfg, form: str, rank: int, activations: bool, dtype: torch.dtype) -> Backbone:
+    """A quantised model of this configuration on meta, to be counted. ValueError if it cannot be one."""
+    with torch.device("meta"):
+        model = FAMILIES[type(cfg)](cfg).to(dtype).requires_grad_(False).eval()
+    if form == "fp8":
+        fp8_linears(model)
+    else:
+        # what is smoothed has factors
+        settings = plan(model, form, rank, activations)
+        for name, kept in settings.items():
+            kept["smooth"] = not re.fullmatch(MODULATIONS, name)
+        put_empty(model, settings)
+    return model.to("meta")                                          # the tables of codes too
+
+
 def weight_bytes(model: nn.Module) -> int:
     """Bytes of all parameters and buffers, on any device, meta included."""
     return sum(x.nbytes for x in (*model.parameters(), *model.buffers()))
 
 
+def size_of(count: int) -> str:
+    """Bytes for a user to read."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
+def format_name(facts: dict) -> str:
+    """What a model was quantised to, of quantise_model's facts: "fp8", "nvfp4 W4A4 rank 32"."""
+    if facts["form"] == "fp8":
+        return "fp8"
+    return f"{facts['form']} W4A{4 if facts['activations'] else 16} rank {facts['rank']}"
+
+
 def arithmetic(form: str, activations: bool, device) -> str:
     """How a device multiplies a format, for a user to read."""
-    if form == "fp8":
+    device = torch.device(device)
+    if form == "fp8" and device.type == "cuda" and multiplies_fp8(device):
         return "multiplied in FP8"
-    if form == "nvfp4" and activations and multiplies_fp4(torch.device(device)):
+    if form == "nvfp4" and activations and multiplies_fp4(device):
         return "multiplied in NVFP4"
-    return f"{form} turned back into wide numbers at every product: the same result, slower"
+    hint = ""
+    if form != "fp8" and activations:
+        hint = "; nothing is gained by rounding inputs here, --weights-only errs less"
+    return f"turned back into wide numbers at every product: exact and slow{hint}"
 
 
 # ---- files -----------------------------------------------------------------------------------------------
 
 def save_quantised(model: Backbone, path, info: dict):
-    """Write a model with layers in 4 bits: a file, or model.safetensors in a folder. info: quantise_model's
-    facts and whatever else the file has to tell (load_base's info). ValueError if nothing is in 4 bits."""
-    layers = {name: layer.settings for name, layer in model.named_modules() if isinstance(layer, QuantLinear)}
+    """Write a quantised model: a file, or model.safetensors in a folder. info: quantise_model's facts and
+    whatever else the file has to tell (load_base's info). ValueError if nothing is quantised."""
+    layers = {name: layer.settings for name, layer in quantised_layers(model).items()}
     if not layers:
-        raise ValueError("this model has no layer in 4 bits; FP8 is made when a model is loaded, in seconds")
+        raise ValueError("this model has no quantised layer; quant.quantise_model makes them")
     path = Path(path)
     file = path if path.suffix == ".safetensors" else path / "model.safetensors"
     write_tensors(file, model.state_dict(), info | {"model": config_dict(model.cfg), "quantised": layers})
+
+
+def quantised_layers(model: nn.Module) -> dict[str, nn.Module]:
+    return {name: m for name, m in model.named_modules() if isinstance(m, (FP8Linear, QuantLinear))}
 
 
 def load_quantised(path, cfg=None, source_print: str | None = None) -> tuple[Backbone, dict]:
@@ -470,7 +573,7 @@ def load_quantised(path, cfg=None, source_print: str | None = None) -> tuple[Bac
     file = run_file(path)
     found, info = read_run_config(file)
     if not isinstance(info.get("quantised"), dict):
-        raise ValueError(f"{file} holds no quantised model; make one with quant.save_quantised")
+        raise ValueError(f"{file} holds no quantised model; make one with: python quant.py")
     if cfg is not None and cfg != found:
         raise ValueError(f"{file} is another model: a quantised {info.get('base', type(found).__name__)}; "
                          "quantise the one that you ask for")
@@ -491,8 +594,133 @@ def load_quantised(path, cfg=None, source_print: str | None = None) -> tuple[Bac
 
 
 def put_empty(model: nn.Module, settings: dict[str, dict]):
-    """Put QuantLinears without values in the place of layers of a model on meta. settings: by name."""
+    """Put quantised layers without values in the place of layers of a model on meta. settings: by name."""
     for name, kept in settings.items():
         layer = model.get_submodule(name)
-        factors = torch.empty(layer.weight.shape[1], device="meta") if kept.get("smooth") else None
-        model.set_submodule(name, QuantLinear(layer, **kept | {"smooth": factors}))
+        if kept == FP8Linear.settings:
+            made = FP8Linear(layer)
+        else:
+            factors = torch.empty(layer.weight.shape[1], device="meta") if kept.get("smooth") else None
+            made = QuantLinear(layer, **kept | {"smooth": factors})
+        model.set_submodule(name, made)
+
+
+# ---- the script ------------------------------------------------------------------------------------------
+
+# a prompt for each picture that is calibrated on, if --prompts gives none
+PROMPTS = (
+    "a lighthouse on a rocky coast at dusk, waves breaking below it",
+    "portrait of an old fisherman with a wool cap, soft window light",
+    "a bowl of ramen with an egg, seen from above",
+    "a red fox asleep in fresh snow",
+    "the words OPEN ALL NIGHT in pink neon above a diner",
+    "a watercolour of a market street in the rain, crowded with umbrellas",
+    "a glass chess set on a marble table, macro photograph",
+    "an astronaut reading a newspaper on a bench in an empty park",
+)
+
+
+def calibration_condition(cfg, prompts: list[str] | None, count: int, folder, dtype, device):
+    """`count` rows of a condition, the prompts or all classes in turn, and the null prompt of a text model
+    (None for classes). prompts None: captions of the bundled world, or PROMPTS."""
+    if not cfg.text_encoder:
+        return torch.arange(count) % cfg.num_classes, None
+    own = captions_from(0, 0)[:count] if cfg.text_encoder == "words" else PROMPTS
+    prompts = list(prompts or own)
+    texts = cache_prompts(cfg.text_encoder, folder, prompts, cfg.text_tokens, dtype=dtype, device=device)
+    rows = torch.arange(count) % len(prompts)
+    return with_guidance(texts[rows], guidance_of(cfg, cfg.sampling)), texts.null
+
+
+def add_format_args(p):
+    """Add the flags of a format besides its name; returns their group."""
+    group = p.add_argument_group("the numbers")
+    group.add_argument("--rank", type=at_least(int, 0), default=32, metavar="N",
+                       help="of the branch in 16 bits; 0 = none (default 32; fp8 has none)")
+    group.add_argument("--weights-only", action="store_true",
+                       help="round weights alone (W4A16), not the inputs (W4A4)")
+    return group
+
+
+def parser() -> Parser:
+    p = Parser(__doc__, "[--base NAME|RUN] [--out DIR]")
+    base = add_base_args(p)
+    base.add_argument("--text-encoders", metavar="DIR",
+                      help="pipeline folder with the text encoders (default: --weights, or the hub's cache)")
+    add_compute_args(p)
+    numbers = add_format_args(p)
+    numbers.add_argument("--form", default="nvfp4", choices=("fp8", *FORMATS), help="(default nvfp4)")
+    numbers.add_argument("--no-smooth", dest="smooth", action="store_false",
+                         help="treat all channels of an input alike")
+    data = p.add_argument_group("what to calibrate on")
+    data.add_argument("--prompts", metavar="FILE",
+                      help="prompts, one a line, # for comments (default: eight of all kinds)")
+    data.add_argument("--count", type=at_least(int, 1), default=8, metavar="N",
+                      help="pictures, at eight times in turn (default 8); all are in one forward pass")
+    data.add_argument("--tokens", type=at_least(int, 1), default=256, metavar="N",
+                      help="inputs of a layer that decide on its smoothing (default 256)")
+    p.add_argument("--out", metavar="DIR", help="a new folder (default runs/quant-BASE-FORM)")
+    return p
+
+
+def main(argv=None):
+    args = parser().parse_args(argv)
+    # whatever is wrong with the flags is found before any weights are read
+    device = device_here(args.device)
+    check_paths(args, "weights", "text_encoders")
+    cfg, info = read_base_config(args.base)
+    why = "it is quantised already; give what it was made from"
+    reject(info.get("quantised"), f"--base {args.base}", why)
+    reject(args.prompts and not cfg.text_encoder, "--prompts", f"{args.base} draws classes, not prompts")
+    why = "fp8 rounds weights and inputs; give --form nvfp4 or int4"
+    reject(args.weights_only and args.form == "fp8", "--weights-only", why)
+    out = Path(args.out or f"runs/quant-{Path(args.base).name}-{args.form}")
+    check_writable(out)
+    reject(out.is_file(), f"--out {out}", "a file of this name exists; name a new folder")
+    reject(out.is_dir() and any(out.iterdir()), f"--out {out}", "it is not empty; name a new folder")
+    dtype = dtype_of(args) if cfg.text_encoder else torch.float32
+    activations = not args.weights_only
+    after = weight_bytes(empty_quantised(cfg, args.form, args.rank, activations, dtype))
+    with torch.device("meta"):
+        before = weight_bytes(FAMILIES[type(cfg)](cfg).to(dtype))
+    print(f"{args.base}: {size_of(before)} of weights become {size_of(after)}")
+    prompts = read_prompts(args.prompts) if args.prompts else None
+    check_encoders(cfg.text_encoder, args.text_encoders)
+
+    # text before the model: 10 GB of encoders are freed when it is loaded
+    calibrated = args.form != "fp8"
+    if calibrated:
+        folder = text_folder(args.base, cfg, args.text_encoders, args.weights)
+        y, null = calibration_condition(cfg, prompts, args.count, folder, dtype, device)
+    # the weights stay on the CPU, in the file if it has their type: a block at a time visits the device
+    if args.base in BASES:
+        model, info = load_base(args.base, args.weights, dtype=dtype)
+    else:
+        model, info = load_run(args.base, base_weights=args.weights, dtype=dtype)
+        model = merge_lora(model)
+    check_finite(model, args.base)
+    batch = None
+    if calibrated:
+        model.null = null
+        batch = calibration_batch(model, y, seed=args.seed, device=device, progress=True)
+    facts = quantise_model(model, args.form, args.rank, activations, batch, args.smooth, args.tokens, True)
+    kept = {key: info[key] for key in ("classes", "ae_weights") if key in info}
+    kept |= dict(kind="quantised", base=args.base, base_weights=args.weights)
+    save_quantised(model, out, kept | facts)
+    print(summary(out, model, facts))
+
+
+def summary(out: Path, model: Backbone, facts: dict) -> str:
+    """What was written, in a line."""
+    line = f"wrote {out}/model.safetensors: {len(quantised_layers(model))} layers in {format_name(facts)}, "
+    line += size_of(weight_bytes(model))
+    errors = facts["errors"]
+    if errors:
+        worst = max(errors, key=errors.get)
+        middle = statistics.median(errors.values())
+        line += f", their outputs off by {middle:.1%} (at most {errors[worst]:.1%}, {worst})"
+    return line
+
+
+if __name__ == "__main__":
+    run_main(main)

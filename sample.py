@@ -10,6 +10,7 @@ then DDPM's chain, for DiT as it was published, and `Pipeline`, which puts on wh
     python sample.py runs/finetune-tiny-1 --cfg-scale 3 --num-steps 50 --seed 7
     python sample.py --base dc-gen-flux-1k --prompt "a lighthouse at dusk" --res 1216x832
     python sample.py --base sana-4.8b --prompts FILE --dry-run           memory and arithmetic, no weights
+    python sample.py --base dc-gen-flux-4k --prompt TEXT --quant nvfp4   in few bits; or a folder of quant.py
     python sample.py --base sana-4.8b --prompts FILE --out DIR --dataset a training set, drawn by a base
 """
 
@@ -26,7 +27,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, PngImagePlugin
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from model import (
@@ -44,6 +45,9 @@ from flags import (  # noqa: F401 (add_device_arg, positive: for the scripts tha
     Parser, add_device_arg, add_model_args, at_least, check_base, check_finite, check_flags, check_paths,
     check_pictures, choose_sampling, class_names, device_here, dtype_of, guidance_of, parse_classes,
     parse_size, pick_prompts, positive, reject, run_main, with_guidance, within)
+from quant import (
+    FORMATS, QuantLinear, arithmetic, calibration_batch, empty_quantised, format_name, load_quantised,
+    quantise_model, weight_bytes)
 
 
 # ---- the path and its ODE ------------------------------------------------------------------------
@@ -577,6 +581,8 @@ class Request:
     negative: str = ""                  # of a text model
     text_tokens: int | None = None
     dataset: bool = False
+    quant: dict | None = None           # form, rank, activations: what the weights are quantised to
+    quantised: bool = False             # they are already
     digest: str = ""                    # of the settings and the weights
 
     def __len__(self) -> int:
@@ -591,6 +597,8 @@ class Request:
         """What stands in every picture."""
         facts = {key: getattr(self.sampling, key) for key in ("sampler", "num_steps", "cfg_scale", "shift")}
         facts["model"] = config_dict(self.cfg)
+        if self.quant:
+            facts["quant"] = format_name(self.quant)
         if self.cfg.text_encoder:
             facts |= dict(guidance=self.guidance, text_tokens=self.text_tokens)
         return facts
@@ -634,18 +642,32 @@ def report(request: Request, offload: bool) -> str:
         model = FAMILIES[type(cfg)](cfg).eval()
         ae = build_autoencoder(ae_cfg).requires_grad_(False).eval()
         x = torch.empty(batch, cfg.in_channels, H, W)
-        step = count_cost(model, x, torch.empty(batch), example_condition(cfg, batch, request.text_tokens))
+        t = torch.empty(batch)
+        cond = example_condition(cfg, batch, request.text_tokens)
+        step = count_cost(model, x, t, cond)
         decode = count_cost(ae.decode_raw, x[:1])
+    # counted in float32, but for few bits, which have a type of their own
+    step_bytes = step.peak_bytes * passes * bytes_each // 4
+    precision = str(request.dtype).removeprefix("torch.")
+    parameters = sum(p.numel() for p in model.parameters())
+    weights = parameters * bytes_each
+    calibrating = None
+    if request.quant:
+        if request.quant["form"] != "fp8" and not request.quantised:
+            calibrating = calibration_bytes(request, model, step_bytes / batch)
+        model = empty_quantised(cfg, dtype=request.dtype, **request.quant)
+        with torch.device("meta"):
+            step_bytes = count_cost(model, x, t, cond).peak_bytes * passes
+        precision = f"{format_name(request.quant)}, the rest in {precision}"
+        weights = weight_bytes(model)
     step_flops = step.flops * passes
     decode_flops = decode.flops * batch
     total_flops = step_flops * sampling.num_steps + decode_flops
 
     # of one network, or without --offload of both: weights, and what is alive at one time
-    parameters = sum(p.numel() for p in model.parameters())
     decoder_parameters = sum(p.numel() for p in ae.decoder.parameters())
-    weights = parameters * bytes_each
     decoder = decoder_parameters * 4
-    denoising = weights + step.peak_bytes * passes * bytes_each // 4 + (0 if offload else decoder)
+    denoising = weights + step_bytes + (0 if offload else decoder)
     decoding = decoder + decode.peak_bytes * bytes_each // 4 + (0 if offload else weights)
 
     def gb(size: float) -> str:
@@ -654,7 +676,6 @@ def report(request: Request, offload: bool) -> str:
     def tera(flops: float) -> str:
         return f"{flops / 1e12:,.2f}"
 
-    precision = str(request.dtype).removeprefix("torch.")
     encoders = TEXT_ENCODERS.get(cfg.text_encoder, ())
     text = f" and {request.text_tokens} of text" if encoders else ""
     tokens = H * W // cfg.patch_size**2
@@ -670,7 +691,23 @@ def report(request: Request, offload: bool) -> str:
         ("arithmetic", f"{tera(step_flops)} TFLOPs a step of {batch}, {sampling.num_steps} steps; "
                        f"{tera(decode_flops)} to decode; {tera(total_flops)} in all"),
         ("memory", f"about {gb(denoising)} while denoising, {gb(decoding)} while decoding")]
+    if calibrating:
+        lines.append(("calibrating", f"about {gb(calibrating)}, with a block at a time on the device"))
     return "\n".join(f"{name:22}{value}" for name, value in lines)
+
+
+def calibration_bytes(request: Request, model, step_bytes: float) -> float:
+    """Bytes on the device while a model, here on meta, is quantised: what is no block, the largest block with
+    what its largest layer is rounded with, and a forward pass of all pictures. step_bytes: of that pass of
+    one picture in the request's size, in the type of the arithmetic."""
+    height, width = request.size
+    pictures = CALIBRATION * request.cfg.res**2 / (height * width)
+    blocks = [weight_bytes(block) for block in model.blocks]
+    weights = weight_bytes(model) - sum(blocks) + max(blocks)        # in float32, as on meta
+    linears = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    largest = max(linears, key=lambda layer: layer.weight.numel())
+    rounding = count_cost(QuantLinear, largest, request.quant["form"]).peak_bytes
+    return pictures * step_bytes + weights * request.dtype.itemsize // 4 + rounding
 
 
 def undrawn(request: Request, out: Path, encoders: Path | None) -> list[Tensor]:
@@ -688,13 +725,24 @@ def undrawn(request: Request, out: Path, encoders: Path | None) -> list[Tensor]:
     return [rows for rows in batches if not all((out / request.file(i)).exists() for i in rows.tolist())]
 
 
+# what --quant stands for, by name in quant.quantise_model; SVDQuant's rank
+QUANT = dict(form="nvfp4", rank=32, activations=True)
+CALIBRATION = 8                         # pictures; one forward pass has to hold them
+
+
 def load_models(request: Request, run: Path | None, weights, ae_weights, lora, device):
-    """The run or the base of a request, with a LoRA of others merged into it, and its autoencoder. weights,
-    ae_weights, lora: files, or None."""
+    """The run, quantised folder or base of a request, with a LoRA of others merged into it, and its
+    autoencoder. weights, ae_weights, lora: files, or None."""
     # a text model is large: its weights are kept in the type of the arithmetic
     dtype = request.dtype if request.cfg.text_encoder else torch.float32
     ae_dtype = dtype if torch.device(device).type == "cuda" else torch.float32
-    if run:
+    base = None if run else request.source
+    if run and is_quantised(read_run_config(run)[1]):
+        model, info = load_quantised(run)
+        model = model.to(device, dtype)
+        base, weights = info["base"], info.get("base_weights")
+        print(f"{run}: made from {base}, latents of {model.cfg.ae}")
+    elif run:
         model, info = load_run(run, device, base_weights=weights, dtype=dtype)
         kind = "moving average" if run.name.startswith("ema") else "weights as trained"
         print(f"{run}: {kind}, base {info['base']}, latents of {model.cfg.ae}")
@@ -704,11 +752,49 @@ def load_models(request: Request, run: Path | None, weights, ae_weights, lora, d
         left_out = load_peft(merge_lora(model), lora)
         without = f", without {', '.join(left_out)}, which are bound to another latent" if left_out else ""
         print(f"{lora}: added{without}")
-    file = ae_weights or info.get("ae_weights") or (None if run else ae_folder(request.source, weights))
+    # a preset's autoencoder may lie beside its weights
+    file = ae_weights or info.get("ae_weights") or (ae_folder(base, weights) if base else None)
     ae = load_autoencoder(model.cfg.ae, file, ae_dtype, device)
     check_finite(model, request.source)
     check_finite(ae, model.cfg.ae)
     return model, ae
+
+
+def is_quantised(info: dict) -> bool:
+    """Whether a file with this info is one of quant.py's."""
+    return bool(info.get("quantised"))
+
+
+def check_quant(args, label: str, cfg, info: dict) -> dict | None:
+    """Form, rank and activations of what is drawn with, --quant's or a quantised folder's; None for neither.
+    ValueError for flags that contradict it, and for a model that cannot be quantised."""
+    if is_quantised(info):
+        found = {key: info.get(key, default) for key, default in QUANT.items()}
+        why = f"{label} is quantised already ({format_name(found)})"
+        reject(args.quant, f"--quant {args.quant}", f"{why}; leave --quant out")
+        reject(args.weights_only, "--weights-only", why)
+        reject(args.weights, "--weights", f"{why} and holds all of its weights")
+        reject(args.lora, "--lora", f"{why}; merge it into what that was made from, {info.get('base')}")
+        reject(args.export, "--export", f"{why}, and diffusers has no such layers; export {info.get('base')}")
+        return found
+    four_bits = args.quant in FORMATS
+    reject(args.weights_only and not four_bits, "--weights-only", "it goes with --quant nvfp4 or int4")
+    if not args.quant:
+        return None
+    reject(args.export, "--export", "diffusers has no quantised layers of this kind; export without --quant")
+    quant = QUANT | dict(form=args.quant, activations=not args.weights_only)
+    empty_quantised(cfg, dtype=torch.float32, **quant)               # raises for sizes that do not fit
+    return quant
+
+
+def quantise_here(model, request: Request, texts, device):
+    """Quantise the model in place for a request, calibrated on the prompts or classes that it draws."""
+    rows = torch.arange(CALIBRATION) % len(request)
+    cond = request.labels[rows] if texts is None else with_guidance(texts[rows], request.guidance)
+    batch = None
+    if request.quant["form"] != "fp8":
+        batch = calibration_batch(model, cond, seed=request.seed, device=device, progress=True)
+    quantise_model(model, **request.quant, batch=batch, progress=True)
 
 
 def write_pictures(pipeline: Pipeline, request: Request, batches: list[Tensor], texts, out: Path, seconds):
@@ -781,6 +867,10 @@ def parser() -> Parser:
                      help="pictures at a time (default 64, with prompts 1)")
     how.add_argument("--offload", action="store_true",
                      help="have model and autoencoder on the device in turn")
+    how.add_argument("--quant", choices=("fp8", *FORMATS),
+                     help="draw in few bits, calibrated on what is drawn (a folder of quant.py has its own)")
+    how.add_argument("--weights-only", action="store_true",
+                     help="with --quant nvfp4 or int4: round weights alone, not the inputs")
     how.add_argument("--fast", action="store_true", default=None,
                      help="compile, and capture steps (default: on a GPU, if it pays for that minute)")
     how.add_argument("--eager", dest="fast", action="store_false", help="do not compile")
@@ -804,7 +894,9 @@ def pick_model(run: str | None, base: str | None, ema: bool) -> tuple[Path | Non
     reject(run in BASES, f"RUN {run}", f"a preset is named by --base {run}")
     chosen = run or (None if base else newest_run())
     if chosen is None:
-        return None, *read_base_config(base or "tiny")
+        cfg, info = read_base_config(base or "tiny")
+        reject(is_quantised(info), f"--base {base}", f"it is quantised; draw with it by: sample.py {base}")
+        return None, cfg, info
     file = run_file(chosen, ema)
     cfg, info = read_run_config(file)
     check_base(base, chosen, info)
@@ -837,8 +929,9 @@ def main(argv=None):
         labels = parse_classes(args.classes, names, args.count or 8)
         titles = [names[k] for k in labels]
     text_tokens = args.text_tokens or getattr(cfg, "text_tokens", None)
+    quant = check_quant(args, label, cfg, info)
     request = Request(cfg, sampling, size, dtype_of(args), str(run or base), titles, args.seed, labels,
-                      args.negative, text_tokens, args.dataset)
+                      args.negative, text_tokens, args.dataset, quant, is_quantised(info))
     if args.dry_run:
         print(report(request, args.offload))
         return
@@ -861,9 +954,10 @@ def main(argv=None):
         with timed(seconds, "text", device):
             texts = cache_prompts(cfg.text_encoder, folder, titles, text_tokens, args.negative,
                                   dtype=request.dtype, device=device)
-    # with --offload the Pipeline fetches each network for its part
+    # with --offload the Pipeline fetches each network for its part; what is quantised is fetched by blocks
     home = "cpu" if args.offload else device
-    model, ae = load_models(request, run, args.weights, ae_weights, args.lora, home)
+    quantise = args.quant and batches
+    model, ae = load_models(request, run, args.weights, ae_weights, args.lora, "cpu" if quantise else home)
     weights = dict(weights=fingerprint(model), autoencoder=fingerprint(ae))
     request = replace(request, digest=short_hash(request.settings() | weights))
     if args.dataset:
@@ -872,6 +966,13 @@ def main(argv=None):
         out = free_path(out, request.digest)
     if texts is not None:
         model.null = texts.null
+    if quantise:
+        with timed(seconds, "quantising", device):
+            quantise_here(model, request, texts, device)
+        model.to(home)
+        ae.to(home)
+    if quant:
+        print(f"{format_name(quant)}: {arithmetic(quant['form'], quant['activations'], device)}")
 
     # draw
     drawn = sum(map(len, batches))
@@ -880,7 +981,7 @@ def main(argv=None):
     start = time.perf_counter()
     pipeline = Pipeline(model, ae, sampling, size, request.dtype, device, speed)
     small = write_pictures(pipeline, request, batches, texts, out, seconds)
-    total = time.perf_counter() - start + seconds.get("text", 0.0)
+    total = time.perf_counter() - start + seconds.get("text", 0.0) + seconds.get("quantising", 0.0)
     # captions make a data set whole; anything else is looked at on one sheet
     if args.dataset:
         write_captions(out, [request.caption(i) for i in range(len(request))])

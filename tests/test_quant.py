@@ -2,8 +2,10 @@
 FP8 is in test_fast.py."""
 
 import copy
+import re
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,17 +14,21 @@ from safetensors.torch import load_file
 from torch import nn
 
 import quant
-from checkpoints import HERE, build, fingerprint, write_tensors
+import sample
+from checkpoints import HERE, build, fingerprint, load_base, load_run, write_tensors
 from fast import Hoist, compile_layers
-from helpers import (  # noqa: F401 (fixture: fresh_compiler)
-    TINY_DIT, TINY_FLUX, TINY_SANA, fresh_compiler, on_meta, random_condition, relative_error, scramble)
-from lora import add_lora
+from flags import check_finite, with_guidance
+from helpers import (  # noqa: F401 (fixtures: fresh_compiler, words_base)
+    TINY_DIT, TINY_FLUX, TINY_SANA, digest, fresh_compiler, on_meta, random_condition, random_text,
+    relative_error, scramble, words_base)
+from lora import add_lora, lora_state, merge_lora
 from model import BASES, FAMILIES, Flux
 from quant import (
-    FORMATS, QuantLinear, decode, encode, load_quantised, nearest, pack, plan, quantise_model, save_quantised,
-    swizzle, unpack, weight_bytes)
-from sample import with_guidance
+    FORMATS, QuantLinear, arithmetic, calibration_batch, decode, encode, load_quantised, nearest, pack, plan,
+    quantise_model, save_quantised, streamed, swizzle, unpack, weight_bytes)
+from sample import integrate, time_grid
 from shapes import encode_words
+from test_sample import assert_same, draw, facts_of, write_run
 
 SMALL = {
     "dit": replace(TINY_DIT, hidden_size=64),
@@ -303,6 +309,56 @@ def test_a_block_is_small_before_the_next_one_runs():
     assert seen == [[]] * (len(net.blocks) - 1)
 
 
+@pytest.mark.parametrize("name", SMALL)
+def test_a_streamed_model_has_one_block_on_the_device_at_a_time(name):
+    net = small_model(name)
+    want = {key: value.clone() for key, value in net.state_dict().items()}
+    places = {key: value.data_ptr() for key, value in net.state_dict().items()}
+    x, t, y = (part.to("meta") for part in small_batch(net.cfg))
+    seen = []
+
+    def look(block, args):
+        seen.append(sum(any(p.is_meta for p in other.parameters()) for other in net.blocks))
+        assert all(p.is_meta for p in block.parameters())
+        assert net.embed_linear.weight.is_meta
+
+    with streamed(net, "meta"):
+        for block in net.blocks:
+            block.register_forward_pre_hook(look)
+        assert net(x, t, y).is_meta
+    assert seen == [1] * len(net.blocks)
+    # no copy on the way back
+    assert {key: value.data_ptr() for key, value in net.state_dict().items()} == places
+    assert all(torch.equal(value, want[key]) for key, value in net.state_dict().items())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name, scale", [("dit", 3.0), ("flux", 1.0), ("sana", 2.0)])
+def test_a_model_is_calibrated_on_its_own_path_at_all_times(name, scale):
+    net = small_model(name)
+    net.cfg = replace(net.cfg, sampling=replace(net.cfg.sampling, cfg_scale=scale))
+    cond = random_condition(net.cfg, 6)
+    if net.cfg.text_encoder:
+        net.null = random_text(net.cfg, 1, seed=9)
+    x, t, y = calibration_batch(net, cond, steps=4, seed=3)
+    states = []
+    side = 64 // (32 if net.cfg.ae.endswith("32c32") else 8)
+    start = torch.randn(6, net.cfg.in_channels, side, side, generator=torch.Generator().manual_seed(3))
+    integrate(lambda x, t: net(x, t, cond), start, time_grid(4), each=states.append)
+    states = [start, *states]
+    for i in range(6):
+        assert t[i] == (i % 4) / 4
+        torch.testing.assert_close(x[i], states[i % 4][i])
+    # guided in two passes, it reads its null condition as well
+    if scale == 1:
+        assert len(x) == len(t) == len(y) == 6
+        return
+    assert torch.equal(x[6:], x[:6]) and torch.equal(t[6:], t[:6])
+    null = net.null_condition(cond)
+    half = y[6:] if name == "dit" else y[torch.arange(6, 12)].tokens
+    assert torch.equal(half, null if name == "dit" else null.tokens)
+
+
 def test_the_hooks_are_gone_after_an_error():
     net = small_model("dit")
     x, t, y = small_batch(net.cfg)
@@ -355,16 +411,17 @@ def test_flux_of_24_gb_is_7_in_4_bits(form, low, high):
 
 # ---- files ---------------------------------------------------------------------------------------
 
+@pytest.mark.parametrize("form", ["nvfp4", "fp8"])
 @pytest.mark.parametrize("name", SMALL)
-def test_a_saved_model_is_the_same_again(name, tmp_path):
+def test_a_saved_model_is_the_same_again(name, form, tmp_path):
     net = small_model(name).bfloat16()
     print_before = fingerprint(net)
     x, t, y = small_batch(net.cfg)
-    facts = quantise_model(net, "nvfp4", 4, batch=(x, t, y))
+    facts = quantise_model(net, form, 4, batch=(x, t, y))
     save_quantised(net, tmp_path, {"base": "a preset"} | facts)
     loaded, info = load_quantised(tmp_path, net.cfg, print_before)
     assert torch.equal(loaded(x, t, y), net(x, t, y))
-    assert (info["base"], info["form"], info["source_print"]) == ("a preset", "nvfp4", print_before)
+    assert (info["base"], info["form"], info["source_print"]) == ("a preset", form, print_before)
     assert info["errors"] == facts["errors"]
     assert fingerprint(loaded) == fingerprint(net)
 
@@ -382,7 +439,7 @@ def test_another_models_file_is_refused(tmp_path):
     write_tensors(plain, net.state_dict(), {"model": quant.config_dict(net.cfg)})
     with pytest.raises(ValueError, match="holds no quantised model"):
         load_quantised(plain)
-    with pytest.raises(ValueError, match="no layer in 4 bits"):
+    with pytest.raises(ValueError, match="no quantised layer"):
         save_quantised(small_model("dit"), file, {})
 
 
@@ -422,3 +479,149 @@ def test_scales_of_another_type_are_refused(tmp_path):
     write_tensors(file, converted, info)
     with pytest.raises(ValueError, match="scales is of type torch.float16, not torch.bfloat16"):
         load_quantised(file)
+
+
+# ---- the commands --------------------------------------------------------------------------------
+
+QUICK = "--device cpu --dtype fp32 --count 4 --tokens 16 --rank 4".split()
+PROMPT = "--base test-words --prompt ring --num-steps 2"
+
+
+def make(*flags) -> dict:
+    """The info of the folder that quant.py writes."""
+    quant.main([*QUICK, *flags])
+    return load_quantised(flags[flags.index("--out") + 1])[1]
+
+
+def test_a_written_folder_is_calibrated_and_draws_as_its_model(words_base, capsys):  # noqa: F811
+    net, _ = load_base("test-words")
+    info = make("--base", "test-words", "--out", "q")
+    printed = capsys.readouterr().out.splitlines()
+    assert info["source_print"] == fingerprint(net)
+    assert (info["kind"], info["base"], info["form"], info["rank"]) == ("quantised", "test-words", "nvfp4", 4)
+    assert len(info["errors"]) == 10 and info["smooth"] and info["activations"]
+    assert "13 layers in nvfp4 W4A4 rank 4" in printed[-1] and "their outputs off by " in printed[-1]
+    # the same again is the same file
+    make("--base", "test-words", "--out", "again")
+    assert digest(load_file("q/model.safetensors")) == digest(load_file("again/model.safetensors"))
+    # and it draws nearly what its model draws
+    flags = PROMPT.replace("--base test-words", "")
+    few = draw("few", f"q {flags}")
+    plain = draw("plain", PROMPT)
+    assert 0 < abs(few - plain).mean() < 12
+    assert_same(few, draw("offloaded", f"q {flags} --offload"))
+    assert "q/model.safetensors: made from test-words" in capsys.readouterr().out
+
+
+def test_a_run_is_quantised_with_its_lora_merged(words_base, capsys):  # noqa: F811
+    base, info = load_base("test-words")
+    model = add_lora_of_ones(base)
+    write_run("finetune-test-1", model, kind="finetune", **info | {"base": "test-words"},
+              lora=dict(rank=2, alpha=2))
+    run = "runs/finetune-test-1"
+    made = make("--base", run, "--out", "q", "--form", "int4", "--weights-only")
+    assert made["source_print"] == fingerprint(merge_lora(load_run(run)[0])) != fingerprint(base)
+    assert made["base"] == run and not made["activations"]
+    # it is no run to go on with, and never the newest one
+    with pytest.raises(ValueError, match=f"q/model.safetensors is a quantised model: .* from, {run}"):
+        load_run("q")
+    with pytest.raises(ValueError, match="it is quantised already; give what it was made from"):
+        make("--base", "q", "--out", "again")
+
+
+def add_lora_of_ones(net):
+    add_lora(net, 2)
+    for value in lora_state(net).values():
+        value.fill_(0.1)
+    return net
+
+
+@pytest.mark.parametrize("flags, arithmetic", [
+    ("--quant fp8", "fp8: turned back into wide numbers at every product: exact and slow"),
+    ("--quant nvfp4", "nvfp4 W4A4 rank 32: .*--weights-only errs less"),
+    ("--quant int4 --weights-only", "int4 W4A16 rank 32: turned back"),
+])
+def test_sampling_quantises_by_itself(flags, arithmetic, words_base, capsys):  # noqa: F811
+    few = draw("few", f"{PROMPT} {flags}")
+    assert re.search(arithmetic, capsys.readouterr().out)
+    assert 0 < abs(few - draw("plain", PROMPT)).mean() < 12
+    facts = facts_of(next(Path("few").iterdir()))["dcgen"]
+    assert facts["quant"] == re.match(r"[\w ]+", arithmetic)[0]
+    assert_same(few, draw("offloaded", f"{PROMPT} {flags} --offload"))
+
+
+@pytest.mark.parametrize("flags, message", [
+    ("q --base tiny-sana --prompt ring", "--base tiny-sana: q was trained from test-words; leave --base out"),
+    ("q --quant int4 --prompt ring", "--quant int4: q is quantised already .nvfp4 W4A4 rank 4."),
+    ("q --weights-only --prompt ring", "--weights-only: q is quantised already"),
+    ("q --weights q --prompt ring", "--weights: q is quantised already .* holds all of its weights"),
+    ("q --lora q --prompt ring", "--lora: .*merge it into what that was made from, test-words"),
+    ("q --export x", "--export: .*export test-words"),
+    ("--base q --prompt ring", "--base q: it is quantised; draw with it by: sample.py q"),
+])
+def test_what_contradicts_a_quantised_folder_is_refused(flags, message, words_base):  # noqa: F811
+    save_empty_words("q")
+    with pytest.raises(ValueError, match=message):
+        sample.main(["--device", "cpu", *flags.split()])
+    assert not Path("x").exists()
+
+
+def save_empty_words(folder):
+    """The folder of a quantised "test-words", without calibration: made at once."""
+    net, info = load_base("test-words")
+    save_quantised(net, folder, info | quantise_model(net, "nvfp4", 4) | {"kind": "quantised"})
+
+
+def test_a_model_that_does_not_divide_is_refused_before_its_weights_are_read(monkeypatch):
+    monkeypatch.setitem(BASES, "test", replace(TINY_DIT, weights="nowhere"))
+    for main, flags in ((quant.main, []), (sample.main, ["--quant", "nvfp4", "--classes", "1"])):
+        with pytest.raises(ValueError, match="divide by 32; blocks.0.attn.qkv"):
+            main(["--base", "test", "--device", "cpu", *flags])
+
+
+def test_4k_on_a_card_of_12_gb_by_the_dry_run(monkeypatch, capsys):
+    """Of two blocks: a step and a decode take as much as with all of them, only the weights are less."""
+    cfg = BASES["dc-gen-flux-4k"]
+    monkeypatch.setitem(BASES, "two-blocks", replace(cfg, depth=1, depth_single=1))
+    sample.main("--base two-blocks --quant nvfp4 --offload --dtype bf16 --device cpu --dry-run".split())
+    printed = capsys.readouterr().out
+    found = re.search(r"memory +about ([\d.]+) GB while denoising, ([\d.]+) GB while decoding", printed)
+    denoising, decoding = map(float, found.groups())
+    calibrating = float(re.search(r"calibrating +about ([\d.]+) GB", printed)[1])
+
+    def weights_of(name):
+        return weight_bytes(quant.empty_quantised(BASES[name], "nvfp4", 32, True, torch.bfloat16)) / 1e9
+
+    weights = weights_of("two-blocks")
+    whole = weights_of("dc-gen-flux-4k")
+    assert f"{weights:.2f} GB in nvfp4 W4A4 rank 32, the rest in bfloat16" in printed
+    # a gigabyte less than the card has, for its driver and the tables that are counted nowhere
+    assert 0.5 < denoising - weights and whole + denoising - weights < 11
+    assert decoding < 11 and calibrating < 11
+
+
+def test_a_gpu_without_the_products_computes_the_same_and_says_so(monkeypatch):
+    """Older GPUs have no FP8: the codes are turned back into wide numbers there."""
+    layer = quant.FP8Linear(nn.Linear(64, 32))
+    x = torch.randn(3, 64)
+    want = layer(x)
+    monkeypatch.setattr(quant, "multiplies_fp8", lambda device: False)
+    assert relative_error(layer(x), want) < 0.004
+    assert arithmetic("fp8", True, "cpu").startswith("turned back")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert arithmetic("nvfp4", True, "cuda").startswith("turned back")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
+    assert arithmetic("nvfp4", True, "cuda") == "multiplied in NVFP4"
+    assert arithmetic("nvfp4", False, "cuda").startswith("turned back")
+    assert arithmetic("int4", True, "cuda").startswith("turned back")
+    monkeypatch.setattr(quant, "multiplies_fp8", lambda device: True)
+    assert arithmetic("fp8", True, "cuda") == "multiplied in FP8"
+
+
+def test_a_quantised_weight_that_is_not_finite_is_named():
+    net = small_model("dit")
+    quantise_model(net, "nvfp4", 0)
+    check_finite(net, "it")
+    net.blocks[1].mlp.fc1.scales.view(torch.uint8)[0, 0] = 0x7F                     # e4m3's NaN
+    with pytest.raises(ValueError, match="it: blocks.1.mlp.fc1.scales is not finite"):
+        check_finite(net, "it")

@@ -21,6 +21,7 @@ import bench
 import checkpoints
 import evaluate
 import finetune
+import quant
 import sample
 import train
 from checkpoints import read_tensors, write_tensors
@@ -28,7 +29,7 @@ from helpers import ROOT, digest, tiny_base  # noqa: F401
 from sample import run_main
 from train import read_settings, resume_flags
 
-SCRIPTS = dict(align=align, bench=bench, evaluate=evaluate, finetune=finetune, sample=sample)
+SCRIPTS = dict(align=align, bench=bench, evaluate=evaluate, finetune=finetune, quant=quant, sample=sample)
 
 
 def refused(command: str, capsys) -> str:
@@ -116,6 +117,24 @@ WRONG = [
     ("align --resume --out empty", "--resume: nothing to resume in empty"),
     ("finetune --init align", "no alignment of tiny in runs/; first: python align.py --base tiny"),
     ("sample --base tiny --guidance 5", "--cfg-scale"),
+    # few bits
+    ("quant --rank -1", "--rank -1: at least 0"),
+    ("quant --count 0", "--count 0: at least 1"),
+    ("quant --tokens 0", "--tokens 0: at least 1"),
+    ("quant --form nvfp5", "--form nvfp5: choose from fp8, nvfp4, int4; did you mean nvfp4?"),
+    ("quant --form fp8 --weights-only", "--weights-only: fp8 rounds weights and inputs"),
+    ("quant --base nope", "--base nope: not a preset"),
+    ("quant --weights nope", "--weights nope: no such file or folder"),
+    ("quant --base tiny-flux --prompts nope", "--prompts nope: not a readable text file"),
+    ("quant --prompts a-file", "--prompts: tiny draws classes, not prompts"),
+    ("quant --base tiny-flux --text-encoders nope", "--text-encoders nope: no such file or folder"),
+    ("quant --out a-file", "--out a-file: a file of this name exists; name a new folder"),
+    ("quant --out .", "--out .: it is not empty; name a new folder"),
+    ("quant --device tpu", "--device tpu: unknown"),
+    ("sample --quant int5", "--quant int5: choose from fp8, nvfp4, int4; did you mean int4?"),
+    ("sample --weights-only", "--weights-only: it goes with --quant nvfp4 or int4"),
+    ("sample --quant fp8 --weights-only", "--weights-only: it goes with --quant nvfp4 or int4"),
+    ("sample --quant int4 --export x", "--export: diffusers has no quantised layers of this kind"),
 ]
 
 
@@ -136,7 +155,7 @@ def test_a_wrong_command_is_one_line_before_any_weights_are_read(command, messag
 
 def numeric_flags():
     """(script, flag) of every flag that is a number."""
-    for name in ("align", "evaluate", "finetune", "sample"):
+    for name in ("align", "evaluate", "finetune", "quant", "sample"):
         for action in SCRIPTS[name].parser()._actions:
             if action.type is not None and action.type is not train.number_or_rule and action.nargs is None:
                 if action.option_strings and action.type is not str:
