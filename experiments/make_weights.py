@@ -10,9 +10,9 @@ photograph's licence.
     kl           tiny-kl-f8c4          KL-VAE, at 64 px, then at 128                              17 + 10
     dc           tiny-dc-ae-f32c32     DC-AE at 128 px                                            36
     classifier   tiny-classifier       what scores pictures of the bundled classes                6
-    tiny         tiny-dit              DiT                                                        36
-    flux         tiny-flux             FLUX: a teacher, then one with its guidance distilled      67 + 25
-    sana         tiny-sana             SANA: logit-normal times, then uniform ones                41 + 35
+    tiny         tiny-dit              DiT, then two sizes                                        36 + TODO
+    flux         tiny-flux             FLUX: a teacher, its guidance distilled, then two sizes    67 + 25 + TODO
+    sana         tiny-sana             SANA: logit-normal times, uniform ones, then two sizes     41 + 35 + TODO
 
 Models are trained on the KL-VAE in --out if it is there, else on the shipped one. The same command again
 skips what is finished and resumes what was killed.
@@ -34,7 +34,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))      # the rooms lie beside this folder
 import finetune
-from align import RECIPES, Objective
+from align import RECIPES, Objective, pick_objective
 from autoencoder import AUTOENCODERS, Autoencoder, KLConfig, build_autoencoder
 from checkpoints import (
     HERE, atomic, config_dict, load_autoencoder, load_run, read_config, read_tensors, run_file, write_tensors)
@@ -58,6 +58,9 @@ PLANS = {
     "classifier": Plan(1500, 2e-3, 64, warmup=450, schedule="cosine", weight_decay=1e-2),
     "distillation": Plan(
         1000, 3e-4, 64, warmup=50, schedule="cosine", weight_decay=1e-3, clip=1.0, ema=0.998),
+    # a batch is of small pictures; of large ones it is a quarter, so that it has as many tokens
+    "two sizes": Plan(
+        2000, 5e-4, 256, warmup=50, schedule="cosine", weight_decay=1e-3, clip=1.0, ema=0.998),
 }
 PICTURES = 16384
 MODEL = f"--pictures {PICTURES} --batch 64 --lr 1e-3 --schedule cosine --ema 0.9995 --compile"
@@ -86,15 +89,18 @@ def make_dc(file: Path, device: str):
     train_autoencoder(ae, open_source(None, 128), file, PLANS["dc"])
 
 
-def make_classifier(file: Path, device: str, images: str | None = None):
+def make_classifier(file: Path, device: str, images: str | None = None, plan: Plan | None = None):
     """Pictures are blurred and noised at random, so that it judges shapes and not the grain. images: a folder
-    of class folders, in the place of the procedural pictures."""
+    of class folders, in the place of the procedural pictures; plan: another than that of PLANS."""
     source = open_source(images, 64)
     torch.manual_seed(0)
     classifier = Classifier(len(source.classes)).to(device)
 
     def loss(indices, generator):
         x, y = source.batch(indices)
+        # a folder has the same few pictures again and again: mirrored ones are of the same class
+        if images and torch.rand((), generator=generator) < 0.5:
+            x = x.flip(-1)
         if torch.rand((), generator=generator) < 0.5:
             x = F.avg_pool2d(x, 3, 1, 1)
         grain = 0.15 * torch.rand(len(x), 1, 1, 1, generator=generator)
@@ -102,7 +108,8 @@ def make_classifier(file: Path, device: str, images: str | None = None):
         return F.cross_entropy(classifier(x.to(device)), y.to(device)), {}
 
     named = list(classifier.named_parameters())
-    train(Run(file.with_suffix("")), "train", classifier, named, loss, len(source), PLANS["classifier"])
+    plan = plan or PLANS["classifier"]
+    train(Run(file.with_suffix("")), "train", classifier, named, loss, len(source), plan)
     val = open_source(images, 64, "val")
     x, y = val.batch(torch.arange(min(1024, len(val))))
     share = accuracy(classifier.cpu().eval(), x, y)
@@ -111,8 +118,9 @@ def make_classifier(file: Path, device: str, images: str | None = None):
 
 
 def make_tiny(file: Path, device: str):
-    run = train_model("tiny", file.parent, device)
-    publish(run, file)
+    """At one size, then at two: what FLUX and SANA know from the many sizes that they were trained at."""
+    first = train_model("tiny", file.parent, device)
+    publish(train_two_sizes(first, file.parent / "tiny-two-sizes", device), file)
 
 
 def make_flux(file: Path, device: str):
@@ -121,14 +129,14 @@ def make_flux(file: Path, device: str):
     student = file.parent / "flux-distilled"
     if not is_finished(student):
         distill_guidance("tiny-flux", teacher, student, PLANS["distillation"], PICTURES, device)
-    publish(student, file)
+    publish(train_two_sizes(student, file.parent / "flux-two-sizes", device), file)
 
 
 def make_sana(file: Path, device: str):
     """Uniform times in the end: the logit-normal ones seldom reach either end of the path."""
     first = train_model("sana", file.parent, device)
     second = train_model("sana uniform", file.parent, device, init=first)
-    publish(second, file)
+    publish(train_two_sizes(second, file.parent / "sana-two-sizes", device, t_sampling="uniform"), file)
 
 
 class Stage(NamedTuple):
@@ -308,6 +316,52 @@ def distill_guidance(name: str, teacher_run: Path, out: Path, plan: Plan, pictur
                      objective="distill", classes=[], ae_weights=info.get("ae_weights"), steps=plan.steps)
         write_run(run, facts, named, averaged)
     print(f"wrote {out}/")
+
+
+def train_two_sizes(init: Path, out: Path, device: str, plan: Plan | None = None,
+                    settings: DataSettings | None = None, t_sampling: str = "logit-normal") -> Path:
+    """A run that goes on from `init` at its own size and at half of it, drawn for every step. Small pictures
+    have a quarter of the tokens, spread over the same positions. A distilled FLUX learns by the guided loss
+    (Eq. 7), which needs no teacher. plan: another than that of PLANS; settings: other pictures than PICTURES
+    procedural ones."""
+    plan = plan or PLANS["two sizes"]
+    settings = settings or DataSettings(pictures=PICTURES)
+    if is_finished(out):
+        return out
+    model, info = load_run(init, device)
+    cfg = model.cfg
+    small = replace(cfg, res=cfg.res // 2, **({"pos_step": 2.0} if hasattr(cfg, "pos_step") else {}))
+    dtype = torch.bfloat16 if bf16_is_fast(device) else torch.float32
+    names = [key for key, _ in model.named_parameters()]
+    named = list(prepare_for_training(model, names, device).items())
+    weights = {cfg.ae: info.get("ae_weights")}
+    data = [open_data(size, open_pictures(size, info, settings), weights, settings, device, dtype)
+            for size in (small, cfg)]
+    model.null = data[0].null
+    objective = pick_objective(cfg, t_sampling=t_sampling)
+
+    def loss(indices, generator):
+        if torch.rand((), generator=generator) < 0.5:
+            model.cfg, seen = small, data[0]
+        else:
+            model.cfg, seen = cfg, data[1]
+            indices = indices[: max(1, len(indices) // 4)]
+        z, _ = seen.cache.batch(indices, generator)
+        return objective.train_loss(model, z[cfg.ae].to(device), seen.conditions(indices), generator)
+
+    model.train()
+    resume = has_state(out)
+    with open_run("two-sizes", str(out), resume) as run:
+        flags = argparse.Namespace(init=str(init), plan=asdict(plan), t_sampling=t_sampling, resume=resume)
+        run.settle("make_weights", flags, {"small": data[0].cache.facts(), "large": data[1].cache.facts()})
+        _, averaged = train(run, "train", model, named, loss, len(data[0].cache), plan, dtype=dtype)
+        model.cfg = cfg
+        # where the weights came from is no fact of these
+        facts = {key: value for key, value in info.items() if key != "file"}
+        facts |= dict(model=config_dict(cfg), steps=plan.steps + info.get("steps", 0))
+        write_run(run, facts, named, averaged)
+    print(f"wrote {out}/")
+    return out
 
 
 # ---- files ---------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from PIL import Image
 
 import finetune
 import train
+from align import Objective
 from autoencoder import AUTOENCODERS, build_autoencoder
 from checkpoints import load_autoencoder, load_run, read_config, read_tensors, write_tensors
 from experiments import align_autoencoder, causes, make_weights, strategies
@@ -25,7 +26,7 @@ from lora import LoRALinear, add_lora
 from model import BASES, FAMILIES, Flux
 from sample import guided_velocity, path
 from shapes import ShapesSource, load_classifier, shapes
-from train import Plan
+from train import DataSettings, Plan
 
 AE_PLAN = Plan(4, 1e-3, 3, warmup=2, schedule="linear", clip=1.0, save_every=2)
 
@@ -180,6 +181,7 @@ def test_what_is_finished_is_not_made_again_and_installed_only_if_asked(stages):
 def short(tmp_path, monkeypatch):
     """Every stage in two steps of few pictures, without compiling, in a working folder."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(make_weights, "PICTURES", 8)
     for name, plan in make_weights.PLANS.items():
         monkeypatch.setitem(make_weights.PLANS, name, replace(plan, steps=2, batch=2, save_every=1))
     for name, flags in make_weights.FLAGS.items():
@@ -214,6 +216,32 @@ def test_a_model_is_made_on_the_new_kl_vae_and_published_without_paths(short, tm
     assert read_config(made)["kind"] == "scratch"
     shipped = make_weights.HERE / "weights/tiny-dit.safetensors"
     assert read_tensors(made).keys() == read_tensors(shipped).keys()
+    # two steps at one size, two at both
+    assert read_config(made)["steps"] == 4
+
+
+def test_a_base_of_two_sizes_learns_as_many_tokens_of_each_and_keeps_its_own(short, tiny_base, monkeypatch):
+    monkeypatch.setattr(train, "plot_curves", lambda *args: None)
+    seen = set()
+
+    def train_loss(self, model, z, y, generator, own=Objective.train_loss):
+        seen.add((model.cfg.res, model.cfg.pos_step, *z.shape, len(y)))
+        return own(self, model, z, y, generator)
+
+    monkeypatch.setattr(Objective, "train_loss", train_loss)
+    flags = "--init scratch --num-classes 8 --pictures 8 --batch 2 --train-steps 1 --previews 0 --device cpu"
+    finetune.main(["--base", "test", "--out", "first", *flags.split()])
+    seen.clear()
+    plan = Plan(8, 1e-3, 8, ema=0.9)
+    run = make_weights.train_two_sizes(Path("first"), Path("second"), "cpu", plan, DataSettings(pictures=16))
+    # 8 latents of 4x4 cells, 2 of 8x8
+    assert seen == {(32, 2.0, 8, 4, 4, 4, 8), (64, 1.0, 2, 4, 8, 8, 2)}
+    model, info = load_run(run)
+    assert (model.cfg.res, model.cfg.pos_step, info["steps"]) == (64, 1.0, 9)
+    assert train.read_settings(run)["facts"]["small"]["pictures"] == 16
+    # a finished one is not trained again
+    seen.clear()
+    assert make_weights.train_two_sizes(Path("first"), Path("second"), "cpu") == run and not seen
 
 
 # ---- causes.py -----------------------------------------------------------------------------------
