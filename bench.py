@@ -4,6 +4,7 @@
     python bench.py --res all                       1K, 2K and 4K: Table 5 and Fig. 8
     python bench.py --model sana-1.6b               Table 2: images a minute by batch; --model dit-xl: Table 1
     python bench.py --model flux-krea --train       time and memory of an optimizer step of each stage
+    python bench.py --res all --quant               DC-Gen in 4 bits: Table 6; the paper's is of an RTX 5090
     python bench.py --res 1024 --against diffusers  the same work by the diffusers library, in turns with ours
     python bench.py --res all --no-latency          only what is counted: floors of time and memory
 
@@ -66,7 +67,9 @@ from fast import (
     LiveBytes, attention_priority, bf16_is_fast, compile_decoder, compile_layers, count_cost,
     example_condition, peak_gib, pixels_on_host, synchronized_time, timed)
 from flags import Parser, add_device_arg, at_least, device_here, positive, run_main, within
-from quant import fp8_linears
+from quant import (
+    FORMATS, MODULATIONS, QuantLinear, arithmetic, e4m3_rows, encode, format_name, fp8_linears,
+    multiplies_fp4, multiplies_fp8, pack, plan, swizzle, weight_bytes)
 from sample import Pipeline, Speed, free_path, integrate, latent_size, short_hash, time_grid
 from train import autocast, count_parameters, named_parameters_with, prepare_for_training, trainable_prefixes
 from align import RECIPES, Objective, embedding_loss, flow_matching_loss, guided_flow_matching_loss
@@ -97,6 +100,14 @@ PAPER = {
     ("sana-4.8b", 1024): Figures((37.68, 146.23)),                   # Table 2
     ("dit-xl", 256): Figures((2.44 * 60, 12.00 * 60)),               # Table 1, there in images/s
     ("dit-xl", 512): Figures((0.85 * 60, 4.03 * 60)),
+}
+
+# Table 6, on one RTX 5090, by pixels: seconds of a step and of an image, of the base, DC-Gen, and DC-Gen by
+# SVDQuant in NVFP4. Its images hold the text encoders, which come and go where the model is in bf16
+PAPER_5090 = {
+    1024: ((0.42, 22.33), (0.07, 15.17), (0.03, 0.65)),
+    2048: ((2.12, 56.91), (0.14, 16.38), (0.05, 0.99)),
+    4096: ((19.22, 486.96), (0.42, 22.33), (0.16, 3.52)),
 }
 
 WHY_TWO_RATIOS = """\
@@ -245,7 +256,8 @@ def build_pair(
         base = FAMILIES[type(pair[0].cfg)](pair[0].cfg)
         autoencoders = [build_autoencoder(ae_config(work.cfg.ae)) for work in pair]
     base = init_random_(base, device, dtype, seed)
-    # new embedder and head, the base's own blocks
+    # new embedder and head, the same ones at every call, and the base's own blocks
+    torch.manual_seed(seed)
     deep = to_deep_model(base, pair[1].cfg).to(dtype).eval()
     if base.cfg.text_encoder:
         base.null = deep.null = random_condition(base.cfg, 1, device, dtype, seed + 1)
@@ -300,6 +312,10 @@ class Variant(Pipeline):
         if work.cfg.predict == "epsilon":
             self.times = time_grid(self.num_steps, start=0.5)
         if "fp8" in switches:
+            if not multiplies_fp8(self.device):
+                name = torch.cuda.get_device_name(self.device)
+                raise ValueError(f"{name} does not multiply FP8; that takes Ada or Hopper, compute capability "
+                                 "8.9 or more")
             fp8_linears(self.model, made=quantised)
         if "compile" in switches:
             compile_layers(self.model.blocks, **(compiler or {}))
@@ -715,6 +731,132 @@ def throughput_rows(pair: tuple[Workload, Workload], batches: list[int], setting
                 paper_per_min=work.paper_per_min)
 
 
+# ---- rows: few bits ----------------------------------------------------------------------------------
+
+RANK = 32                               # SVDQuant's
+
+
+def product_rates(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+    """FLOP/s of a large product on this device in its own type and in each form that it multiplies, at best.
+    What a model's products would take at these rates is its floor here."""
+    size = 8192 if device.type == "cuda" else 512
+    x = torch.randn(size, size, device=device)
+    wide = x.to(dtype)
+    products = {"own": partial(torch.mm, wide, wide)}
+    product = partial(torch._scaled_mm, out_dtype=torch.bfloat16)
+    if device.type == "cuda" and multiplies_fp8(device):
+        codes, scale = e4m3_rows(x)
+        columns = scale.t().contiguous()
+        products["fp8"] = partial(product, codes, codes.t(), scale, columns, use_fast_accum=True)
+    if multiplies_fp4(device):
+        codes, scales = encode(x, FORMATS["nvfp4"])
+        codes = pack(codes).view(torch.float4_e2m1fn_x2)
+        products["nvfp4"] = partial(product, codes, codes.t(), swizzle(scales), swizzle(scales))
+    rates = {}
+    for name, run in products.items():
+        seconds = []
+        for _ in range(20):
+            start = synchronized_time(device)
+            run()
+            seconds.append(synchronized_time(device) - start)
+        rates[name] = 2 * size**3 / min(seconds)
+    return rates
+
+
+def floor_seconds(work: Workload, num_steps: int, linear_rate: float, rate: float) -> tuple[float, float]:
+    """The least seconds of a step and of an image: linear maps at one rate, all else at the other."""
+    counted = theory(work)
+    step = counted["linear_tf"] / linear_rate + (counted["step_tf"] - counted["linear_tf"]) / rate
+    return 1e12 * step, 1e12 * (num_steps * step + counted["decode_tf"] / rate)
+
+
+def quantise_in_place(model: nn.Module, form: str):
+    """Quantise a model with random weights as a calibrated one would be: its smoothing factors are ones,
+    which take their time all the same. Every layer is freed before the next is made."""
+    if form == "fp8":
+        fp8_linears(model)
+        return
+    for name, kept in plan(model, form, RANK).items():
+        layer = model.get_submodule(name)
+        smooth = None
+        if not re.fullmatch(MODULATIONS, name):
+            smooth = torch.ones(layer.weight.shape[1], device=layer.weight.device)
+        model.set_submodule(name, QuantLinear(layer, **kept, smooth=smooth))
+
+
+def quant_rows(pair: tuple[Workload, Workload], forms: list[str], settings: Settings, until: float):
+    """Table 6: DC-Gen and its base as they are, and DC-Gen in each form, one image at a time, with every
+    switch but fp8. Yields every row once it is finished; 4 bits with rounded inputs (W4A4) and without
+    (W4A16)."""
+    rates = product_rates(settings.device, settings.dtype)
+    on = switches_up_to(settings.fastest, settings.device)
+    ours = settings.precision("eager")
+    reference = None
+
+    def timed_row(i: int, parts: tuple, facts: dict | None = None) -> dict:
+        work = pair[i]
+        make = partial(Variant, work, *parts, on, compiler=settings.compiler, num_steps=settings.num_steps)
+        name = format_name(facts) if facts else ours
+        is_long = settings.has_long_steps(work)
+        if is_long:
+            rows, variants = measure({name: make}, 3, steps=1)
+        else:
+            now = time.perf_counter()
+            rows, variants = measure({name: make}, settings.repeats, settings.warm, now + (until - now) / 4)
+        row = dict(work=work.name, res=work.res, numbers=name) | rows[name]
+        if facts and reference and name in variants:
+            row["error"], _ = attempt(relative_error, variants[name], *reference)
+        return row | quant_figures(row, work, i, parts[0], facts, rates, settings)
+
+    # DC-Gen first: if time or memory ends early, its rows are there
+    models = build_pair(pair, settings.device, settings.dtype, settings.seed)
+    eager = Variant(pair[1], *models[1], ("eager",), num_steps=settings.num_steps)
+    x0 = eager.noise()
+    steps = min(3, eager.num_steps)
+    latent, _ = attempt(eager.denoise, x0, steps)
+    if latent is not None:
+        reference = (x0, steps, latent)
+    del eager
+    for i in (1, 0):
+        yield timed_row(i, models[i])
+        free()
+    for form in forms:
+        # the base's trunk is DC-Gen's own: both have to go before few bits save any memory
+        models = None
+        free()
+        _, parts = build_pair(pair, settings.device, settings.dtype, settings.seed)
+        quantise_in_place(parts[0], form)
+        for activations in (True, False) if form in FORMATS else (True,):
+            for layer in parts[0].modules():
+                if isinstance(layer, QuantLinear) and layer.smooth is not None:
+                    layer.activations = activations
+            yield timed_row(1, parts, dict(form=form, rank=RANK, activations=activations))
+            free()
+
+
+def quant_figures(row: dict, work: Workload, i: int, model, facts: dict | None, rates: dict,
+                  settings: Settings) -> dict:
+    """What a measured row is to be compared with: floors of this device, the paper's figures, notes."""
+    figures = dict(weights_gb=weight_bytes(model) / 1e9, arithmetic="", notes="")
+    if facts:
+        figures["arithmetic"] = arithmetic(facts["form"], facts["activations"], settings.device).split(":")[0]
+    if "failed" in row:
+        return figures | dict(notes=f"FAILED, {row['failed']}")
+    num_steps = settings.num_steps or work.num_steps
+    # inputs in 16 bits are multiplied in 16 bits
+    multiplied = facts["form"] if facts and facts["activations"] else "own"
+    linear_rate = rates.get(multiplied, rates["own"])
+    step, image = floor_seconds(work, num_steps, linear_rate, rates["own"])
+    figures |= dict(step_ms=row["denoise_ms"] / num_steps, floor_step_ms=1e3 * step, floor_s=image)
+    if work.name.endswith("flux-krea") and work.res in PAPER_5090 and (not facts or facts["form"] == "nvfp4"):
+        column = 2 if facts else i
+        figures["paper_step_ms"] = 1e3 * PAPER_5090[work.res][column][0]
+        figures["paper_s"] = PAPER_5090[work.res][column][1]
+    if facts and not (row["error"] or math.inf) < 0.5:               # true for nan as well
+        figures["notes"] = "DRAWS SOMETHING ELSE than eager"
+    return figures
+
+
 # ---- rows: training ----------------------------------------------------------------------------------
 
 def train_rows(pair: tuple[Workload, Workload], plans: list, batch: int, settings: Settings):
@@ -840,6 +982,8 @@ COLUMNS = {
     "throughput": "work res precision batch denoise_per_min with_decode_per_min peak_gib "
                   "paper_per_min",
     "ratios": "work res switch denoise against_our_base against_paper_base paper",
+    "quant": "work res numbers weights_gb step_ms floor_step_ms paper_step_ms image_s floor_s paper_s "
+             "peak_gib error first_s arithmetic notes",
     "train": "work res stage batch trainable_m images_per_s peak_gib schedule h100_days notes",
     "memory": "work res batch frozen trained gradients optimizer average activations total",
     "floors": "work res tokens passes linear_tf attention_tf step_tf decode_tf image_tf floor_bf16_s "
@@ -850,6 +994,8 @@ TITLES = {
     "throughput": "images a minute, from noise to latent, and to bytes with the decoder; the paper does not "
                   "say whether its figures include it",
     "ratios": "times faster than the base",
+    "quant": "few bits, one image at a time; floors at the rates of this device's own large products; the "
+             "paper's figures are of an RTX 5090 (Table 6), its images with the text encoders",
     "train": "an optimizer step of each stage; the schedule is the paper's Table 7, steps and batch",
     "memory": "stage 3 at full size, counted, GiB: LoRA; large models in bf16, their blocks recomputed",
     "floors": "floors of the full models, counted: linear maps at 800 TFLOP/s in bf16 or 1100 in FP8, all "
@@ -943,6 +1089,8 @@ def parser() -> Parser:
                            "FLUX)")
     work.add_argument("--latency", action=argparse.BooleanOptionalAction, default=True,
                       help="the rows of one image at a time (default yes)")
+    work.add_argument("--quant", nargs="*", choices=("fp8", *FORMATS), metavar="FORM",
+                      help="time DC-Gen in few bits instead: fp8, nvfp4, int4 (default nvfp4)")
     work.add_argument("--train", action="store_true", help="time post-training steps instead")
     work.add_argument("--train-batch", type=count, metavar="N",
                       help="images a training step (default: 1 for FLUX, 16 otherwise)")
@@ -976,8 +1124,8 @@ def check_args(args):
     """ValueError for flags that ask for what cannot be timed."""
     if args.device == "cpu" and list(args.switches) == ["graph"]:
         raise ValueError("--switches graph: that needs a GPU")
-    if args.against and args.train:
-        raise ValueError("--train and --against are different things to time; one of them at a time")
+    if sum(map(bool, (args.against, args.train, args.quant is not None))) > 1:
+        raise ValueError("--train, --quant and --against are different things to time; one of them at a time")
     if args.against and isinstance(BASES[args.model], DiTConfig):
         raise ValueError("--against diffusers: FLUX and SANA are compared; its DiT has an embedder in every "
                          "block and is another work")
@@ -1034,7 +1182,7 @@ def main(argv=None):
     out = free_path(f"{args.out}.json", result["settings"]) if args.out else None
     result |= {kind: [] for kind in COLUMNS}
     print(f"{result['device']}, torch {result['torch']}, {result['dtype']}, {result['date']}")
-    if not on_gpu and (args.train or args.latency or args.batches):
+    if not on_gpu and (args.train or args.quant is not None or args.latency or args.batches):
         print(NO_GPU.format(TWINS[type(BASES[args.model])], args.model))
 
     def keep(kind: str, rows):
@@ -1058,6 +1206,9 @@ def main(argv=None):
             memory = training_memory(dc.cfg, batch, dc.grid, recipe.rank)
             keep("memory", [dict(work=dc.name, res=dc.res, batch=batch) | memory])
             continue
+        if args.quant is not None:
+            keep("quant", quant_rows(pair, args.quant or ["nvfp4"], settings, until))
+            continue
         if args.latency:
             keep("rows", latency_rows(pair, settings, bool(args.against), until))
         keep("throughput", throughput_rows(pair, args.batches, settings, until))
@@ -1071,7 +1222,7 @@ def main(argv=None):
         chart(out.with_suffix(".png"), result["rows"], title)
     # last, so that a program finds it
     print(json.dumps(result))
-    failed = [row for kind in ("rows", "train") for row in result[kind] if "failed" in row]
+    failed = [row for kind in ("rows", "quant", "train") for row in result[kind] if "failed" in row]
     if failed:
         sys.exit(f"{len(failed)} rows failed")
 

@@ -322,6 +322,74 @@ def test_what_was_timed_is_kept_when_the_rest_fails_or_is_killed(
     assert [row["failed"] for row in rows if "failed" in row] == failed
 
 
+def test_few_bits_of_the_twins_beside_the_floors_of_this_machine(capfd):
+    """The rows of Table 6, and the same codes with inputs in 16 bits."""
+    flags = ["--res", "1024", "--num-steps", "2", "--switches", "eager", "--quant", "nvfp4", "fp8"]
+    result, printed = run(capfd, *flags)
+    rows = result["quant"]
+    own = result["dtype"]
+    assert [(row["work"], row["numbers"]) for row in rows] == [
+        ("dc-gen-tiny-flux", own), ("tiny-flux", own), ("dc-gen-tiny-flux", "nvfp4 W4A4 rank 32"),
+        ("dc-gen-tiny-flux", "nvfp4 W4A16 rank 32"), ("dc-gen-tiny-flux", "fp8")]
+    plain, _, rounded, weights_only, fp8 = rows
+    for row in rows:
+        assert 0 < row["floor_step_ms"] and row["step_ms"] > 0 and row["notes"] == ""
+        assert row["floor_s"] > 2e-3 * row["floor_step_ms"]
+        assert "paper_s" not in row                                  # those of full models only
+    # the fewer bits, the farther from eager; the fewer bytes
+    assert 0 < fp8["error"] < rounded["error"] and 0 < weights_only["error"] < rounded["error"] < 0.5
+    assert rounded["weights_gb"] == weights_only["weights_gb"] < fp8["weights_gb"] < plain["weights_gb"]
+    assert {row["arithmetic"] for row in rows[2:]} == {"turned back into wide numbers at every product"}
+    assert "of an RTX 5090 (Table 6)" in printed
+
+
+def test_table_6_is_the_papers():
+    """The speedups that the paper names, from the base to SVDQuant, of a step and of an image."""
+    named = {1024: (14.00, 34.35), 2048: (42.40, 57.48), 4096: (120.13, 138.34)}
+    for res, (base, _, quantised) in bench.PAPER_5090.items():
+        ratios = [a / b for a, b in zip(base, quantised)]
+        assert ratios == pytest.approx(named[res], abs=0.01)
+
+
+@pytest.mark.parametrize("facts, linear_rate, paper", [
+    (None, 100e12, (19220, 486.96)),
+    (dict(form="nvfp4", rank=32, activations=True), 400e12, (160, 3.52)),
+    (dict(form="nvfp4", rank=32, activations=False), 100e12, (160, 3.52)),
+    (dict(form="fp8"), 200e12, (None, None)),
+    (dict(form="int4", rank=32, activations=True), 100e12, (None, None)),
+])
+def test_floors_in_few_bits_by_hand(facts, linear_rate, paper):
+    """Of 4K on a card of 100, 200 and 400 TFLOP/s: only what it multiplies is faster."""
+    work = workloads("flux-krea", 4096)[0]
+    facts = facts and {"activations": True, **facts}
+    row = dict(denoise_ms=20_000, error=0.1)
+    settings = bench.Settings(CPU, torch.bfloat16, SWITCHES, {})
+    rates = dict(own=100e12, fp8=200e12, nvfp4=400e12)
+    figures = bench.quant_figures(row, work, 0, torch.nn.Linear(2, 2), facts, rates, settings)
+    counted = theory(work)
+    step = counted["linear_tf"] * 1e12 / linear_rate + (counted["step_tf"] - counted["linear_tf"]) / 100
+    assert figures["floor_step_ms"] == pytest.approx(1e3 * step)
+    assert figures["floor_s"] == pytest.approx(20 * step + counted["decode_tf"] / 100)
+    assert figures["step_ms"] == 1000
+    assert (figures.get("paper_step_ms"), figures.get("paper_s")) == paper
+
+
+@pytest.mark.parametrize("error", [None, math.nan, 0.6])
+def test_few_bits_that_draw_something_else_are_noted(error):
+    facts = dict(form="int4", rank=32, activations=True)
+    settings = bench.Settings(CPU, torch.bfloat16, SWITCHES, {})
+    row = dict(denoise_ms=1, error=error)
+    work = workloads("flux-krea", 1024, twin=True)[1]
+    figures = bench.quant_figures(row, work, 1, torch.nn.Linear(2, 2), facts, dict(own=1e12), settings)
+    assert figures["notes"] == "DRAWS SOMETHING ELSE than eager"
+
+
+def test_a_product_here_has_a_rate():
+    rates = bench.product_rates(CPU, torch.float32)
+    assert set(rates) == {"own"}
+    assert 1e8 < rates["own"] < 1e14
+
+
 def test_throughput_of_the_twins(capfd):
     flags = ["--model", "dit-xl", "--res", "256", "--num-steps", "2", "--no-latency", "--batches", "3"]
     result, _ = run(capfd, *flags, "--switches", "hoist")
@@ -369,6 +437,7 @@ def test_training_steps_of_the_twins_and_the_counted_memory_of_stage_3(capfd):
     (["--res", "big"], "1024, 2048, 4096\\), or all"),
     (["--model", "dit-xl", "--against", "diffusers"], "FLUX and SANA are compared"),
     (["--train", "--against", "diffusers"], "one of them"),
+    (["--train", "--quant"], "one of them"),
     (["--device", "tpu"], "--device tpu: unknown; give cpu"),
     (["--device", "cuda:99"], "--device cuda:99: this "),
     (["--res", "0"], "--res 0: give pixels a side"),
