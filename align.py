@@ -49,7 +49,7 @@ from torch import Tensor
 
 from autoencoder import AUTOENCODERS, ae_config
 from checkpoints import config_dict, exportable, load_base, read_base_config
-from evaluate import gap_table, layer_gap, plot_gap
+from evaluate import gap_table, layer_gap, plot_gap, target_of
 from fast import peak_gib
 from model import to_deep_latent, to_deep_model, where_conditions
 from sample import (
@@ -74,6 +74,7 @@ class Recipe:
     then: str | None = None                 # the next one: f32 serves up to 1K, f64 serves 2K and 4K
     rank: int = 256                         # of LoRA in stage 3; alpha is the same
     pictures: int | None = None             # number of procedural ones (bundled bases)
+    match: str = "downsample"               # what Eq. 1 compares: one of MATCHES
     shift: float | str = 1.0                # of times: a number, or a rule of model.resolve_shift
     pos_step: float = 1.0                   # distance between neighbouring tokens, in positions of the base
     guidance: tuple[float, float] = (1.0, 14.0)    # range of g in training, as in the authors' code
@@ -88,7 +89,7 @@ TINY = Recipe(
     stage1=Plan(steps=400, lr=1e-2, batch=64),
     stage2=Plan(steps=1000, lr=5e-3, batch=64, schedule="cosine"),
     stage3=Plan(steps=2000, lr=1e-3, batch=64, schedule="cosine", **{**STAGE3, "warmup": 50}),
-    pictures=4096, rank=32, pos_step=2.0, guidance=(1.0, 8.0))
+    pictures=4096, rank=32, match="resize", pos_step=2.0, guidance=(1.0, 8.0))
 
 # pos_step: a base that was trained at one size only (DiT, the bundled ones) has its new tokens spread over
 # the positions that it was trained with. FLUX was trained at many sizes, so a smaller grid uses step 1, as in
@@ -171,7 +172,7 @@ def pooled_base_tokens(base, z_base: Tensor, grid: tuple[int, int]) -> Tensor:
     return F.adaptive_avg_pool2d(grid_tokens(base, z_base).float(), grid)
 
 
-MATCHES = ("downsample", "upsample")
+MATCHES = ("downsample", "upsample", "resize")
 
 
 def embedding_loss(model, base, z_dc: Tensor, z_base: Tensor, match: str = "downsample") -> Tensor:
@@ -180,9 +181,11 @@ def embedding_loss(model, base, z_dc: Tensor, z_base: Tensor, match: str = "down
 
     match: "downsample"  the base's embeddings averaged over each new cell (the paper)
            "upsample"    the new ones brought up to the base's grid, bilinear (the authors' guides)
+           "resize"      the base's embeddings of the picture at the size at which both grids are one (ours):
+                         z_base comes from there, and nothing is left to average
     Each embedder has added its own grid's positions (as in the authors' code for DiT)."""
     new = grid_tokens(model, z_dc)                                   # B D H'/p' W'/p'
-    if match == "downsample":
+    if match != "upsample":
         return F.mse_loss(new, pooled_base_tokens(base, z_base, new.shape[-2:]).to(new.dtype))
     grid = [side // base.cfg.patch_size for side in z_base.shape[-2:]]
     old = pooled_base_tokens(base, z_base, grid).to(new.dtype)       # B D H/p W/p: as they are
@@ -413,8 +416,10 @@ def solve_head(model, batches, dtype=torch.float32, guided: bool = False) -> flo
 
 @dataclass
 class Alignment:
-    """A base, its deep sibling, and what they learn from: what every stage takes."""
+    """A base, its deep sibling, and what they learn from: what every stage takes. target: the base as Eq. 1
+    reads it."""
     base: nn.Module
+    target: nn.Module
     model: nn.Module
     data: RunData
     objective: Objective
@@ -441,14 +446,14 @@ class Alignment:
 
 def align_embedder_exactly(a: Alignment):
     """Stage 1 in closed form: one pass over all pictures."""
-    loss = solve_embedder(a.model, a.base, (a.pairs(indices) for indices in a.data.cache.batches(256)))
+    loss = solve_embedder(a.model, a.target, (a.pairs(indices) for indices in a.data.cache.batches(256)))
     print(f"stage 1 in closed form: loss {loss:.5f} over {len(a.data.cache)} pictures")
 
 
 def align_embedder_by_adamw(a: Alignment, plan: Plan, match: str):
     """Stage 1 as in the paper."""
     def loss(indices, generator):
-        return embedding_loss(a.model, a.base, *a.pairs(indices), match), {}
+        return embedding_loss(a.model, a.target, *a.pairs(indices), match), {}
 
     named = named_parameters_with(a.model, (a.model.EMBEDDER,))
     log, _ = train(a.run, "stage1", a.model, named, loss, len(a.data.cache), plan, seed=a.seed)
@@ -495,10 +500,6 @@ class Report:
         self.images = []
         self.gaps = {}
 
-    def tokens(self, model) -> int:
-        z = self.a.data.val_latents[model.cfg.ae]
-        return z.shape[-1] * z.shape[-2] // model.cfg.patch_size**2
-
     def add(self, stage: str, model):
         """Draw and score the model as it is after a stage, and print the row."""
         a = self.a
@@ -521,14 +522,14 @@ class Report:
         print("  " + ", ".join([stage, *cells]), flush=True)
 
     def gap(self, model) -> list[float]:
-        """The gap of every layer on clean latents of 64 unseen pictures."""
+        """The gap of every layer to the target of Eq. 1, on clean latents of 64 unseen pictures."""
         a = self.a
         z_dc = a.data.val_latents[model.cfg.ae][:64]
-        z_base = a.data.val_latents[a.base.cfg.ae][:64]
+        z_base = a.data.val_latents[a.base.cfg.ae][:64]              # as the target reads them
         y = a.objective.with_guidance(a.data.val_conditions[:64], torch.zeros(len(z_dc)))
         frozen = next(model.blocks[0].parameters()).dtype
         with autocast(a.device, a.dtype if frozen != torch.float32 else torch.float32):
-            return layer_gap(model, a.base, z_dc, z_base, y)
+            return layer_gap(model, a.target, z_dc, z_base, y)
 
     def write(self, facts: dict[str, str]):
         """Print the table of gaps; write the pictures and the plot of the gaps."""
@@ -571,8 +572,9 @@ def parser() -> Parser:
         help="AdamW steps of stage 1 (default: the recipe's); 0 = no stage 1, by either solver")
     stages.add_argument("--lr1", type=positive, help="its learning rate (default: the recipe's)")
     stages.add_argument(
-        "--match", default="downsample", choices=MATCHES,
-        help="stage 1 by AdamW: on which grid embeddings are compared (default downsample)")
+        "--match", choices=MATCHES,
+        help="Eq. 1 against the base's embeddings averaged over each new cell; with the new ones brought up to "
+             "the base's grid (by AdamW); or against those of a resized, smaller picture (default: the recipe's)")
     stages.add_argument(
         "--head-samples", type=at_least(int, 0), default=8192,
         help="closed form: noisy samples for the head; 0 = leave it random (default 8192)")
@@ -593,6 +595,7 @@ def deep_config(base_cfg, args):
     args.ae = ae.name
     args.pos_step = args.pos_step or recipe.pos_step
     args.shift = recipe.shift if args.shift is None else args.shift
+    args.match = args.match or recipe.match
     # a base that is a deep run has spread positions already, so steps multiply
     pos_step = args.pos_step * getattr(base_cfg, "pos_step", 1.0)
     cfg = resized(to_deep_latent(base_cfg, ae, pos_step, args.shift), args.res, args.text_tokens)
@@ -633,11 +636,11 @@ def align(args, run: Run, device: torch.device):
 
     # what is wrong with flags and pictures shows before any weights are read
     check_paths(args, *PATHS)
-    if args.solver == "closed-form" and args.match != "downsample":
-        raise ValueError(f"--match {args.match} has no closed form here; use --solver adamw")
     base_cfg, base_info = read_base_config(args.base)
     recipe = recipe_of(base_cfg)
     cfg = deep_config(base_cfg, args)
+    if args.solver == "closed-form" and args.match == "upsample":
+        raise ValueError(f"--match {args.match} has no closed form here; use --solver adamw")
     objective = settled_objective(cfg, args)
     stage1 = planned(recipe.stage1, args, steps="stage1_steps", lr="lr1")
     stage2 = planned(recipe.stage2, args, steps="stage2_steps", lr="lr2", **PLAN_FLAGS)
@@ -656,15 +659,18 @@ def align(args, run: Run, device: torch.device):
 
     # the same pictures in both latent spaces
     weights = {base.cfg.ae: args.base_ae_weights or info.get("ae_weights"), cfg.ae: args.ae_weights}
+    target = target_of(base, cfg, args.match)
+    sizes = {base.cfg.ae: target.cfg.res} if args.match == "resize" else None
     with rank0_first():
-        data = open_data(cfg, pictures, weights, settings, device, dtype)
+        data = open_data(cfg, pictures, weights, settings, device, dtype, sizes)
     base.null = model.null = data.null
     run.settle("align", args, {"base weights": info["base_print"], **data.cache.facts()})
-    a = Alignment(base, model, data, objective, run, device, dtype, args.seed)
+    a = Alignment(base, target, model, data, objective, run, device, dtype, args.seed)
     # only the bundled pictures have something that scores them
     report = Report(a, args.count if not args.images else 0, preview_count(args, model), args.cfg_scale)
-    print(f"{args.base}: {base.cfg.ae} patch {base.cfg.patch_size}, {report.tokens(base)} tokens -> "
-          f"{cfg.ae} patch {cfg.patch_size}, {report.tokens(model)} tokens; "
+    tokens = [(cfg.res // ae_config(c.ae).f // c.patch_size) ** 2 for c in (base.cfg, cfg)]
+    print(f"{args.base}: {base.cfg.ae} patch {base.cfg.patch_size}, {tokens[0]} tokens -> "
+          f"{cfg.ae} patch {cfg.patch_size}, {tokens[1]} tokens; "
           f"{len(data.cache)} pictures, {dtype} -> {run.folder}")
     note_export(cfg)
     report.add("base", base)
@@ -697,7 +703,7 @@ def align(args, run: Run, device: torch.device):
     else:
         steps += stage1.steps
     info |= dict(kind="align", model=config_dict(cfg), classes=list(data.source.classes), images=args.images,
-                 captions=args.captions, ae_weights=args.ae_weights, objective=objective.name,
+                 captions=args.captions, ae_weights=args.ae_weights, objective=objective.name, match=args.match,
                  steps=steps + stage2.steps, stages=report.rows, gaps=report.gaps)
     report.write({"seed": str(args.seed), "cfg_scale": str(args.cfg_scale)})
     write_run(run, info, named_parameters_with(model, prefixes))

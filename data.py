@@ -35,6 +35,7 @@ except ImportError:                         # Windows, where folders are not loc
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
@@ -163,10 +164,12 @@ class LatentCache:
 
     The folder's name is a hash of all that decides the latents; meta.json spells it out and counts the
     finished rows: a killed filling goes on there, to the same bytes. What is missing, short or of another
-    source is refused with the reason (ValueError), and so is a disk without room for all of it."""
+    source is refused with the reason (ValueError), and so is a disk without room for all of it.
+
+    sizes: {autoencoder: pixels} of those that see the pictures at a smaller size than the source's."""
 
     def __init__(self, root, source, autoencoders: list, n: int | None = None, flip: bool = False,
-                 batch: int | None = None, device="cpu"):
+                 batch: int | None = None, device="cpu", sizes: dict[str, int] | None = None):
         n = min(n or len(source), len(source))
         # the key: all that decides the latents
         made_by = []
@@ -175,6 +178,9 @@ class LatentCache:
             made_by.append({**settings, "weights": fingerprint(ae)})
         self.what = dict(
             layout=2, source=source.identity, n=n, flip=flip, dtype="float16", autoencoders=made_by)
+        self.sizes = sizes or {}
+        if self.sizes:
+            self.what["sizes"] = self.sizes
         key = hashlib.sha256(json.dumps(self.what, sort_keys=True).encode()).hexdigest()[:12]
         self.dir = Path(root) / f"latents-{key}"
         self.source = source
@@ -252,9 +258,9 @@ class LatentCache:
 
     def _arrays_to_fill(self, finished: int, autoencoders: list) -> dict[str, np.ndarray]:
         """Every array of the cache, writable: those of a killed filling, or new ones."""
-        size = self.source.size
         shapes = {"labels": ((), np.int64)}
         for ae in autoencoders:
+            size = self.sizes.get(ae.cfg.name, self.source.size)
             latent = (ae.cfg.channels, size // ae.cfg.f, size // ae.cfg.f)
             shapes[ae.cfg.name] = latent, np.float16
             if has_posterior(ae):
@@ -291,12 +297,18 @@ class LatentCache:
             images = images.to(device).to(memory_format=torch.channels_last)
             arrays["labels"][start:end] = labels.numpy()
             for ae in autoencoders:
-                mean, std = ae.posterior(images)
+                mean, std = ae.posterior(self._as_seen(images, ae.cfg.name))
                 arrays[ae.cfg.name][start:end] = mean.float().cpu().numpy()
                 if std is not None:
                     arrays[f"{ae.cfg.name}.std"][start:end] = std.float().cpu().numpy()
             if (start // batch) % 50 == 49 or end == self.length:
                 self._commit(arrays, end, autoencoders)
+
+    def _as_seen(self, images: Tensor, autoencoder: str) -> Tensor:
+        """Pictures at the size that this autoencoder sees: averages over areas, as the embeddings are in Eq.
+        1."""
+        size = self.sizes.get(autoencoder, self.source.size)
+        return images if size == self.source.size else F.interpolate(images, (size, size), mode="area")
 
     def _commit(self, arrays: dict[str, np.ndarray], rows: int, autoencoders: list):
         """Record that so many rows are finished."""

@@ -13,8 +13,9 @@ if they come from the same number of pictures, the same features and the same re
 these.
 """
 
+import copy
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -60,6 +61,23 @@ def layer_gap(model, base, z_dc: Tensor, z_base: Tensor, y, t: float = 1.0, seed
         gap = (g - h).norm() / (h - average).norm()
         gaps.append(float(gap))
     return gaps
+
+
+def target_of(base, cfg, match: str):
+    """The base as Eq. 1 reads it for a deep model of this configuration, by align.py's --match: as it is; by
+    "resize" the same weights at the size at which its grid is the deep model's, at the same positions.
+    ValueError for a deep model with more tokens than the base."""
+    if match != "resize":
+        return base
+    pixels = [ae_config(c.ae).f * c.patch_size for c in (base.cfg, cfg)]     # a side of a token
+    if pixels[1] % pixels[0]:
+        raise ValueError(f"--match resize: a token of {pixels[1]} pixels is no multiple of the base's "
+                         f"{pixels[0]}; use --match downsample")
+    target = copy.copy(base)
+    target.cfg = replace(base.cfg, res=cfg.res * pixels[0] // pixels[1])
+    if hasattr(cfg, "pos_step"):
+        target.cfg = replace(target.cfg, pos_step=cfg.pos_step)
+    return target
 
 
 def features_on_grid(model, z: Tensor, y, t: float, seed: int) -> list[Tensor]:
@@ -507,11 +525,16 @@ class Probe:
         kind = f"pictures of {folder}" if folder else "procedural pictures"
         return f"gap: mean over layers at t = 1 on {len(self.images)} {kind}, {self.images.shape[-1]} px"
 
-    def gap(self, model, ae: Autoencoder) -> float:
-        """Mean layer gap of clean latents."""
+    def gap(self, model, info: dict, ae: Autoencoder) -> float:
+        """Mean layer gap of clean latents to what the model was aligned to."""
+        target = target_of(self.base, model.cfg, info.get("match", "downsample"))
+        images = self.images
+        if target is not self.base:
+            side = images.shape[-1] * target.cfg.res // model.cfg.res
+            images = F.interpolate(images, (side, side), mode="area")
         z_dc = ae.encode(self.images)
-        z_base = self.base_ae.encode(self.images)
-        gaps = layer_gap(model, self.base, z_dc, z_base, self.y)
+        z_base = self.base_ae.encode(images)
+        gaps = layer_gap(model, target, z_dc, z_base, self.y)
         return sum(gaps) / len(gaps)
 
 
@@ -755,7 +778,7 @@ def main(argv=None):
         tokens = (side // ae.cfg.f // model.cfg.patch_size) ** 2
         row = {"name": title, "tokens": tokens, "steps": str(info.get("steps", ""))}
         if side == res and probe.fits(model):
-            row["gap"] = probe.gap(model, ae)
+            row["gap"] = probe.gap(model, info, ae)
         table.add_model(row, model, info, ae, task, side, metrics)
 
     parts = [task.describe(table.samplers(), args.raw), probe.describe(folder), f"{dtype}, {device}"]

@@ -127,6 +127,8 @@ def load_start(args) -> Start:
     if args.init == "base":
         base, info = load_base(args.base, args.weights, dtype=None)
         torch.manual_seed(args.seed)
+        # its gap is measured to what it would have been aligned to
+        info["match"] = recipe_of(base.cfg).match
         return Start(to_deep_model(base, unaligned_config(base.cfg, args)), info)
     # 12B stays in the file's bf16: prepare_for_training makes float32 of what learns
     model, info = load_run(args.init, base_weights=args.weights, dtype=None)
@@ -136,7 +138,7 @@ def load_start(args) -> Start:
         merge_lora(model if count_parameters(model) > BIG else model.float())
         own = set(model.state_dict())
         info.pop("lora", None)
-    kept = ("base", "base_weights", "base_print", "ae_weights", "images", "captions", "steps", "lora")
+    kept = ("base", "base_weights", "base_print", "ae_weights", "images", "captions", "match", "steps", "lora")
     facts = {key: info[key] for key in kept if key in info}
     own = [p for name, p in model.named_parameters() if name in own]
     return Start(model, facts | {"from": args.init}, own)

@@ -6,6 +6,7 @@ import ast
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from align import (
 from autoencoder import AUTOENCODERS, ae_config
 from checkpoints import load_autoencoder, load_base, load_run, read_tensors
 from data import cache_prompts
-from evaluate import layer_gap
+from evaluate import layer_gap, target_of
 from helpers import ROOT, TINIES, assert_near, random_condition, random_text, relative_error, tiny_model
 from lora import add_lora, lora_state, merge_lora
 from model import BASES, to_deep_latent, to_deep_model
@@ -130,6 +131,16 @@ def test_the_loss_of_stage_1_is_zero_for_equal_embedders(match):
     base, *_ = small_pair()
     z = torch.randn(4, 4, 8, 8)
     assert float(embedding_loss(base, base, z, z, match)) < 1e-10
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny-flux", "tiny-sana", "dit-xl", "flux-krea", "sana-1.6b"])
+def test_a_resized_picture_gives_the_base_the_grid_of_the_deep_model(name):
+    cfg = BASES[name]
+    deep = align.deep_config(cfg, align.parser().parse_args(["--base", name]))
+    small = target_of(SimpleNamespace(cfg=cfg), deep, "resize").cfg
+    sides = [c.res // AUTOENCODERS[c.ae].f // c.patch_size for c in (small, deep)]
+    assert sides[0] == sides[1]
+    assert getattr(small, "pos_step", None) == getattr(deep, "pos_step", None)
 
 
 def test_the_closed_form_embedder_is_where_adamw_would_end():

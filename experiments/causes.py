@@ -1,19 +1,23 @@
-"""Why does the frozen trunk draw on the paper's models and not on ours? One cause at a time, on `tiny`.
+"""Why does the frozen trunk draw on the paper's models, and not on a base of one size? One cause at a time.
 
-    python experiments/causes.py                       every row, about 25 minutes on two CPU cores
-    python experiments/causes.py --only shipped half   some of them
+    python experiments/causes.py --one-size RUN        every row, about 20 minutes on two CPU cores
+    python experiments/causes.py --only both joint     some of them
 
-    row      base                          Eq. 1 against the base's embeddings of           deep model
-    shipped  tiny: 64 tokens, one size     the picture, averaged over 2x2 tokens            128 px, 16 tokens
-    half     tiny                          the picture at half the size (16 tokens)         128 px, 16 tokens
-    larger   tiny                          the picture at half the size (64 tokens)         256 px, 64 tokens
-    bins     tiny                          as shipped; a head in eight parts, by t          128 px, 16 tokens
-    two      trained on at two sizes       the picture, averaged over 2x2 tokens            128 px, 16 tokens
-    both     trained on at two sizes       the picture at half the size (16 tokens)         128 px, 16 tokens
+    row      base                    Eq. 1 against the base's embeddings of         deep model, and how it learns
+    one      trained at 128 px only  the picture, averaged over 2x2 tokens          128 px, 16 tokens
+    bins     128 px only             the same                                       a head in eight parts, by t
+    half     128 px only             the picture at half the size (16 tokens)       128 px, 16 tokens
+    larger   128 px only             the picture at half the size (64 tokens)       256 px, 64 tokens
+    two      tiny: 64 and 128 px     the picture, averaged over 2x2 tokens          128 px, 16 tokens
+    both     tiny                    the picture at half the size (16 tokens)       128 px, 16 tokens: the default
+    joint    tiny                    as both                                        then 1000 steps of stage 2
+    long     tiny                    as both                                        then 4000
+    held     tiny                    as both                                        1000, and 10 x Eq. 1
+    blocks   tiny                    as both                                        1000, and Eq. 1 in every block
 
-All rows are closed forms of embedder and head with the trunk frozen: no step of AdamW. The base of the last
-two rows is tiny, trained on for 600 steps at 64 px (16 tokens) and 128 px (64) in turn, positions spread over
-the same range: what FLUX and SANA have had by being trained at many sizes.
+No weight of a trunk changes in any row; those without steps are closed forms. --one-size is tiny before it saw
+its second size: `python experiments/make_weights.py --only tiny` leaves it in runs/weights/tiny. "blocks" asks
+every block for the base's features of the same picture at the same t, each model with noise of its own.
 """
 
 import sys
@@ -27,28 +31,29 @@ import torch.nn as nn
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))      # the rooms lie beside this folder
-from align import LeastSquares, Objective, solve_embedder, solve_head
+from align import TINY, LeastSquares, Objective, embedding_loss, solve_embedder, solve_head
 from autoencoder import ae_config
-from checkpoints import load_autoencoder, load_base, read_tensors, write_json, write_tensors
+from checkpoints import load_autoencoder, load_base, load_run, write_json
 from data import LatentCache, open_source
-from evaluate import layer_gap, make_metrics
+from evaluate import layer_gap, make_metrics, token_features
 from model import to_deep_latent, to_deep_model
 from sample import Parser, at_least, choose_sampling, generate, path, run_main, save_grid
-from train import Plan, Run, autocast, prepare_for_training, train
+from train import Run, autocast, named_parameters_with, prepare_for_training, train, trainable_prefixes
 
 DEEP = "tiny-dc-ae-f32c32"
 UNSEEN = 256                                # pictures of the validation loss
-TWO_SIZES = Plan(
-    steps=600, lr=5e-4, batch=256, warmup=50, schedule="cosine", weight_decay=1e-3, clip=1.0, ema=0.998)
 
 
 @dataclass(frozen=True)
 class Row:
     """What differs between two alignments."""
-    two_sizes: bool = False                 # the base was trained on at two sizes
-    base_res: int = 128                     # of the pictures that the base embeds in Eq. 1
+    two_sizes: bool = True                  # the base was trained at two sizes
+    base_res: int = 64                      # of the pictures that the base embeds in Eq. 1
     res: int = 128                          # of the deep model
     bins: int = 1                           # parts of the head, by t
+    steps: int = 0                          # of stage 2 after the closed forms
+    held: float = 0.0                       # weight of Eq. 1 in them
+    blocks: float = 0.0                     # weight of the distance to the base's features, in every block
 
     @property
     def base_step(self) -> float:
@@ -61,49 +66,24 @@ class Row:
 
 
 ROWS = {
-    "shipped": Row(),
-    "half": Row(base_res=64),
-    "larger": Row(res=256),
-    "bins": Row(bins=8),
-    "two": Row(two_sizes=True),
-    "both": Row(two_sizes=True, base_res=64),
+    "one": Row(two_sizes=False, base_res=128),
+    "bins": Row(two_sizes=False, base_res=128, bins=8),
+    "half": Row(two_sizes=False),
+    "larger": Row(two_sizes=False, base_res=128, res=256),
+    "two": Row(base_res=128),
+    "both": Row(),
+    "joint": Row(steps=1000),
+    "long": Row(steps=4000),
+    "held": Row(steps=1000, held=10.0),
+    "blocks": Row(steps=1000, blocks=0.1),
 }
-
-
-# ---- a base that knows two sizes -----------------------------------------------------------------
-
-def train_two_sizes(base, out: Path, plan: Plan, pictures: int, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The base's weights after training on at 64 and 128 px in turn; as many tokens in a step of either."""
-    file = out / "two-sizes.safetensors"
-    if file.exists():
-        return read_tensors(file)
-    ae = load_autoencoder(base.cfg.ae)
-    sizes = {64: 2.0, 128: 1.0}                                      # pixels, position step
-    caches = {res: cached(ae, res, "train", pictures) for res in sizes}
-    turns = []
-
-    def loss(indices, generator):
-        res = 64 if turns[-1] % 2 == 0 else 128
-        if res == 128:
-            indices = indices[: max(1, len(indices) // 4)]
-        base.cfg = replace(base.cfg, res=res, pos_step=sizes[res])
-        z, y = caches[res].batch(indices, generator)
-        return Objective().train_loss(base, z[base.cfg.ae], y, generator)
-
-    named = list(base.named_parameters())
-    base.train()
-    _, averaged = train(Run(out / "two-sizes"), "train", base, named, loss, pictures, plan, dtype=dtype,
-                        on_step=turns.append)
-    with averaged():
-        write_tensors(file, base.state_dict())
-    return read_tensors(file)
 
 
 def cached(ae, res: int, split: str, pictures: int) -> LatentCache:
     return LatentCache("runs/cache", open_source(None, res, split), [ae], pictures)
 
 
-# ---- one alignment in closed form ----------------------------------------------------------------
+# ---- one alignment -------------------------------------------------------------------------------
 
 class BinnedLinear(nn.Linear):
     """A head's linear map in parts, one for each bin of t; `t` is set before a forward pass."""
@@ -122,15 +102,15 @@ class BinnedLinear(nn.Linear):
 
 
 class Experiment:
-    def __init__(self, row: Row, weights: dict | None, pictures: int, seed: int, dtype: torch.dtype):
+    """A row: its base, its deep model and its latents."""
+
+    def __init__(self, row: Row, one_size: str | None, pictures: int, seed: int, dtype: torch.dtype):
         self.row = row
         self.seed = seed
         self.dtype = dtype
         self.objective = Objective()
-        base, _ = load_base("tiny")
+        base, _ = load_base("tiny") if row.two_sizes else load_run(Path(one_size), "cpu")
         base.cfg = replace(base.cfg, res=row.base_res, pos_step=row.base_step)
-        if weights:
-            base.load_state_dict(weights)
         prepare_for_training(base, [], "cpu")
         self.base = base
         whole = replace(base.cfg, pos_step=1.0)
@@ -161,6 +141,37 @@ class Experiment:
             solve_head(self.model, noisy(), self.dtype)
         else:
             self.solve_binned_head(noisy())
+
+    def train(self, run: Run):
+        """Stage 2 by AdamW: embedder and head, the trunk frozen."""
+        row, model = self.row, self.model
+        plan = replace(TINY.stage2, steps=row.steps, batch=min(TINY.stage2.batch, len(self.deep)))
+
+        def loss(indices, generator):
+            z, y = self.deep.batch(indices)
+            total, metrics = self.objective.train_loss(model, z[DEEP], y, generator)
+            if row.held or row.blocks:
+                small = self.small.batch(indices)[0][self.base.cfg.ae]
+            if row.held:
+                total = total + row.held * embedding_loss(model, self.base, z[DEEP], small)
+            if row.blocks:
+                total = total + row.blocks * self.block_distance(z[DEEP], small, y, generator)
+            return total, metrics
+
+        named = named_parameters_with(model, trainable_prefixes(model))
+        train(run, "stage2", model, named, loss, len(self.deep), plan, seed=self.seed + 1, dtype=self.dtype)
+
+    def block_distance(self, z: Tensor, small: Tensor, y: Tensor, generator) -> Tensor:
+        """Mean over the blocks of || g - h ||^2 / the power of h: features g of the deep model, h of the base,
+        at one t (B,). z (B,C',H',W'), small (B,C,H,W) of the same pictures"""
+        _, t, _, x0 = self.objective.draw(self.model, z, y, generator)
+        noise = torch.randn(small.shape, generator=generator)
+        with torch.no_grad():
+            wanted = token_features(self.base, path(noise, small, t)[0], t, y)
+        found = token_features(self.model, path(x0, z, t)[0], t, y)
+        distances = [(g.float() - h.float()).square().mean() / h.float().square().mean()
+                     for g, h in zip(found, wanted)]
+        return torch.stack(distances).mean()
 
     @torch.no_grad()
     def solve_binned_head(self, batches):
@@ -217,27 +228,29 @@ def main(argv=None):
     p.add_argument("--seeds", type=at_least(int, 0), nargs="+", default=[0], help="(default 0)")
     p.add_argument("--count", type=at_least(int, 8), default=256, help="pictures a row (default 256)")
     p.add_argument("--pictures", type=at_least(int, 64), default=4096, help="to learn from (default 4096)")
-    p.add_argument(
-        "--steps", type=at_least(int, 1), default=TWO_SIZES.steps, help="at two sizes (default 600)")
+    p.add_argument("--one-size", metavar="RUN", help="tiny before it saw its second size")
     p.add_argument("--out", default="runs/causes", metavar="DIR", help="(default runs/causes)")
     args = p.parse_args(argv)
     out = Path(args.out)
     dtype = torch.bfloat16
-    weights = None
-    if any(ROWS[name].two_sizes for name in args.only or ROWS):
-        plan = replace(TWO_SIZES, steps=args.steps, batch=min(TWO_SIZES.batch, args.pictures))
-        weights = train_two_sizes(load_base("tiny")[0], out, plan, args.pictures, dtype)
+    names = args.only or list(ROWS)
+    missing = [name for name in names if not ROWS[name].two_sizes]
+    if missing and not args.one_size:
+        raise ValueError(f"the rows {', '.join(missing)} need --one-size RUN, tiny before it saw its second size: "
+                         "python experiments/make_weights.py --only tiny leaves it in runs/weights/tiny")
     metrics, _ = make_metrics(None, None, open_source(None, 128), args.count, captions=False)
     rows = []
     grid = []
-    for name in args.only or ROWS:
+    for name in names:
         for seed in args.seeds:
             begun = time.perf_counter()
             row = ROWS[name]
             # 256 px take four times as long
             pictures = args.pictures if row.res == 128 else max(64, args.pictures // 2)
-            experiment = Experiment(row, weights if row.two_sizes else None, pictures, seed, dtype)
+            experiment = Experiment(row, args.one_size, pictures, seed, dtype)
             experiment.solve(head_samples=2 * args.pictures)
+            if row.steps:
+                experiment.train(Run(out / f"{name}-{seed}"))
             scores, images = experiment.score(metrics, args.count)
             rows.append({"row": name, "seed": seed, **scores})
             cells = [f"{key} {value:.3f}" for key, value in scores.items()]

@@ -106,7 +106,7 @@ class Judge:
         model, info, ae = self.load(run)
         row = {"name": "", "tokens": (self.res // ae.cfg.f // model.cfg.patch_size) ** 2}
         if self.probe.fits(model):
-            row["gap"] = self.probe.gap(model, ae)
+            row["gap"] = self.probe.gap(model, info, ae)
         seeds = [100_000 * seed + i for i in range(len(self.task.seeds))]
         table = evaluate.Table()
         table.add_model(row, model, info, ae, replace(self.task, seeds=seeds), self.res, self.metrics)

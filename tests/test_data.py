@@ -361,6 +361,16 @@ def test_the_cache_holds_every_autoencoders_latents_of_the_very_same_pixels(tmp_
     assert torch.equal(torch.cat(cache.batches(5)), torch.arange(16))
 
 
+def test_an_autoencoder_can_see_the_same_pictures_smaller(tmp_path):
+    """The base's, in Eq. 1 by --match resize."""
+    source = ShapesSource(32)
+    aes = [averages_kl(8), averages(8)]
+    z, _ = LatentCache(tmp_path, source, aes, n=4, sizes={"averages-kl-f8": 16}).batch(torch.arange(4))
+    images, _ = source.batch(torch.arange(4))
+    assert_near(z["averages-f8"], aes[1].posterior(images)[0], 2e-3)
+    assert_near(z["averages-kl-f8"], aes[0].posterior(F.avg_pool2d(images, 2))[0], 2e-3)
+
+
 def test_the_key_of_a_cache_covers_all_that_it_holds(tmp_path):
     retrained = averages(8)
     retrained.weight.data.fill_(2)
@@ -373,9 +383,10 @@ def test_the_key_of_a_cache_covers_all_that_it_holds(tmp_path):
             dict(autoencoders=[retrained]),
             dict(autoencoders=[averages(8, 5.05)]),
             dict(n=9),
+            dict(sizes={"averages-f8": 8}),
             dict(flip=True)):
         folders.add(LatentCache(tmp_path, **{**given, **change}).dir)
-    assert len(folders) == 7
+    assert len(folders) == 8
 
 
 def test_a_damaged_cache_is_refused_with_the_reason(tmp_path):
