@@ -17,6 +17,7 @@ import align
 import bench
 import evaluate
 import finetune
+import quant
 import sample
 from align import (
     RECIPES, LeastSquares, corrected_velocity, embedding_loss, flow_matching_loss, grid_tokens,
@@ -422,7 +423,8 @@ def test_no_line_is_wider_than_110_columns(room):
 
 def known_flags(script: str) -> set[str]:
     """The flags that a script's parser accepts, from its --help."""
-    modules = {"align": align, "finetune": finetune, "sample": sample, "evaluate": evaluate, "bench": bench}
+    modules = {"align": align, "finetune": finetune, "sample": sample, "evaluate": evaluate, "bench": bench,
+               "quant": quant}
     main = modules[script].main
     seen = set()
     add_argument = argparse._ActionsContainer.add_argument
@@ -439,7 +441,7 @@ def known_flags(script: str) -> set[str]:
     return seen
 
 
-@pytest.mark.parametrize("script", ["align", "finetune", "sample", "evaluate", "bench"])
+@pytest.mark.parametrize("script", ["align", "finetune", "quant", "sample", "evaluate", "bench"])
 def test_every_flag_in_the_documents_is_one_of_its_script(script, capsys):
     text = "".join((ROOT / file).read_text() for file in ("README.md", "docs/results.md", "docs/speed.md"))
     commands = re.findall(rf"(?<![\w/]){script}\.py([^\n`#|)]*)", text)

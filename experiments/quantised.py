@@ -12,10 +12,10 @@
     rank              of the branch in 16 bits, for each of the last four
 
 A base and a run are scored as evaluate.py does. layer_error: how far a layer's output is off for the inputs
-that the model in 16 bits gives it, as a share of it; mean over all layers. path_error: the same of the latent
-after 20 steps from one noise. The blocks with outliers have layers in FLUX's shapes: ten channels of every
-modulated input are twenty times the others, and every weight has eight strong directions. They are scored by
-these errors alone.
+that the model as it is gives it, as a share of it; mean over all layers. path_error: the same of the latents
+after 20 steps from the same noise, without guidance in two passes. The blocks with outliers have layers in
+FLUX's shapes: ten channels of every modulated input are twenty times the others, and every weight has eight
+strong directions. They are scored by these errors alone.
 """
 
 import copy
@@ -91,7 +91,7 @@ def layer_error(model, made, batch: tuple) -> float:
 
 @torch.no_grad()
 def path_error(model, made, x: Tensor, y) -> float:
-    """Relative error of the latents after STEPS steps from the noise x."""
+    """Relative error of the latents (B,C,H,W) after STEPS steps from the noise x."""
     ends = []
     for net in (made, model):
         def velocity(x, t, net=net):
@@ -102,10 +102,11 @@ def path_error(model, made, x: Tensor, y) -> float:
 
 
 def errors_of(model, made, y, seed: int) -> dict[str, float]:
-    """Both errors, on a path of the model's own that it was not calibrated on."""
+    """Both errors, on paths of the model's own that it was not calibrated on, one for each row of y."""
     batch = calibration_batch(model, y, seed=10_000 + seed)
-    noise = batch[0][:1]                                             # the first picture, held at t = 0
-    return dict(layer_error=layer_error(model, made, batch), path_error=path_error(model, made, noise, y[:1]))
+    generator = torch.Generator().manual_seed(20_000 + seed)
+    noise = torch.randn(len(y), *batch[0].shape[1:], generator=generator).to(batch[0])
+    return dict(layer_error=layer_error(model, made, batch), path_error=path_error(model, made, noise, y))
 
 
 # ---- blocks with outliers ------------------------------------------------------------------------
