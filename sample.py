@@ -730,12 +730,13 @@ QUANT = dict(form="nvfp4", rank=32, activations=True)
 CALIBRATION = 8                         # pictures; one forward pass has to hold them
 
 
-def load_models(request: Request, run: Path | None, weights, ae_weights, lora, device):
+def load_models(request: Request, run: Path | None, weights, ae_weights, lora, device, ae_device=None):
     """The run, quantised folder or base of a request, with a LoRA of others merged into it, and its
-    autoencoder. weights, ae_weights, lora: files, or None."""
+    autoencoder, on their devices (by default the same). weights, ae_weights, lora: files, or None."""
     # a text model is large: its weights are kept in the type of the arithmetic
     dtype = request.dtype if request.cfg.text_encoder else torch.float32
-    ae_dtype = dtype if torch.device(device).type == "cuda" else torch.float32
+    ae_device = ae_device or device
+    ae_dtype = dtype if torch.device(ae_device).type == "cuda" else torch.float32
     base = None if run else request.source
     if run and is_quantised(read_run_config(run)[1]):
         model, info = load_quantised(run)
@@ -754,7 +755,7 @@ def load_models(request: Request, run: Path | None, weights, ae_weights, lora, d
         print(f"{lora}: added{without}")
     # a preset's autoencoder may lie beside its weights
     file = ae_weights or info.get("ae_weights") or (ae_folder(base, weights) if base else None)
-    ae = load_autoencoder(model.cfg.ae, file, ae_dtype, device)
+    ae = load_autoencoder(model.cfg.ae, file, ae_dtype, ae_device)
     check_finite(model, request.source)
     check_finite(ae, model.cfg.ae)
     return model, ae
@@ -788,7 +789,9 @@ def check_quant(args, label: str, cfg, info: dict) -> dict | None:
 
 
 def quantise_here(model, request: Request, texts, device):
-    """Quantise the model in place for a request, calibrated on the prompts or classes that it draws."""
+    """Merge a model's LoRA and quantise it in place for a request, calibrated on the prompts or classes that
+    it draws."""
+    merge_lora(model)
     rows = torch.arange(CALIBRATION) % len(request)
     cond = request.labels[rows] if texts is None else with_guidance(texts[rows], request.guidance)
     batch = None
@@ -957,7 +960,8 @@ def main(argv=None):
     # with --offload the Pipeline fetches each network for its part; what is quantised is fetched by blocks
     home = "cpu" if args.offload else device
     quantise = args.quant and batches
-    model, ae = load_models(request, run, args.weights, ae_weights, args.lora, "cpu" if quantise else home)
+    start_at = "cpu" if quantise else home
+    model, ae = load_models(request, run, args.weights, ae_weights, args.lora, start_at, home)
     weights = dict(weights=fingerprint(model), autoencoder=fingerprint(ae))
     request = replace(request, digest=short_hash(request.settings() | weights))
     if args.dataset:
@@ -970,7 +974,6 @@ def main(argv=None):
         with timed(seconds, "quantising", device):
             quantise_here(model, request, texts, device)
         model.to(home)
-        ae.to(home)
     if quant:
         print(f"{format_name(quant)}: {arithmetic(quant['form'], quant['activations'], device)}")
 

@@ -15,7 +15,7 @@ from torch import nn
 
 import quant
 import sample
-from checkpoints import HERE, build, fingerprint, load_base, load_run, write_tensors
+from checkpoints import HERE, build, fingerprint, load_base, load_run, newest_run, write_tensors
 from fast import Hoist, compile_layers
 from flags import check_finite, with_guidance
 from helpers import (  # noqa: F401 (fixtures: fresh_compiler, words_base)
@@ -522,7 +522,13 @@ def test_a_run_is_quantised_with_its_lora_merged(words_base, capsys):  # noqa: F
     made = make("--base", run, "--out", "q", "--form", "int4", "--weights-only")
     assert made["source_print"] == fingerprint(merge_lora(load_run(run)[0])) != fingerprint(base)
     assert made["base"] == run and not made["activations"]
+    # sample.py merges it too
+    flags = "--prompt ring --num-steps 2"
+    weights_only = "--quant int4 --weights-only"
+    few = draw("few", f"{run} {flags} {weights_only}")
+    assert 0 < abs(few - draw("plain", f"{run} {flags}")).mean() < 12
     # it is no run to go on with, and never the newest one
+    assert newest_run(".") is None
     with pytest.raises(ValueError, match=f"q/model.safetensors is a quantised model: .* from, {run}"):
         load_run("q")
     with pytest.raises(ValueError, match="it is quantised already; give what it was made from"):
