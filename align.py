@@ -19,9 +19,9 @@ autoencoder. If both start random, fine-tuning starts from noise and destroys wh
            the model generates recognisable pictures.
 
 Stage 1 is linear least squares in the embedder. So is stage 2 in the head's last linear map, as long as the
-embedder is fixed. By default (`--solver closed-form`) stage 1 is solved exactly, the head is solved exactly
-as a starting point, and then embedder and head are trained together by AdamW. `--solver adamw` is the paper's
-way.
+embedder is fixed. By default (`--solver closed-form`) both are solved exactly, and then embedder and head are
+trained together by AdamW for the steps of the recipe: none for the bundled bases, which they do not help.
+`--solver adamw` is the paper's way.
 
 A base that predicts epsilon on DDPM's clock (DiT) keeps its clock: model.DiT.to_native rescales x_t so that
 the trunk sees the signal-to-noise ratio that it was trained with. Only the new head predicts a velocity.
@@ -49,11 +49,11 @@ from torch import Tensor
 
 from autoencoder import AUTOENCODERS, ae_config
 from checkpoints import config_dict, exportable, load_base, read_base_config
+from flags import Parser, add_model_args, at_least, check_paths, positive, run_main
 from evaluate import gap_table, layer_gap, plot_gap, target_of
 from fast import peak_gib
 from model import to_deep_latent, to_deep_model, where_conditions
-from sample import (
-    Parser, add_model_args, at_least, check_paths, path, positive, run_main, sample_t, save_grid)
+from sample import path, sample_t, save_grid
 from shapes import pick_scorer
 from train import (
     PATHS, PLAN_FLAGS, Plan, Run, RunData, add_data_args, add_plan_args, all_reduce_sum, autocast,
@@ -75,6 +75,7 @@ class Recipe:
     rank: int = 256                         # of LoRA in stage 3; alpha is the same
     pictures: int | None = None             # number of procedural ones (bundled bases)
     match: str = "downsample"               # what Eq. 1 compares: one of MATCHES
+    joint_steps: int | None = None          # of stage 2 after closed forms: None = all of them, or 0
     shift: float | str = 1.0                # of times: a number, or a rule of model.resolve_shift
     pos_step: float = 1.0                   # distance between neighbouring tokens, in positions of the base
     guidance: tuple[float, float] = (1.0, 14.0)    # range of g in training, as in the authors' code
@@ -83,13 +84,14 @@ class Recipe:
 F32 = "dc-ae-f32c32-in-1.0"
 F64 = "dc-ae-f64c128-1.5"                   # Table 2 cites another paper for f64c128 than for f32c32
 STAGE3 = dict(warmup=2000, weight_decay=1e-3, ema=0.999, clip=1.0)
-# the paper's recipe in minutes: larger learning rates that end at zero, fewer steps, a smaller rank
+# the paper's recipe in minutes: larger learning rates that end at zero, fewer steps, a smaller rank; and
+# closed forms alone, because steps of stage 2 after them do not make the pictures better
 TINY = Recipe(
     "tiny-dc-ae-f32c32",
     stage1=Plan(steps=400, lr=1e-2, batch=64),
     stage2=Plan(steps=1000, lr=5e-3, batch=64, schedule="cosine"),
     stage3=Plan(steps=2000, lr=1e-3, batch=64, schedule="cosine", **{**STAGE3, "warmup": 50}),
-    pictures=4096, rank=32, match="resize", pos_step=2.0, guidance=(1.0, 8.0))
+    pictures=4096, rank=32, match="resize", joint_steps=0, pos_step=2.0, guidance=(1.0, 8.0))
 
 # pos_step: a base that was trained at one size only (DiT, the bundled ones) has its new tokens spread over
 # the positions that it was trained with. FLUX was trained at many sizes, so a smaller grid uses step 1, as in
@@ -561,7 +563,7 @@ def parser() -> Parser:
     plan = add_plan_args(p, "stage 2")
     plan.add_argument(
         "--stage2-steps", type=at_least(int, 0),
-        help="steps of embedder and head together; 0 = none")
+        help="steps of embedder and head together (default: the recipe's); 0 = none")
     plan.add_argument("--lr2", type=positive, help="learning rate")
     stages = p.add_argument_group("stage 1, and the head before stage 2")
     stages.add_argument(
@@ -573,8 +575,9 @@ def parser() -> Parser:
     stages.add_argument("--lr1", type=positive, help="its learning rate (default: the recipe's)")
     stages.add_argument(
         "--match", choices=MATCHES,
-        help="Eq. 1 against the base's embeddings averaged over each new cell; with the new ones brought up to "
-             "the base's grid (by AdamW); or against those of a resized, smaller picture (default: the recipe's)")
+        help="Eq. 1 against the base's embeddings averaged over each new cell; with the new ones brought up "
+             "to the base's grid (by AdamW); or against those of the resized, smaller picture (default: the "
+             "recipe's)")
     stages.add_argument(
         "--head-samples", type=at_least(int, 0), default=8192,
         help="closed form: noisy samples for the head; 0 = leave it random (default 8192)")
@@ -642,6 +645,8 @@ def align(args, run: Run, device: torch.device):
     if args.solver == "closed-form" and args.match == "upsample":
         raise ValueError(f"--match {args.match} has no closed form here; use --solver adamw")
     objective = settled_objective(cfg, args)
+    if args.solver == "closed-form" and args.head_samples and args.stage2_steps is None:
+        args.stage2_steps = recipe.joint_steps
     stage1 = planned(recipe.stage1, args, steps="stage1_steps", lr="lr1")
     stage2 = planned(recipe.stage2, args, steps="stage2_steps", lr="lr2", **PLAN_FLAGS)
     stage1 = replace(stage1, betas=stage2.betas, save_every=stage2.save_every)
@@ -703,8 +708,8 @@ def align(args, run: Run, device: torch.device):
     else:
         steps += stage1.steps
     info |= dict(kind="align", model=config_dict(cfg), classes=list(data.source.classes), images=args.images,
-                 captions=args.captions, ae_weights=args.ae_weights, objective=objective.name, match=args.match,
-                 steps=steps + stage2.steps, stages=report.rows, gaps=report.gaps)
+                 captions=args.captions, ae_weights=args.ae_weights, objective=objective.name,
+                 match=args.match, steps=steps + stage2.steps, stages=report.rows, gaps=report.gaps)
     report.write({"seed": str(args.seed), "cfg_scale": str(args.cfg_scale)})
     write_run(run, info, named_parameters_with(model, prefixes))
     print(f"{(time.perf_counter() - begun) / 60:.1f} min, peak memory {peak_gib(device):.1f} GiB; "

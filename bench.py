@@ -6,6 +6,7 @@
     python bench.py --model flux-krea --train       time and memory of an optimizer step of each stage
     python bench.py --res all --quant               DC-Gen in 4 bits: Table 6; the paper's is of an RTX 5090
     python bench.py --res 1024 --against diffusers  the same work by the diffusers library, in turns with ours
+    python bench.py --res 4096 --only dc-gen        without its base, whose 4K takes minutes an image
     python bench.py --res all --no-latency          only what is counted: floors of time and memory
 
 What is fast comes from fast.py and quant.py, through sample.Pipeline. Each part is a switch with a row of its
@@ -314,8 +315,8 @@ class Variant(Pipeline):
         if "fp8" in switches:
             if not multiplies_fp8(self.device):
                 name = torch.cuda.get_device_name(self.device)
-                raise ValueError(f"{name} does not multiply FP8; that takes Ada or Hopper, compute capability "
-                                 "8.9 or more")
+                raise ValueError(f"{name} does not multiply FP8; that takes Ada or Hopper, compute "
+                                 "capability 8.9 or more")
             fp8_linears(self.model, made=quantised)
         if "compile" in switches:
             compile_layers(self.model.blocks, **(compiler or {}))
@@ -560,6 +561,8 @@ class Settings:
     repeats: int = 20
     warm: float = 10.0
     seed: int = 0
+    # places in a pair, DC-Gen first: if time or memory ends early, its rows are there
+    models: tuple[int, ...] = (1, 0)
 
     @property
     def on_gpu(self) -> bool:
@@ -584,8 +587,9 @@ def latency_rows(pair: tuple[Workload, Workload], settings: Settings, against: b
     models = build_pair(pair, settings.device, settings.dtype, settings.seed)
     quantised = {}
     base_rows = dict.fromkeys([settings.switches[0], settings.fastest, settings.switches[-1]])
-    for i, switches in ((1, settings.switches), (0, base_rows)):
+    for i in settings.models:
         work = pair[i]
+        switches = settings.switches if i == 1 else base_rows
         make = partial(Variant, work, *models[i], num_steps=settings.num_steps)
         makers = {}
         for switch in switches:
@@ -703,8 +707,7 @@ def throughput_rows(pair: tuple[Workload, Workload], batches: list[int], setting
     timed_steps = min(num_steps, 20)
     rounds = max(1, settings.repeats // 3)
     switches = dict.fromkeys([settings.fastest, settings.switches[-1]])
-    # DC-Gen first: if time or memory ends early, its rows are there
-    for i, switch in product((1, 0), switches):
+    for i, switch in product(settings.models, switches):
         work = pair[i]
         make = partial(Variant, work, *models[i], switches_up_to(switch, settings.device))
         for batch in batches:
@@ -808,7 +811,6 @@ def quant_rows(pair: tuple[Workload, Workload], forms: list[str], settings: Sett
             row["error"], _ = attempt(relative_error, variants[name], *reference)
         return row | quant_figures(row, work, i, parts[0], facts, rates, settings)
 
-    # DC-Gen first: if time or memory ends early, its rows are there
     models = build_pair(pair, settings.device, settings.dtype, settings.seed)
     eager = Variant(pair[1], *models[1], ("eager",), num_steps=settings.num_steps)
     x0 = eager.noise()
@@ -817,10 +819,10 @@ def quant_rows(pair: tuple[Workload, Workload], forms: list[str], settings: Sett
     if latent is not None:
         reference = (x0, steps, latent)
     del eager
-    for i in (1, 0):
+    for i in settings.models:
         yield timed_row(i, models[i])
         free()
-    for form in forms:
+    for form in forms if 1 in settings.models else ():
         # the base's trunk is DC-Gen's own: both have to go before few bits save any memory
         models = None
         free()
@@ -1085,8 +1087,9 @@ def parser() -> Parser:
     work.add_argument("--num-steps", type=count, metavar="N",
                       help="steps an image (default: the paper's; 4 on a CPU)")
     work.add_argument("--batches", type=count, nargs="*", metavar="N",
-                      help="also time throughput at these (default: 1 8 32 64 for SANA and DiT, none for "
-                           "FLUX)")
+                      help="also time throughput at these (default: 1 8 32 64 for SANA and DiT, 1 2 4 for "
+                           "FLUX on a GPU)")
+    work.add_argument("--only", choices=("dc-gen", "base"), help="time one of the two models")
     work.add_argument("--latency", action=argparse.BooleanOptionalAction, default=True,
                       help="the rows of one image at a time (default yes)")
     work.add_argument("--quant", nargs="*", choices=("fp8", *FORMATS), metavar="FORM",
@@ -1155,9 +1158,9 @@ def main(argv=None):
     pairs = [workloads(args.model, res) for res in sizes_of(args.model, args.res)]
     # what was not given is the device's
     is_flux = isinstance(BASES[args.model], FluxConfig)
-    if is_flux and args.batches is None:
-        args.batches = []
     on_gpu = device.type == "cuda"
+    if is_flux and args.batches is None:
+        args.batches = [1, 2, 4] if on_gpu else []
     for name, value in DEFAULTS[device.type].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -1170,7 +1173,8 @@ def main(argv=None):
         num_steps=args.num_steps,
         repeats=args.repeats,
         warm=args.warm,
-        seed=args.seed)
+        seed=args.seed,
+        models={"dc-gen": (1,), "base": (0,), None: (1, 0)}[args.only])
     torch.manual_seed(args.seed)
     torch.backends.cudnn.benchmark = on_gpu                          # shapes are fixed
 

@@ -1012,8 +1012,8 @@ def load_run(
     file = run_file(path, ema)
     cfg, info = read_run_config(file)
     if info.get("quantised"):
-        raise ValueError(f"{file} is a quantised model: sample.py draws with it (python sample.py {path}); for "
-                         f"all else give what it was made from, {info.get('base')}")
+        raise ValueError(f"{file} is a quantised model: sample.py draws with it (python sample.py {path}); "
+                         f"for all else give what it was made from, {info.get('base')}")
     tensors = read_tensors(file)
     # without a LoRA, blocks in the file are all of them
     trained_all = not info.get("lora") and any("blocks." in key for key in tensors)

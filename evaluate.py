@@ -34,10 +34,11 @@ from shapes import (ANSWERS, SHAPES, Classifier, classifier_features, load_class
                     share_right)
 from data import ImageFolder, cache_prompts, check_encoders, open_source, order, text_folder
 from fast import peak_gib, timed
-from sample import (
+from flags import (
     Parser, add_model_args, at_least, check_base, check_finite, check_paths, check_pictures, choose_sampling,
-    class_names, device_here, dtype_of, free_path, generate, guidance_of, latent_size, make_clock, path,
-    reject, run_main, save_grid, save_png, short_hash, to_uint8, with_guidance, within)
+    class_names, device_here, dtype_of, guidance_of, reject, run_main, with_guidance, within)
+from sample import (
+    free_path, generate, latent_size, make_clock, path, save_grid, save_png, short_hash, to_uint8)
 
 
 # ---- the gap between two models' features (Fig. 4a) ----------------------------------------------

@@ -28,6 +28,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from flags import (
+    Parser, add_model_args, at_least, check_base, check_paths, positive, run_main, with_guidance, within)
 from align import next_autoencoder, note_export, print_recipe, recipe_of, settled_objective
 from autoencoder import ae_config
 from checkpoints import (
@@ -35,9 +37,7 @@ from checkpoints import (
     read_tensors, run_file)
 from lora import add_lora, merge_lora
 from model import BASES, to_deep_latent, to_deep_model
-from sample import (
-    Parser, add_model_args, at_least, check_base, check_paths, positive, run_main, save_grid, with_guidance,
-    within)
+from sample import save_grid
 from train import (
     BIG, PATHS, PLAN_FLAGS, Run, add_data_args, add_plan_args, count_parameters, data_settings,
     destroy_distributed, draw_previews, get_rank, init_distributed, named_parameters_with, open_data,
@@ -138,7 +138,8 @@ def load_start(args) -> Start:
         merge_lora(model if count_parameters(model) > BIG else model.float())
         own = set(model.state_dict())
         info.pop("lora", None)
-    kept = ("base", "base_weights", "base_print", "ae_weights", "images", "captions", "match", "steps", "lora")
+    kept = ("base", "base_weights", "base_print", "ae_weights", "images", "captions", "match", "steps",
+            "lora")
     facts = {key: info[key] for key in kept if key in info}
     own = [p for name, p in model.named_parameters() if name in own]
     return Start(model, facts | {"from": args.init}, own)

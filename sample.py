@@ -41,10 +41,10 @@ from data import SUFFIXES, TEXT_ENCODERS, cache_prompts, check_encoders, find_en
 from fast import (
     Hoist, attention_priority, capture, compile_decoder, compile_layers, count_cost, example_condition,
     numbered, on_device, peak_gib, pixels_on_host, timed, uncompile)
-from flags import (  # noqa: F401 (add_device_arg, positive: for the scripts that look for them here)
-    Parser, add_device_arg, add_model_args, at_least, check_base, check_finite, check_flags, check_paths,
-    check_pictures, choose_sampling, class_names, device_here, dtype_of, guidance_of, parse_classes,
-    parse_size, pick_prompts, positive, reject, run_main, with_guidance, within)
+from flags import (
+    Parser, add_model_args, at_least, check_base, check_finite, check_flags, check_paths, check_pictures,
+    choose_sampling, class_names, device_here, dtype_of, guidance_of, parse_classes, parse_size, pick_prompts,
+    reject, run_main, with_guidance, within)
 from quant import (
     FORMATS, QuantLinear, arithmetic, calibration_batch, empty_quantised, format_name, load_quantised,
     quantise_model, weight_bytes)

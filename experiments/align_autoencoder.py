@@ -24,8 +24,8 @@ from autoencoder import AUTOENCODERS, Autoencoder
 from checkpoints import load_autoencoder
 from data import open_source
 from experiments.make_weights import AE_PLAN, train_autoencoder
+from flags import Parser, at_least, device_here, positive, run_main
 from model import BASES
-from sample import Parser, at_least, device_here, positive, run_main
 from train import Plan
 
 

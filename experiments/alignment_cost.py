@@ -18,8 +18,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))      # the rooms
 from align import recipe_of
 from autoencoder import ae_config, build_autoencoder
 from fast import count_cost, example_condition
+from flags import Parser, at_least, positive, run_main, within
 from model import BASES, FAMILIES, to_deep_latent
-from sample import Parser, at_least, latent_size, positive, run_main, within
+from sample import latent_size
 
 
 def count_alignment(base: str, res: int, text_tokens: int) -> dict[str, float]:

@@ -12,7 +12,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))      # the rooms lie beside this folder
 from experiments import align_autoencoder
 from experiments.harness import Experiment, parser, total_steps
-from sample import at_least, positive, run_main
+from flags import at_least, positive, run_main
 
 NAME = "autoencoder"
 

@@ -3,21 +3,21 @@
     python experiments/causes.py --one-size RUN        every row, about 20 minutes on two CPU cores
     python experiments/causes.py --only both joint     some of them
 
-    row      base                    Eq. 1 against the base's embeddings of         deep model, and how it learns
-    one      trained at 128 px only  the picture, averaged over 2x2 tokens          128 px, 16 tokens
-    bins     128 px only             the same                                       a head in eight parts, by t
-    half     128 px only             the picture at half the size (16 tokens)       128 px, 16 tokens
-    larger   128 px only             the picture at half the size (64 tokens)       256 px, 64 tokens
-    two      tiny: 64 and 128 px     the picture, averaged over 2x2 tokens          128 px, 16 tokens
-    both     tiny                    the picture at half the size (16 tokens)       128 px, 16 tokens: the default
-    joint    tiny                    as both                                        then 1000 steps of stage 2
-    long     tiny                    as both                                        then 4000
-    held     tiny                    as both                                        1000, and 10 x Eq. 1
-    blocks   tiny                    as both                                        1000, and Eq. 1 in every block
+    row      base                   Eq. 1 against the base's embeddings of     deep model
+    one      trained at 128 px only the picture, averaged over 2x2 tokens      128 px, 16 tokens
+    bins     128 px only            the same                                   a head in eight parts, by t
+    half     128 px only            the picture at half the size (16 tokens)   128 px, 16 tokens
+    larger   128 px only            the picture at half the size (64 tokens)   256 px, 64 tokens
+    two      tiny: 64 and 128 px    the picture, averaged over 2x2 tokens      128 px, 16 tokens
+    both     tiny                   the picture at half the size (16 tokens)   the same: align.py's default
+    joint    tiny                   as both                                    then 1000 steps of stage 2
+    long     tiny                   as both                                    then 4000
+    held     tiny                   as both                                    1000, and 10 x Eq. 1
+    blocks   tiny                   as both                                    1000, and Eq. 1 in every block
 
-No weight of a trunk changes in any row; those without steps are closed forms. --one-size is tiny before it saw
-its second size: `python experiments/make_weights.py --only tiny` leaves it in runs/weights/tiny. "blocks" asks
-every block for the base's features of the same picture at the same t, each model with noise of its own.
+No weight of a trunk changes in any row; those without steps are closed forms. --one-size is tiny before it
+saw its second size: `python experiments/make_weights.py --only tiny` leaves it in runs/weights/tiny. "blocks"
+asks every block for the base's features of the same picture at the same t, each model with noise of its own.
 """
 
 import sys
@@ -36,8 +36,9 @@ from autoencoder import ae_config
 from checkpoints import load_autoencoder, load_base, load_run, write_json
 from data import LatentCache, open_source
 from evaluate import layer_gap, make_metrics, token_features
+from flags import Parser, at_least, choose_sampling, run_main
 from model import to_deep_latent, to_deep_model
-from sample import Parser, at_least, choose_sampling, generate, path, run_main, save_grid
+from sample import generate, path, save_grid
 from train import Run, autocast, named_parameters_with, prepare_for_training, train, trainable_prefixes
 
 DEEP = "tiny-dc-ae-f32c32"
@@ -121,7 +122,7 @@ class Experiment:
         base_ae = load_autoencoder(base.cfg.ae)
         self.deep = cached(self.ae, row.res, "train", pictures)
         self.small = cached(base_ae, row.base_res, "train", pictures)
-        self.val = [cached(ae, res, "val", UNSEEN) for ae, res in ((self.ae, row.res), (base_ae, row.base_res))]
+        self.val = [cached(self.ae, row.res, "val", UNSEEN), cached(base_ae, row.base_res, "val", UNSEEN)]
 
     def solve(self, head_samples: int):
         """Embedder and head in closed form (align.py), the head in parts if the row says so."""
@@ -162,8 +163,8 @@ class Experiment:
         train(run, "stage2", model, named, loss, len(self.deep), plan, seed=self.seed + 1, dtype=self.dtype)
 
     def block_distance(self, z: Tensor, small: Tensor, y: Tensor, generator) -> Tensor:
-        """Mean over the blocks of || g - h ||^2 / the power of h: features g of the deep model, h of the base,
-        at one t (B,). z (B,C',H',W'), small (B,C,H,W) of the same pictures"""
+        """Mean over the blocks of || g - h ||^2 / || h ||^2: features g of the deep model, h of the base, at
+        one t (B,). z (B,C',H',W'), small (B,C,H,W) of the same pictures"""
         _, t, _, x0 = self.objective.draw(self.model, z, y, generator)
         noise = torch.randn(small.shape, generator=generator)
         with torch.no_grad():
@@ -236,8 +237,9 @@ def main(argv=None):
     names = args.only or list(ROWS)
     missing = [name for name in names if not ROWS[name].two_sizes]
     if missing and not args.one_size:
-        raise ValueError(f"the rows {', '.join(missing)} need --one-size RUN, tiny before it saw its second size: "
-                         "python experiments/make_weights.py --only tiny leaves it in runs/weights/tiny")
+        raise ValueError(f"the rows {', '.join(missing)} need --one-size RUN, tiny before it saw its second "
+                         "size: `python experiments/make_weights.py --only tiny` leaves it in "
+                         "runs/weights/tiny")
     metrics, _ = make_metrics(None, None, open_source(None, 128), args.count, captions=False)
     rows = []
     grid = []

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))      # the rooms
 from checkpoints import atomic, run_file
 from evaluate import curves, plot
 from experiments.harness import Experiment, parser, read_log, total_steps
-from sample import run_main
+from flags import run_main
 
 NAME = "convergence"
 POINTS = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1)   # of stage 3

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))      # the rooms
 from checkpoints import atomic, read_config, run_file
 from evaluate import plot_gap
 from experiments.harness import Experiment, parser
-from sample import run_main
+from flags import run_main
 
 NAME = "gap"
 

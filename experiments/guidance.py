@@ -17,7 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))      # the rooms
 from evaluate import plot
 from experiments.harness import Experiment, Judge, parser
 from finetune import GUIDANCES
-from sample import path, run_main, with_guidance
+from flags import run_main, with_guidance
+from sample import path
 
 NAME = "guidance"
 

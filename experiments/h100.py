@@ -51,9 +51,9 @@ from autoencoder import ae_config, build_autoencoder
 from bench import Settings, Variant, Workload, attempt, build_pair, workloads
 from checkpoints import write_json
 from fast import example_condition, synchronized_time
+from flags import Parser, at_least, positive, run_main
 from model import FAMILIES, attention
 from quant import e4m3_rows
-from sample import Parser, at_least, positive, run_main
 
 ON_GPU = torch.cuda.is_available()
 

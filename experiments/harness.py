@@ -29,8 +29,8 @@ from checkpoints import (
     load_autoencoder, load_base, load_run, read_base_config, read_run_config, run_file, write_json)
 from data import check_encoders, order, text_folder
 from experiments.strategies import known_flags
-from sample import (
-    Parser, add_device_arg, at_least, device_here, dtype_of, positive, save_grid, with_guidance)
+from flags import Parser, add_device_arg, at_least, device_here, dtype_of, positive, with_guidance
+from sample import save_grid
 from train import has_state, is_finished, read_settings, versions
 
 # flags of the three scripts that every experiment gives itself
@@ -196,8 +196,9 @@ class Experiment:
         """A finished run of align.py with these flags."""
         p = align.parser()
         samples = max(1, round(self.args.steps * p.get_default("head_samples")))
+        by_adamw = self.recipe.joint_steps != 0 or "adamw" in (*self.flags, *flags)
         own = ["--count", 0, "--previews", 0, "--head-samples", samples,
-               "--stage1-steps", self.steps(1), "--stage2-steps", self.steps(2)]
+               "--stage1-steps", self.steps(1), "--stage2-steps", self.steps(2) if by_adamw else 0]
         run = self.run_folder(seed, name)
         if not is_finished(run):
             self.train(align.main, p, run, seed, own, flags)

@@ -10,9 +10,9 @@ photograph's licence.
     kl           tiny-kl-f8c4          KL-VAE, at 64 px, then at 128                              17 + 10
     dc           tiny-dc-ae-f32c32     DC-AE at 128 px                                            36
     classifier   tiny-classifier       what scores pictures of the bundled classes                6
-    tiny         tiny-dit              DiT, then two sizes                                        36 + TODO
-    flux         tiny-flux             FLUX: a teacher, its guidance distilled, then two sizes    67 + 25 + TODO
-    sana         tiny-sana             SANA: logit-normal times, uniform ones, then two sizes     41 + 35 + TODO
+    tiny         tiny-dit              DiT; then at two sizes                                     36 + 27
+    flux         tiny-flux             FLUX: a teacher; its guidance distilled; two sizes         67 + 25 + 36
+    sana         tiny-sana             SANA: logit-normal times; uniform ones; two sizes          41 + 35 + 13
 
 Models are trained on the KL-VAE in --out if it is there, else on the shipped one. The same command again
 skips what is finished and resumes what was killed.
@@ -40,8 +40,9 @@ from checkpoints import (
     HERE, atomic, config_dict, load_autoencoder, load_run, read_config, read_tensors, run_file, write_tensors)
 from data import open_source
 from fast import bf16_is_fast
+from flags import Parser, device_here, run_main
 from model import BASES, Flux, cat_conditions
-from sample import Parser, device_here, path, run_main
+from sample import path
 from shapes import CLASSIFIER, Classifier, accuracy
 from train import (
     DataSettings, Plan, Run, has_state, is_finished, open_data, open_pictures, open_run, prepare_for_training,
@@ -60,7 +61,9 @@ PLANS = {
         1000, 3e-4, 64, warmup=50, schedule="cosine", weight_decay=1e-3, clip=1.0, ema=0.998),
     # a batch is of small pictures; of large ones it is a quarter, so that it has as many tokens
     "two sizes": Plan(
-        2000, 5e-4, 256, warmup=50, schedule="cosine", weight_decay=1e-3, clip=1.0, ema=0.998),
+        1600, 5e-4, 256, warmup=50, schedule="cosine", weight_decay=1e-3, clip=1.0, ema=0.998),
+    "two sizes, text": Plan(
+        700, 5e-4, 256, warmup=50, schedule="cosine", weight_decay=1e-3, clip=1.0, ema=0.998),
 }
 PICTURES = 16384
 MODEL = f"--pictures {PICTURES} --batch 64 --lr 1e-3 --schedule cosine --ema 0.9995 --compile"
@@ -129,14 +132,15 @@ def make_flux(file: Path, device: str):
     student = file.parent / "flux-distilled"
     if not is_finished(student):
         distill_guidance("tiny-flux", teacher, student, PLANS["distillation"], PICTURES, device)
-    publish(train_two_sizes(student, file.parent / "flux-two-sizes", device), file)
+    publish(train_two_sizes(student, file.parent / "flux-two-sizes", device, PLANS["two sizes, text"]), file)
 
 
 def make_sana(file: Path, device: str):
     """Uniform times in the end: the logit-normal ones seldom reach either end of the path."""
     first = train_model("sana", file.parent, device)
     second = train_model("sana uniform", file.parent, device, init=first)
-    publish(train_two_sizes(second, file.parent / "sana-two-sizes", device, t_sampling="uniform"), file)
+    out = file.parent / "sana-two-sizes"
+    publish(train_two_sizes(second, out, device, PLANS["two sizes, text"], t_sampling="uniform"), file)
 
 
 class Stage(NamedTuple):

@@ -20,7 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))      # the rooms
 from data import ImageFolder
 from evaluate import plot
 from experiments.harness import Experiment, Judge, parser
-from sample import at_least, run_main, to_uint8
+from flags import at_least, run_main
+from sample import to_uint8
 from shapes import FORMS, SHAPES, accuracy, scene_scores
 
 NAME = "ranks"

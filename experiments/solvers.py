@@ -20,7 +20,7 @@ import align
 from checkpoints import read_config, run_file, write_json
 from evaluate import plot
 from experiments.harness import Experiment, parser, read_log, total_steps
-from sample import positive, run_main
+from flags import positive, run_main
 from train import read_settings
 
 NAME = "solvers"
@@ -129,7 +129,7 @@ def compare_head(x: Experiment, seed: int):
 def compare_both(x: Experiment, seed: int):
     ways = {
         "both, closed form": ("--stage2-steps", 0),
-        "both, closed form, joint phase": (),
+        "both, closed form, joint phase": ("--stage2-steps", x.steps(2)),
         "both, AdamW, joint phase": ("--solver", "adamw"),
     }
     for row, flags in ways.items():

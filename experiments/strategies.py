@@ -15,8 +15,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))      # the rooms lie beside this folder
 import align
 import finetune
+from flags import Parser, add_model_args, at_least, positive, run_main
 from lora import LoRALinear
-from sample import Parser, add_model_args, at_least, positive, run_main
 from train import add_data_args
 
 

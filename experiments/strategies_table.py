@@ -14,7 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))      # the rooms lie beside this folder
 from experiments import strategies
 from experiments.harness import Experiment, parser, total_steps
-from sample import positive, run_main
+from flags import positive, run_main
 
 NAME = "strategies"
 

@@ -12,13 +12,14 @@ from bench import shared_copy
 from checkpoints import HERE, build
 from fast import (
     Cost, Hoist, attention_priority, capture, compile_decoder, compile_layers, count_cost, uncompile)
+from flags import with_guidance
 from helpers import (  # noqa: F401 (fixture: fresh_compiler)
     DCAE_STYLES, EVERY, TINIES, TINY_DIT, TINY_FLUX, TINY_KL, assert_near, fixed_forward, fresh_compiler,
     needs_gpu, random_condition, relative_error, scramble, tiny_model)
 from lora import add_lora
 from model import BASES, DiT, Flux, Mlp
 from quant import FP8Linear, e4m3_rows, fp8_linears
-from sample import guided_velocity, integrate, time_grid, with_guidance
+from sample import guided_velocity, integrate, time_grid
 from shapes import encode_words
 
 TIMES = time_grid(4, 3.0)

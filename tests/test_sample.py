@@ -21,6 +21,7 @@ import sample
 from autoencoder import DCAE, KLVAE, DCAEConfig
 from checkpoints import ae_table, config_dict, find_weights, load_base, load_weights, write_tensors
 from data import load_image
+from flags import parse_classes
 from helpers import (  # noqa: F401 (fixtures: encoders, fresh_compiler, tiny_base, words_base)
     DDPM_DIT, DEEP_DIT, EVERY, ROOT, TINY_DIT, TINY_KL, assert_near, deep_model, encoders, fresh_compiler,
     on_meta, parity, parity_cases, random_condition, relative_error, scramble, tiny_base, tiny_model,
@@ -28,8 +29,8 @@ from helpers import (  # noqa: F401 (fixtures: encoders, fresh_compiler, tiny_ba
 from lora import add_lora, lora_state
 from model import BASES, FAMILIES, DiT, Flux, Sampling, ddpm_alphas_cumprod
 from sample import (
-    START, DDPMChain, Pipeline, Speed, choose_speed, generate, guided_velocity, integrate, noise,
-    parse_classes, path, resolve_shift, sample_t, save_png, time_grid, to_uint8)
+    START, DDPMChain, Pipeline, Speed, choose_speed, generate, guided_velocity, integrate, noise, path,
+    resolve_shift, sample_t, save_png, time_grid, to_uint8)
 from shapes import SHAPES
 from test_model import fill, stored, stored_condition
 

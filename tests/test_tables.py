@@ -67,8 +67,8 @@ def test_the_strategies_have_equal_steps(base):
     strategies_table.main([*CLASSES])
     assert rows_of("strategies") == [
         "base", "freeze then all", "layer-wise rates", "gradual LoRA", "LoRA at once", "DC-Gen"]
-    # two of the head's closed form (8 samples), one of stage 2, two of stage 3
-    assert {row.get("steps") for row in result("strategies")["rows"]} == {None, 5}
+    # two of the head's closed form (8 samples), two of stage 3
+    assert {row.get("steps") for row in result("strategies")["rows"]} == {None, 4}
     assert Path("table/strategies.png").is_file()
     # the first two begin as they should
     assert read_config(run_file("table/seed-0/freeze-then-all"))["from"] == "table/seed-0/frozen"
@@ -80,7 +80,7 @@ def test_an_aligned_autoencoder_is_compared_at_equal_steps(base):
     autoencoder_table.main([*CLASSES, "--ratios", "1", "--ae-batch", "2"])
     row = "autoencoder aligned, ratio 1"
     assert rows_of("autoencoder") == ["base", "nothing aligned", row, "DC-Gen"]
-    assert {row.get("steps") for row in result("autoencoder")["rows"]} == {None, 5}
+    assert {row.get("steps") for row in result("autoencoder")["rows"]} == {None, 4}
     # it is drawn with the autoencoder that it learned on
     weights = read_config(run_file("table/seed-0/autoencoder-1"))["ae_weights"]
     assert weights == "table/autoencoder-1.safetensors" and Path(weights).is_file()
@@ -88,7 +88,7 @@ def test_an_aligned_autoencoder_is_compared_at_equal_steps(base):
 
 def test_the_gap_has_a_row_a_stage_and_a_mean_over_seeds(base):
     gap.main([*CLASSES, "--seeds", "0", "1"])
-    stages = ["base", "not aligned", "stage 1: embedder", "head in closed form", "stage 2: embedder and head"]
+    stages = ["base", "not aligned", "stage 1: embedder", "head in closed form"]
     assert rows_of("gap") == stages * 2
     summary = {row["row"]: row for row in result("gap")["summary"]}
     gaps = [row["gap"] for row in result("gap")["rows"] if row["row"] == "not aligned"]
@@ -103,16 +103,16 @@ def test_convergence_goes_on_from_point_to_point(base):
     steps = {}
     for row in result("convergence")["rows"]:
         steps.setdefault(row["row"], []).append(row.get("steps"))
-    # four of the head and two of stage 2, then one, two and four of stage 3
-    assert steps == {"base": [None], "aligned, trunk frozen": [6],
-                     "aligned-lora": [7, 8, 10], "noalign-lora": [6, 7, 8, 10],
-                     "aligned-full": [7, 8, 10], "noalign-full": [6, 7, 8, 10]}
+    # four of the head, then one, two and four of stage 3
+    assert steps == {"base": [None], "aligned, trunk frozen": [4],
+                     "aligned-lora": [5, 6, 8], "noalign-lora": [4, 5, 6, 8],
+                     "aligned-full": [5, 6, 8], "noalign-full": [4, 5, 6, 8]}
     curves = result("convergence")["curves"]
     for name in ("aligned-lora", "noalign-full"):
-        assert curves[name]["0"]["grad_norm"][-1][0] == curves[name]["0"]["val_loss"][-1][0] == 10
-    assert curves["aligned-lora"]["0"]["val_loss"][0][0] == 6
+        assert curves[name]["0"]["grad_norm"][-1][0] == curves[name]["0"]["val_loss"][-1][0] == 8
+    assert curves["aligned-lora"]["0"]["val_loss"][0][0] == 4
     # a point is the average as it was then
-    files = [read_tensors(f"table/seed-0/aligned-lora/step-{n:06d}.safetensors") for n in (7, 8, 10)]
+    files = [read_tensors(f"table/seed-0/aligned-lora/step-{n:06d}.safetensors") for n in (5, 6, 8)]
     assert len({digest(file) for file in files}) == 3
 
 
@@ -237,7 +237,7 @@ def test_a_finished_table_is_only_printed_and_other_settings_are_refused(base, m
         m.setattr(harness.Experiment, "train", None)
         m.setattr(harness, "Judge", None)
         gap.main([*CLASSES])
-    assert capsys.readouterr().out.splitlines()[1:-1] == printed[-7:-1]
+    assert capsys.readouterr().out.splitlines()[1:-1] == printed[-6:-1]
     assert Path("table/gap.json").read_bytes() == before
     # only its seeds may be more
     with pytest.raises(ValueError, match="gap.json was made with count 8, not 16; give another --out"):

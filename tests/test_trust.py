@@ -25,8 +25,8 @@ import quant
 import sample
 import train
 from checkpoints import read_tensors, write_tensors
+from flags import run_main
 from helpers import ROOT, digest, tiny_base  # noqa: F401
-from sample import run_main
 from train import read_settings, resume_flags
 
 SCRIPTS = dict(align=align, bench=bench, evaluate=evaluate, finetune=finetune, quant=quant, sample=sample)
