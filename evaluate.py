@@ -539,6 +539,66 @@ class Probe:
         return sum(gaps) / len(gaps)
 
 
+class Judge:
+    """What all models of one base draw, and what they are scored with; what they share is loaded once.
+
+    name, cfg, info   of the base; info may name the pictures' captions or classes
+    args              the flags of parser()
+    count             pictures a model
+    folder            of real pictures, None = procedural
+    weights           of the base, where they are not its own"""
+
+    def __init__(self, name: str, cfg, info: dict, args, count: int, folder: str | None, weights: str | None,
+                 device, dtype: torch.dtype):
+        self.args = args
+        self.cfg = cfg
+        self.device = device
+        self.res = args.res or cfg.res
+        self.captions = cfg.text_encoder is not None
+        self.train, self.val = open_pictures(cfg, info, folder, self.res, args.any_classes)
+        self.metrics, self.reason = make_metrics(args.classifier, folder, self.train, count, self.captions)
+
+        # what every model draws, and the pictures on which its features are compared with the base's
+        val = self.val
+        probe_rows = order(0, min(64, len(val)), len(val), seed=0)
+        probe_images, probe_y = val.batch(probe_rows)
+        null = None
+        if self.captions:
+            check_encoders(cfg.text_encoder, args.text_encoders)
+            encoders = text_folder(name, cfg, args.text_encoders, weights)
+            rows = torch.cat([torch.arange(count) % len(val), probe_rows])
+            text, titles, null = caption_conditions(cfg, val, rows, encoders, dtype, device)
+            y = text[:count]
+            probe_y = with_guidance(text[count:], 1.0)  # FLUX reads a guidance scale as well
+        else:
+            y, titles = class_conditions(cfg, self.train.classes, count)
+        seeds = [args.seed + i for i in range(count)]
+        guidance = args.guidance or [own_guidance(cfg)]
+        self.task = Task(y, titles[:count], null, seeds, guidance, args.num_steps, dtype)
+
+        # models of one latent space share an autoencoder
+        self.base, self.base_info = load_base(name, weights, device)
+        self.load_ae = lru_cache(partial(load_autoencoder, device=device))
+        base_ae = self.load_ae(cfg.ae, args.base_ae_weights or self.base_info.get("ae_weights"))
+        self.probe = Probe(self.base, base_ae, probe_images.to(device), probe_y.to(device))
+
+    def load(self, run: Path | None) -> tuple:
+        """A run, or the base (None) -> model, info, autoencoder"""
+        model, info = self.base, self.base_info
+        if run:
+            model, info = load_run(run, self.device, not self.args.raw, self.args.weights)
+        weights = self.args.base_ae_weights if model.cfg.ae == self.cfg.ae else None
+        return model, info, self.load_ae(model.cfg.ae, weights or info.get("ae_weights"))
+
+    def facts(self, model, info: dict, ae: Autoencoder) -> dict:
+        """Its tokens, and its gap where that can be measured."""
+        side = self.args.res or model.cfg.res
+        facts = {"tokens": (side // ae.cfg.f // model.cfg.patch_size) ** 2}
+        if side == self.res and self.probe.fits(model):
+            facts["gap"] = self.probe.gap(model, info, ae)
+        return facts
+
+
 # ---- main ----------------------------------------------------------------------------------------
 
 @dataclass
@@ -733,56 +793,25 @@ def main(argv=None):
     # the base as the runs know it
     weights = args.weights or info.get("base_weights")
     folder = args.images or info.get("images")
-    res = args.res or cfg.res
-    train, val = open_pictures(cfg, info, folder, res, args.any_classes)
-    captions = cfg.text_encoder is not None
-    metrics, reason = make_metrics(args.classifier, folder, train, count, captions)
-
-    # what every model draws, and the pictures on which its features are compared with the base's
-    probe_rows = order(0, min(64, len(val)), len(val), seed=0)
-    probe_images, probe_y = val.batch(probe_rows)
-    null = None
-    if captions:
-        check_encoders(cfg.text_encoder, args.text_encoders)
-        encoders = text_folder(name, cfg, args.text_encoders, weights)
-        rows = torch.cat([torch.arange(count) % len(val), probe_rows])
-        text, titles, null = caption_conditions(cfg, val, rows, encoders, dtype, device)
-        y = text[:count]
-        probe_y = with_guidance(text[count:], 1.0)      # FLUX reads a guidance scale as well
-    else:
-        y, titles = class_conditions(cfg, train.classes, count)
-    seeds = [args.seed + i for i in range(count)]
-    task = Task(y, titles[:count], null, seeds, guidance, args.num_steps, dtype)
-
-    # models of one latent space share an autoencoder
-    base, base_info = load_base(name, weights, device)
-    load_ae = lru_cache(partial(load_autoencoder, device=device))
-    base_ae = load_ae(cfg.ae, args.base_ae_weights or base_info.get("ae_weights"))
-    probe = Probe(base, base_ae, probe_images.to(device), probe_y.to(device))
+    judge = Judge(name, cfg, info, args, count, folder, weights, device, dtype)
+    metrics = judge.metrics
 
     # real pictures are the bound for every model
     table = Table()
     if metrics:
-        table.rows.append({"name": "real pictures", **real_scores(metrics, val, count)})
+        table.rows.append({"name": "real pictures", **real_scores(metrics, judge.val, count)})
     else:
-        table.notes.append(f"no scores, no Frechet distance: {reason}")
+        table.notes.append(f"no scores, no Frechet distance: {judge.reason}")
     # the base first, then its runs
     for run in [None, *runs]:
-        model, info = base, base_info
-        if run:
-            model, info = load_run(run, device, not args.raw, args.weights)
-        ae_weights = args.base_ae_weights if model.cfg.ae == cfg.ae else None
-        ae = load_ae(model.cfg.ae, ae_weights or info.get("ae_weights"))
-        side = args.res or model.cfg.res
+        model, info, ae = judge.load(run)
         title = run_title(run) if run else f"base {Path(name).name}"
         check_finite(model, title)
-        tokens = (side // ae.cfg.f // model.cfg.patch_size) ** 2
-        row = {"name": title, "tokens": tokens, "steps": str(info.get("steps", ""))}
-        if side == res and probe.fits(model):
-            row["gap"] = probe.gap(model, info, ae)
-        table.add_model(row, model, info, ae, task, side, metrics)
+        row = {"name": title, "steps": str(info.get("steps", "")), **judge.facts(model, info, ae)}
+        table.add_model(row, model, info, ae, judge.task, args.res or model.cfg.res, metrics)
 
-    parts = [task.describe(table.samplers(), args.raw), probe.describe(folder), f"{dtype}, {device}"]
+    task = judge.task
+    parts = [task.describe(table.samplers(), args.raw), judge.probe.describe(folder), f"{dtype}, {device}"]
     if metrics:
         parts.insert(1, metrics.describe())
     protocol = "; ".join(parts)

@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cached_property, lru_cache, partial
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -25,11 +25,9 @@ import align
 import evaluate
 import finetune
 from bench import environment
-from checkpoints import (
-    load_autoencoder, load_base, load_run, read_base_config, read_run_config, run_file, write_json)
-from data import check_encoders, order, text_folder
+from checkpoints import read_base_config, read_run_config, run_file, write_json
 from experiments.strategies import known_flags
-from flags import Parser, add_device_arg, at_least, device_here, dtype_of, positive, with_guidance
+from flags import Parser, add_device_arg, at_least, device_here, dtype_of, positive
 from sample import save_grid
 from train import has_state, is_finished, read_settings, versions
 
@@ -55,58 +53,21 @@ def parser(doc: str, name: str, base: str = "tiny") -> Parser:
     return p
 
 
-class Judge:
-    """Draws and scores the runs of one base, as evaluate.py does; what they share is loaded once."""
+class Judge(evaluate.Judge):
+    """Draws and scores the runs of one base by these flags of evaluate.py."""
 
     def __init__(self, base: str, count: int, flags: list[str]):
         args = evaluate.parser().parse_args(["--base", base, *flags])
-        self.args = args
-        self.device = device_here(args.device)
-        dtype = dtype_of(args)
         cfg, info = read_base_config(base)
-        self.res = args.res or cfg.res
-        self.captions = cfg.text_encoder is not None
-        self.train, val = evaluate.open_pictures(cfg, info, args.images, self.res, args.any_classes)
-        self.metrics, reason = evaluate.make_metrics(
-            args.classifier, args.images, self.train, count, self.captions)
-        if reason:
-            print(f"note: no scores: {reason}")
-
-        # the pictures on which features are compared with the base's, and what every model draws
-        probe_rows = order(0, min(64, len(val)), len(val), seed=0)
-        images, probe_y = val.batch(probe_rows)
-        null = None
-        if self.captions:
-            check_encoders(cfg.text_encoder, args.text_encoders)
-            encoders = text_folder(base, cfg, args.text_encoders, args.weights)
-            rows = torch.cat([torch.arange(count) % len(val), probe_rows])
-            text, titles, null = evaluate.caption_conditions(cfg, val, rows, encoders, dtype, self.device)
-            y = text[:count]
-            probe_y = with_guidance(text[count:], 1.0)
-        else:
-            y, titles = evaluate.class_conditions(cfg, self.train.classes, count)
-        guidance = args.guidance or [evaluate.own_guidance(cfg)]
-        seeds = list(range(count))
-        self.task = evaluate.Task(y, titles[:count], null, seeds, guidance, args.num_steps, dtype)
-
-        self.load_ae = lru_cache(partial(load_autoencoder, device=self.device))
-        self.base, self.base_info = load_base(base, args.weights, self.device)
-        base_ae = self.load_ae(cfg.ae, args.base_ae_weights or self.base_info.get("ae_weights"))
-        self.probe = evaluate.Probe(self.base, base_ae, images.to(self.device), probe_y.to(self.device))
-
-    def load(self, run: Path | None) -> tuple:
-        """A run, or the base (None) -> model, info, autoencoder"""
-        if run is None:
-            return self.base, self.base_info, self.probe.base_ae
-        model, info = load_run(run, self.device, not self.args.raw, self.args.weights)
-        return model, info, self.load_ae(model.cfg.ae, info.get("ae_weights"))
+        device = device_here(args.device)
+        super().__init__(base, cfg, info, args, count, args.images, args.weights, device, dtype_of(args))
+        if self.reason:
+            print(f"note: no scores: {self.reason}")
 
     def rows(self, run: Path | None, seed: int) -> list[dict]:
         """The scores of a run's pictures, a row a guidance scale. seed: every one has noise of its own."""
         model, info, ae = self.load(run)
-        row = {"name": "", "tokens": (self.res // ae.cfg.f // model.cfg.patch_size) ** 2}
-        if self.probe.fits(model):
-            row["gap"] = self.probe.gap(model, info, ae)
+        row = {"name": "", **self.facts(model, info, ae)}
         seeds = [100_000 * seed + i for i in range(len(self.task.seeds))]
         table = evaluate.Table()
         table.add_model(row, model, info, ae, replace(self.task, seeds=seeds), self.res, self.metrics)
