@@ -50,7 +50,7 @@ from torch import Tensor
 from autoencoder import AUTOENCODERS, ae_config
 from checkpoints import config_dict, exportable, load_base, read_base_config
 from flags import Parser, add_model_args, at_least, check_paths, positive, run_main
-from evaluate import gap_table, layer_gap, plot_gap, target_of
+from evaluate import gap_table, layer_gap, plot_gap, target_of, token_pixels
 from fast import peak_gib
 from model import to_deep_latent, to_deep_model, where_conditions
 from sample import path, sample_t, save_grid
@@ -598,12 +598,19 @@ def deep_config(base_cfg, args):
     args.ae = ae.name
     args.pos_step = args.pos_step or recipe.pos_step
     args.shift = recipe.shift if args.shift is None else args.shift
-    args.match = args.match or recipe.match
     # a base that is a deep run has spread positions already, so steps multiply
     pos_step = args.pos_step * getattr(base_cfg, "pos_step", 1.0)
     cfg = resized(to_deep_latent(base_cfg, ae, pos_step, args.shift), args.res, args.text_tokens)
     args.res = cfg.res
+    args.match = args.match or default_match(base_cfg, cfg)
     return cfg
+
+
+def default_match(base_cfg, cfg) -> str:
+    """What Eq. 1 compares for a deep model of this configuration: the recipe's; the average where tokens do
+    not become fewer, so that no smaller picture has as many."""
+    fits = token_pixels(cfg) % token_pixels(base_cfg) == 0
+    return recipe_of(base_cfg).match if fits else "downsample"
 
 
 def settled_objective(cfg, args) -> Objective:

@@ -64,18 +64,23 @@ def layer_gap(model, base, z_dc: Tensor, z_base: Tensor, y, t: float = 1.0, seed
     return gaps
 
 
+def token_pixels(cfg) -> int:
+    """A side of a token, in pixels."""
+    return ae_config(cfg.ae).f * cfg.patch_size
+
+
 def target_of(base, cfg, match: str):
     """The base as Eq. 1 reads it for a deep model of this configuration, by align.py's --match: as it is; by
     "resize" the same weights at the size at which its grid is the deep model's, at the same positions.
     ValueError for a deep model with more tokens than the base."""
     if match != "resize":
         return base
-    pixels = [ae_config(c.ae).f * c.patch_size for c in (base.cfg, cfg)]     # a side of a token
-    if pixels[1] % pixels[0]:
-        raise ValueError(f"--match resize: a token of {pixels[1]} pixels is no multiple of the base's "
-                         f"{pixels[0]}; use --match downsample")
+    own, new = token_pixels(base.cfg), token_pixels(cfg)
+    if new % own:
+        raise ValueError(f"--match resize: a token of {new} pixels is no multiple of the base's {own}; "
+                         "use --match downsample")
     target = copy.copy(base)
-    target.cfg = replace(base.cfg, res=cfg.res * pixels[0] // pixels[1])
+    target.cfg = replace(base.cfg, res=cfg.res * own // new)
     if hasattr(cfg, "pos_step"):
         target.cfg = replace(target.cfg, pos_step=cfg.pos_step)
     return target

@@ -30,7 +30,8 @@ from torch import nn
 
 from flags import (
     Parser, add_model_args, at_least, check_base, check_paths, positive, run_main, with_guidance, within)
-from align import next_autoencoder, note_export, print_recipe, recipe_of, settled_objective
+from align import (
+    default_match, next_autoencoder, note_export, print_recipe, recipe_of, settled_objective)
 from autoencoder import ae_config
 from checkpoints import (
     build, config_dict, fingerprint, load_base, load_run, newest_run, read_base_config, read_run_config,
@@ -127,9 +128,10 @@ def load_start(args) -> Start:
     if args.init == "base":
         base, info = load_base(args.base, args.weights, dtype=None)
         torch.manual_seed(args.seed)
+        cfg = unaligned_config(base.cfg, args)
         # its gap is measured to what it would have been aligned to
-        info["match"] = recipe_of(base.cfg).match
-        return Start(to_deep_model(base, unaligned_config(base.cfg, args)), info)
+        info["match"] = default_match(base.cfg, cfg)
+        return Start(to_deep_model(base, cfg), info)
     # 12B stays in the file's bf16: prepare_for_training makes float32 of what learns
     model, info = load_run(args.init, base_weights=args.weights, dtype=None)
     own = set(read_tensors(run_file(args.init)))

@@ -142,9 +142,10 @@ def train(run: "Run", name: str, model: nn.Module, named: list[tuple[str, nn.Par
             batch = order(step, plan.batch, num_samples, seed).tensor_split(state.microbatches)
             for i in range(rank, state.microbatches, world_size):
                 generator = noise_of(step, i, state.microbatches, seed)
-                with autocast(device, dtype), attention_in_training(device):
-                    loss, metrics = loss_fn(batch[i], generator)
-                (loss * len(batch[i]) / plan.batch).backward()
+                with attention_in_training(device):                  # of recomputed blocks too
+                    with autocast(device, dtype):
+                        loss, metrics = loss_fn(batch[i], generator)
+                    (loss * len(batch[i]) / plan.batch).backward()
                 state.note(loss=loss.detach(), **metrics)
             all_reduce_sum([p.grad for p in params if p.grad is not None])
 
