@@ -49,9 +49,9 @@ from torch import Tensor
 
 from autoencoder import AUTOENCODERS, ae_config
 from checkpoints import config_dict, exportable, load_base, read_base_config
-from flags import Parser, add_model_args, at_least, check_paths, positive, run_main
 from evaluate import gap_table, layer_gap, plot_gap, target_of, token_pixels
 from fast import peak_gib
+from flags import Parser, add_model_args, at_least, check_paths, positive, run_main
 from model import to_deep_latent, to_deep_model, where_conditions
 from sample import path, sample_t, save_grid
 from shapes import pick_scorer
@@ -93,9 +93,9 @@ TINY = Recipe(
     stage3=Plan(steps=2000, lr=1e-3, batch=64, schedule="cosine", **{**STAGE3, "warmup": 50}),
     pictures=4096, rank=32, match="resize", joint_steps=0, pos_step=2.0, guidance=(1.0, 8.0))
 
-# pos_step: a base that was trained at one size only (DiT, the bundled ones) has its new tokens spread over
-# the positions that it was trained with. FLUX was trained at many sizes, so a smaller grid uses step 1, as in
-# the authors' code and in diffusers' pipeline.
+# pos_step: a base that was trained at one size only (DiT) has its new tokens spread over the positions that
+# it was trained with; the bundled ones have seen small pictures at such positions. FLUX was trained at many
+# sizes, so a smaller grid uses step 1, as in the authors' code and in diffusers' pipeline.
 RECIPES = {
     "tiny": TINY,
     "tiny-text": replace(TINY, pictures=8192),

@@ -28,14 +28,14 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from flags import (
-    Parser, add_model_args, at_least, check_base, check_paths, positive, run_main, with_guidance, within)
 from align import (
     default_match, next_autoencoder, note_export, print_recipe, recipe_of, settled_objective)
 from autoencoder import ae_config
 from checkpoints import (
     build, config_dict, fingerprint, load_base, load_run, newest_run, read_base_config, read_run_config,
     read_tensors, run_file)
+from flags import (
+    Parser, add_model_args, at_least, check_base, check_paths, positive, run_main, with_guidance, within)
 from lora import add_lora, merge_lora
 from model import BASES, to_deep_latent, to_deep_model
 from sample import save_grid

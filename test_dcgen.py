@@ -3,6 +3,7 @@ tests/."""
 
 import argparse
 import ast
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -375,6 +376,9 @@ def test_after_alignment_the_untouched_trunk_draws(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     few = "--pictures 768 --head-samples 1536 --count 0 --previews 0 --device cpu --out run"
     align.main(few.split())
+    # the base has seen the pictures at half the size
+    caches = [json.loads(file.read_text())["what"] for file in Path("runs/cache").glob("*/meta.json")]
+    assert [what["sizes"] for what in caches] == 2 * [{"tiny-kl-f8c4": 64}]
     model, _ = load_run("run")
     base, _ = load_base("tiny")
     trunk = model.blocks.state_dict()

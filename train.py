@@ -49,9 +49,9 @@ from autoencoder import AUTOENCODERS, ae_config
 from checkpoints import (
     code_version, load_autoencoder, read_config, read_tensors, write_json, write_tensors)
 from data import LatentCache, cache_prompts, check_encoders, open_source, order, read_prompts, text_folder
+from evaluate import plot_curves
 from flags import (
     at_least, choose_sampling, class_names, device_here, dtype_of, positive, with_guidance, within)
-from evaluate import plot_curves
 from model import Text, resolve_shift
 from sample import generate, latent_size
 
