@@ -13,7 +13,7 @@ What is fast comes from fast.py and quant.py, through sample.Pipeline. Each part
 own, on top of those before it:
 
     eager      plain PyTorch, FlashAttention-2, floats to the host: by its times, what the paper's base is
-    attention  cuDNN's attention first; before compile, which freezes the choice
+    attention  cuDNN's attention first, and TF32 for what is in float32; before compile, which freezes it
     compile    the transformer, block by block
     hoist      modulations of all steps at once, text once an image
     decoder    the autoencoder's layers compiled, channels last
@@ -65,8 +65,8 @@ from checkpoints import (
     DCAE_DIFFUSERS, KL_DIFFUSERS, TABLES, atomic, check_writable, diffusers_ae_config, diffusers_config,
     unmap_keys, write_json)
 from fast import (
-    LiveBytes, attention_priority, bf16_is_fast, compile_decoder, compile_layers, count_cost,
-    example_condition, peak_gib, pixels_on_host, synchronized_time, timed)
+    LiveBytes, attention_priority, bf16_is_fast, compile_blocks, compile_decoder, count_cost,
+    example_condition, fast_kernels, peak_gib, pixels_on_host, synchronized_time, timed)
 from flags import Parser, add_device_arg, at_least, device_here, positive, run_main, within
 from quant import (
     FORMATS, MODULATIONS, QuantLinear, arithmetic, e4m3_rows, encode, format_name, fp8_linears,
@@ -319,7 +319,7 @@ class Variant(Pipeline):
                                  "capability 8.9 or more")
             fp8_linears(self.model, made=quantised)
         if "compile" in switches:
-            compile_layers(self.model.blocks, **(compiler or {}))
+            compile_blocks(self.model, **(compiler or {}))
         if "decoder" in switches:
             compile_decoder(self.ae, **(compiler or {}))
 
@@ -330,12 +330,16 @@ class Variant(Pipeline):
     def denoise(self, x0: Tensor, steps: int | None = None) -> Tensor:
         """Noise -> latent after so many of the steps (None: all), what is hoisted once an image included."""
         times = self.times if steps is None else self.times[: steps + 1]
-        with attention_priority() if "attention" in self.switches else flash_attention():
+        with self.kernels():
             return integrate(self.evaluation(self.cond), x0, times)
 
     @torch.no_grad()
     def decode(self, z: Tensor) -> Tensor:
-        return super().decode(z)
+        with self.kernels():
+            return super().decode(z)
+
+    def kernels(self):
+        return fast_kernels(self.device, self.dtype) if "attention" in self.switches else flash_attention()
 
     def to_host(self, x: Tensor) -> Tensor:
         return pixels_on_host(x if "uint8" in self.switches else x.float().cpu())

@@ -3,8 +3,8 @@
     hoisting     what depends on the step and the condition alone leaves the steps: modulations, clock and
                  text are computed for all steps of an image at once and looked up afterwards (`Hoist`)
     capturing    one evaluation as a CUDA graph: the GPU no longer waits for Python (`capture`)
-    compiling    layer by layer, of the transformer and of the decoder (`compile_layers`, `compile_decoder`)
-    attention    cuDNN's first (`attention_priority`)
+    compiling    layer by layer, of the transformer and of the decoder (`compile_blocks`, `compile_decoder`)
+    kernels      cuDNN's attention first, tensor cores for what is left in float32 (`fast_kernels`)
     bytes        pictures cross the bus as bytes (`pixels_on_host`)
 
 sample.py draws with these and bench.py times them, so that what is timed is what users run. Below: the one
@@ -202,6 +202,18 @@ def compile_layers(layers, **options):
         layer.compile(fullgraph=True, dynamic=False, **options)
 
 
+def compile_blocks(model, mode: str | None = None, backend: str = "inductor"):
+    """Compile a transformer's blocks. mode: torch.compile's."""
+    if backend != "inductor":
+        compile_layers(model.blocks, backend=backend)
+        return
+    from torch._inductor import list_mode_options
+    # a token's maximum and its FP8 codes in one kernel; in two, FLUX's widest rows are read twice. There are
+    # enough tokens to fill a GPU, unlike the groups of the decoder's norms
+    options = dict(list_mode_options(mode or "default"), split_reductions=False)
+    compile_layers(model.blocks, options=options)
+
+
 def compile_decoder(ae, **options):
     """Compile the decoder's layers one by one. Convolutions stay cuDNN's; what gains is what lies between
     them: norms, activations, shortcuts and folding: each is a pass over memory otherwise."""
@@ -212,12 +224,12 @@ def compile_decoder(ae, **options):
 
 
 def uncompile(module: nn.Module):
-    """Undo compile_layers and compile_decoder."""
+    """Undo compile_blocks and compile_decoder."""
     for m in module.modules():
         m._compiled_call_impl = None
 
 
-# ---- attention, precision, pixels ----------------------------------------------------------------
+# ---- kernels, precision, pixels ----------------------------------------------------------------
 
 ATTENTION = [
     SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -240,6 +252,23 @@ def attention_priority(order: list = ATTENTION):
                 os.environ["TORCHINDUCTOR_CACHE_DIR"] = before
         else:
             yield
+
+
+@contextmanager
+def fast_kernels(device: torch.device, dtype: torch.dtype):
+    """A context for drawing in this type. On a GPU: attention_priority; and unless the type is float32 itself,
+    the little that is computed in float32 uses tensor cores, which read 10 bits of a factor (TF32). That is
+    linear attention, of SANA and DC-AE: its factors have no more than that, only its state is rounded."""
+    if device.type != "cuda":
+        yield
+        return
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = before or dtype != torch.float32
+    try:
+        with attention_priority():
+            yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def bf16_is_fast(device) -> bool:

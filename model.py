@@ -383,9 +383,11 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, eps: float) -> Tensor:
     with no_autocast:
         q = to_float32(F.relu(q))
         k = to_float32(F.relu(k))
-        state = to_float32(v) @ k.transpose(-1, -2)                  # B nh d d   never N x N
-        total = k.sum(dim=-1, keepdim=True).transpose(-1, -2)        # B nh 1 d
-        out = (state @ q).div(total @ q + eps)                       # B nh d N
+        # a row of ones below v: the same two products hold the divisor
+        v_and_ones = F.pad(to_float32(v), (0, 0, 0, 1), value=1.0)   # B nh d+1 N
+        state = v_and_ones @ k.transpose(-1, -2)                     # B nh d+1 d   never N x N
+        out = state @ q                                              # B nh d+1 N
+        out = out[:, :, :-1] / (out[:, :, -1:] + eps)                # B nh d N
     return out.to(v.dtype)
 
 

@@ -19,8 +19,8 @@ import json
 import math
 import textwrap
 import time
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -39,8 +39,8 @@ from checkpoints import (
     load_base, load_peft, load_run, newest_run, read_base_config, read_run_config, run_file, write_json)
 from data import SUFFIXES, TEXT_ENCODERS, cache_prompts, check_encoders, find_encoders, text_folder
 from fast import (
-    Hoist, attention_priority, capture, compile_decoder, compile_layers, count_cost, example_condition,
-    numbered, on_device, peak_gib, pixels_on_host, timed, uncompile)
+    Hoist, capture, compile_blocks, compile_decoder, count_cost, example_condition, fast_kernels, numbered,
+    on_device, peak_gib, pixels_on_host, timed, uncompile)
 from flags import (
     Parser, add_model_args, at_least, check_base, check_finite, check_flags, check_paths, check_pictures,
     choose_sampling, class_names, device_here, dtype_of, guidance_of, parse_classes, parse_size, pick_prompts,
@@ -322,7 +322,7 @@ class Pipeline:
             ae.to(memory_format=torch.channels_last)
         # nothing happens yet: a layer compiles at its first call
         if speed.compile:
-            compile_layers(model.blocks)
+            compile_blocks(model)
             compile_decoder(ae)
 
     @torch.no_grad()
@@ -345,14 +345,14 @@ class Pipeline:
     def draw(self, cond, seeds: list[int], progress: bool, seconds: dict) -> Tensor:
         cond = cond.to(self.device)
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        attention = attention_priority if self.device.type == "cuda" else nullcontext
-        with timed(seconds, "denoising", self.device), on_device(self.model, self.device), attention():
+        kernels = partial(fast_kernels, self.device, self.dtype)
+        with timed(seconds, "denoising", self.device), on_device(self.model, self.device), kernels():
             with self.autocast(self.model):
                 z = self.denoise(cond, generators, progress)
             if self.home != self.device:
                 # the tables belong to a model that leaves now
                 self.unhoist()
-        with timed(seconds, "decoding", self.device), on_device(self.ae, self.device), attention():
+        with timed(seconds, "decoding", self.device), on_device(self.ae, self.device), kernels():
             with self.autocast(self.ae):
                 return self.decode(z)
 

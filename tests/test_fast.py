@@ -11,13 +11,14 @@ from autoencoder import DCAE, ResBlock, Up, ae_config, build_autoencoder
 from bench import shared_copy
 from checkpoints import HERE, build
 from fast import (
-    Cost, Hoist, attention_priority, capture, compile_decoder, compile_layers, count_cost, uncompile)
+    Cost, Hoist, attention_priority, capture, compile_blocks, compile_decoder, compile_layers, count_cost,
+    fast_kernels, uncompile)
 from flags import with_guidance
 from helpers import (  # noqa: F401 (fixture: fresh_compiler)
     DCAE_STYLES, EVERY, TINIES, TINY_DIT, TINY_FLUX, TINY_KL, assert_near, fixed_forward, fresh_compiler,
     needs_gpu, random_condition, relative_error, scramble, tiny_model)
 from lora import add_lora
-from model import BASES, DiT, Flux, Mlp
+from model import BASES, DiT, Flux, Mlp, linear_attention
 from quant import FP8Linear, e4m3_rows, fp8_linears
 from sample import guided_velocity, integrate, time_grid
 from shapes import encode_words
@@ -99,7 +100,7 @@ def test_hoisting_in_bf16_is_no_worse_than_the_plain_loop(name, weights, autocas
 def test_hoisted_blocks_of_one_class_are_compiled_once(name, kinds, fresh_compiler):
     net, cond, x = fast_case(name)
     want = loop(net, x, cond)
-    compile_layers(net.blocks, backend="eager")
+    compile_blocks(net, backend="eager")
     assert_near(hoisted_loop(hoist(net, cond), x), want)
     assert fresh_compiler["stats"]["unique_graphs"] == kinds < len(net.blocks)
     assert not fresh_compiler["graph_break"]
@@ -114,6 +115,15 @@ def test_a_compiled_layer_has_a_program_for_every_size(fresh_compiler):
     for rows in (3, 5, 7):
         layer(torch.ones(rows, 4))
     assert fresh_compiler["stats"]["unique_graphs"] == 3
+
+
+@pytest.mark.parametrize("mode", [None, "max-autotune-no-cudagraphs"])
+def test_the_compiler_takes_the_options_of_blocks_beside_a_mode(mode):
+    """torch.compile refuses a mode beside options, and options that it does not know."""
+    net = tiny_model("flux")
+    compile_blocks(net, mode)
+    assert all(block._compiled_call_impl for block in net.blocks)
+    uncompile(net)
 
 
 @pytest.mark.parametrize("cfg", [TINY_KL, *DCAE_STYLES.values()], ids=lambda cfg: cfg.name)
@@ -309,6 +319,17 @@ def test_cudnns_attention_is_what_runs_and_it_is_right(tokens):
 
 
 @needs_gpu
+def test_linear_attention_on_tensor_cores_errs_less_than_bf16_rounds():
+    q, k, v = torch.randn(3, 2, 70, 32, 1024, device="cuda", dtype=torch.bfloat16)
+    want = linear_attention(q.double(), k.double(), v.double(), 1e-8)
+    for dtype, bound in ((torch.bfloat16, 2**-8), (torch.float32, 1e-5)):
+        with fast_kernels(q.device, dtype):
+            got = linear_attention(q.float(), k.float(), v.float(), 1e-8)
+        assert relative_error(got, want) < bound
+    assert not torch.backends.cuda.matmul.allow_tf32
+
+
+@needs_gpu
 def test_a_channels_last_decoder_converts_no_layouts():
     ae = scramble(DCAE(ae_config("dc-ae-f32c32-in-1.0"))).to("cuda", torch.bfloat16)
     ae = ae.to(memory_format=torch.channels_last)
@@ -329,7 +350,7 @@ def test_compiled_fp8_blocks_err_by_a_few_percent_a_step_on_trained_weights(fres
     net = build(BASES["tiny-flux"], HERE / BASES["tiny-flux"].weights).cuda().bfloat16()
     fast = shared_copy(net)
     fp8_linears(fast)
-    compile_layers(fast.blocks)
+    compile_blocks(fast)
     x = torch.randn(8, 4, 16, 16, device="cuda")
     t = torch.linspace(0.1, 0.9, 8, device="cuda")
     cond = trained_condition(net.cfg).to("cuda", torch.bfloat16)

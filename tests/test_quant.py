@@ -16,7 +16,7 @@ from torch import nn
 import quant
 import sample
 from checkpoints import HERE, build, fingerprint, load_base, load_run, newest_run, write_tensors
-from fast import Hoist, compile_layers
+from fast import Hoist, compile_blocks
 from flags import check_finite, with_guidance
 from helpers import (  # noqa: F401 (fixtures: fresh_compiler, words_base)
     TINY_DIT, TINY_FLUX, TINY_SANA, digest, fresh_compiler, on_meta, random_condition, random_text,
@@ -396,7 +396,7 @@ def test_a_quantised_model_compiles_without_a_break_and_hoists(name, fresh_compi
     hoisted = Hoist(net, clock[:1], y)
     torch.testing.assert_close(net(x, t, hoisted.cond), want, atol=1e-5, rtol=1e-4)
     hoisted.remove()
-    compile_layers(net.blocks, backend="eager")
+    compile_blocks(net, backend="eager")
     torch.testing.assert_close(net(x, t, y), want)
 
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ import sample
 from autoencoder import DCAE, KLVAE, DCAEConfig
 from checkpoints import ae_table, config_dict, find_weights, load_base, load_weights, write_tensors
 from data import load_image
+from fast import compile_blocks
 from flags import parse_classes
 from helpers import (  # noqa: F401 (fixtures: encoders, fresh_compiler, tiny_base, words_base)
     DDPM_DIT, DEEP_DIT, EVERY, ROOT, TINY_DIT, TINY_KL, assert_near, deep_model, encoders, fresh_compiler,
@@ -278,10 +280,10 @@ def test_a_compiler_that_fails_is_reported_and_drawing_goes_on(capsys, monkeypat
     def fail(*args):
         raise AssertionError("wrong stride\nat a place")
 
-    def broken(layers):
-        layers[0]._compiled_call_impl = fail
+    def broken(model):
+        model.blocks[0]._compiled_call_impl = fail
 
-    monkeypatch.setattr(sample, "compile_layers", broken)
+    monkeypatch.setattr(sample, "compile_blocks", broken)
     net = tiny_model("dit")
     ae = scramble(KLVAE(TINY_KL))
     sampling = Sampling(2, 2.0)
@@ -514,7 +516,7 @@ def test_six_lines_of_python_draw_what_the_script_draws(tiny_base):
 
 
 def test_fast_draws_the_same_pictures_on_a_cpu(tiny_base, capsys, fresh_compiler, monkeypatch):
-    monkeypatch.setattr(sample, "compile_layers", lambda layers: [m.compile(backend="eager") for m in layers])
+    monkeypatch.setattr(sample, "compile_blocks", partial(compile_blocks, backend="eager"))
     monkeypatch.setattr(sample, "compile_decoder", lambda ae: None)
     flags = "--base test --count 2 --num-steps 2"
     assert_same(draw("plain", flags), draw("fast", f"{flags} --fast"))
