@@ -319,7 +319,7 @@ class Variant(Pipeline):
                                  "capability 8.9 or more")
             fp8_linears(self.model, made=quantised)
         if "compile" in switches:
-            compile_blocks(self.model, **(compiler or {}))
+            compile_blocks(self.model.blocks, **(compiler or {}))
         if "decoder" in switches:
             compile_decoder(self.ae, **(compiler or {}))
 

@@ -202,16 +202,16 @@ def compile_layers(layers, **options):
         layer.compile(fullgraph=True, dynamic=False, **options)
 
 
-def compile_blocks(model, mode: str | None = None, backend: str = "inductor"):
+def compile_blocks(blocks, mode: str | None = None, backend: str = "inductor"):
     """Compile a transformer's blocks. mode: torch.compile's."""
     if backend != "inductor":
-        compile_layers(model.blocks, backend=backend)
+        compile_layers(blocks, backend=backend)
         return
     from torch._inductor import list_mode_options
     # a token's maximum and its FP8 codes in one kernel; in two, FLUX's widest rows are read twice. There are
     # enough tokens to fill a GPU, unlike the groups of the decoder's norms
     options = dict(list_mode_options(mode or "default"), split_reductions=False)
-    compile_layers(model.blocks, options=options)
+    compile_layers(blocks, options=options)
 
 
 def compile_decoder(ae, **options):

@@ -322,7 +322,7 @@ class Pipeline:
             ae.to(memory_format=torch.channels_last)
         # nothing happens yet: a layer compiles at its first call
         if speed.compile:
-            compile_blocks(model)
+            compile_blocks(model.blocks)
             compile_decoder(ae)
 
     @torch.no_grad()

@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from autoencoder import DCAE, ResBlock, Up, ae_config, build_autoencoder
-from bench import shared_copy
+from bench import shared_copy, workloads
 from checkpoints import HERE, build
+from experiments import kernels
 from fast import (
     Cost, Hoist, attention_priority, capture, compile_blocks, compile_decoder, compile_layers, count_cost,
     fast_kernels, uncompile)
@@ -100,7 +101,7 @@ def test_hoisting_in_bf16_is_no_worse_than_the_plain_loop(name, weights, autocas
 def test_hoisted_blocks_of_one_class_are_compiled_once(name, kinds, fresh_compiler):
     net, cond, x = fast_case(name)
     want = loop(net, x, cond)
-    compile_blocks(net, backend="eager")
+    compile_blocks(net.blocks, backend="eager")
     assert_near(hoisted_loop(hoist(net, cond), x), want)
     assert fresh_compiler["stats"]["unique_graphs"] == kinds < len(net.blocks)
     assert not fresh_compiler["graph_break"]
@@ -121,9 +122,27 @@ def test_a_compiled_layer_has_a_program_for_every_size(fresh_compiler):
 def test_the_compiler_takes_the_options_of_blocks_beside_a_mode(mode):
     """torch.compile refuses a mode beside options, and options that it does not know."""
     net = tiny_model("flux")
-    compile_blocks(net, mode)
+    compile_blocks(net.blocks, mode)
     assert all(block._compiled_call_impl for block in net.blocks)
     uncompile(net)
+
+
+def test_kernels_are_counted_without_a_launch(fresh_compiler):
+    work = workloads("dit-xl", 256)[1]
+    block, inputs = kernels.blocks_of(work, 2, fp8=False)["DiTBlock"]
+    found = kernels.count_kernels(block, inputs, torch.device("cpu"))
+    assert found["library"] == 5                                     # qkv, attention, proj, fc1, fc2
+    # at the least it reads and writes the tokens in bf16: before, between and after its two halves
+    assert 4 <= found["own"] < 20 and found["MB"] > 4 * 2 * inputs[0].numel() / 1e6
+
+
+@needs_gpu
+@pytest.mark.parametrize("fp8, limits", [(False, (11, 4)), (True, (13, 4))])
+def test_flux_s_blocks_are_few_kernels(fp8, limits, fresh_compiler):
+    work = workloads("flux-krea", 1024)[1]
+    calls = kernels.blocks_of(work, 1, fp8)
+    for kind, limit in zip(("DoubleBlock", "SingleBlock"), limits):
+        assert kernels.count_kernels(*calls[kind], torch.device("cuda"))["own"] <= limit
 
 
 @pytest.mark.parametrize("cfg", [TINY_KL, *DCAE_STYLES.values()], ids=lambda cfg: cfg.name)
@@ -350,7 +369,7 @@ def test_compiled_fp8_blocks_err_by_a_few_percent_a_step_on_trained_weights(fres
     net = build(BASES["tiny-flux"], HERE / BASES["tiny-flux"].weights).cuda().bfloat16()
     fast = shared_copy(net)
     fp8_linears(fast)
-    compile_blocks(fast)
+    compile_blocks(fast.blocks)
     x = torch.randn(8, 4, 16, 16, device="cuda")
     t = torch.linspace(0.1, 0.9, 8, device="cuda")
     cond = trained_condition(net.cfg).to("cuda", torch.bfloat16)

@@ -396,7 +396,7 @@ def test_a_quantised_model_compiles_without_a_break_and_hoists(name, fresh_compi
     hoisted = Hoist(net, clock[:1], y)
     torch.testing.assert_close(net(x, t, hoisted.cond), want, atol=1e-5, rtol=1e-4)
     hoisted.remove()
-    compile_blocks(net, backend="eager")
+    compile_blocks(net.blocks, backend="eager")
     torch.testing.assert_close(net(x, t, y), want)
 
 

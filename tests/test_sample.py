@@ -280,8 +280,8 @@ def test_a_compiler_that_fails_is_reported_and_drawing_goes_on(capsys, monkeypat
     def fail(*args):
         raise AssertionError("wrong stride\nat a place")
 
-    def broken(model):
-        model.blocks[0]._compiled_call_impl = fail
+    def broken(blocks):
+        blocks[0]._compiled_call_impl = fail
 
     monkeypatch.setattr(sample, "compile_blocks", broken)
     net = tiny_model("dit")
