@@ -49,6 +49,7 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import product
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -541,15 +542,54 @@ def attention_of(names) -> str:
     return " + ".join(sorted(found))
 
 
-def profile_attention(variant: Variant, x0: Tensor) -> str:
-    """Which softmax attention runs in a step: asking for a backend is not the same as getting it."""
+# kinds of kernels by their names; the first that matches
+KERNELS = {
+    "attention": "sdpa|fmha|flash",
+    "convolution": "conv|fprop|wgrad|implicit",
+    "product": "nvjet|gemm|cutlass|xmma|gemv|splitk|cublas|mm$",
+    "triton": "^triton",
+    "copy": "memcpy|copy",
+}
+
+
+class KernelCalls(NamedTuple):
+    """All calls of one kernel; on a CPU, of one operator."""
+    name: str
+    count: int
+    ms: float
+
+
+def profile(f, device) -> list[KernelCalls]:
+    """What a call of f runs on the device."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")                  # else it writes to the terminal
-    on_gpu = variant.device.type == "cuda"
+    on_gpu = torch.device(device).type == "cuda"
     activity = torch.profiler.ProfilerActivity.CUDA if on_gpu else torch.profiler.ProfilerActivity.CPU
     with torch.profiler.profile(activities=[activity]) as record:
-        variant.denoise(x0, 1)
-        synchronized_time(variant.device)
-    return attention_of(event.key for event in record.key_averages()) or "math, or none"
+        f()
+        synchronized_time(device)
+    calls = []
+    for event in record.key_averages():
+        spent = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+        calls.append(KernelCalls(event.key, event.count, spent / 1e3))
+    return calls
+
+
+def by_kind(calls: list[KernelCalls]) -> dict[str, float]:
+    """{kernels, kernels_ms, and both of every kind}"""
+    found = dict(kernels_ms=sum(call.ms for call in calls), kernels=sum(call.count for call in calls))
+    for call in calls:
+        kind = next((kind for kind, sign in KERNELS.items() if re.search(sign, call.name.lower())), "other")
+        found[f"{kind}_ms"] = found.get(f"{kind}_ms", 0.0) + call.ms
+        found[f"{kind}_kernels"] = found.get(f"{kind}_kernels", 0) + call.count
+    return found
+
+
+def profile_step(variant: Variant, x0: Tensor) -> dict:
+    """Where a step's time goes, and which softmax attention runs in it: asking for a backend is not the same
+    as getting it."""
+    calls = profile(partial(variant.denoise, x0, 1), variant.device)
+    attention = attention_of(call.name for call in calls) or "math, or none"
+    return dict(attention=attention, step=by_kind(calls))
 
 
 # ---- rows: one image at a time -----------------------------------------------------------------------
@@ -635,7 +675,8 @@ def time_group(makers: dict, eager: Variant, settings: Settings, until: float) -
         if is_long and time.perf_counter() + 1.1 * row["image_s"] < until:
             with timed(row, "full_run_s", settings.device):
                 attempt(variant.denoise, x0)
-        row["attention"], _ = attempt(profile_attention, variant, x0)
+        found, _ = attempt(profile_step, variant, x0)
+        row |= found or {}
     return rows
 
 
@@ -666,6 +707,10 @@ def describe(row: dict, work: Workload, switch: str, settings: Settings) -> dict
 def notes_on(row: dict, on_h100: bool) -> list[str]:
     """What a reader has to know of a row before he believes it; what is wrong, in capitals."""
     notes = []
+    if "step" in row:
+        whole, count, *kinds = row["step"].items()
+        parts = [f"{kind.removesuffix('_ms')} {ms:.3g}" for kind, ms in kinds if kind.endswith("_ms")]
+        notes.append(f"a step: {whole[1]:.3g} ms in {count[1]} kernels ({', '.join(parts)})")
     if row["estimated"]:
         spread = row["p90"] / row["p10"] - 1
         notes.append(f"estimated from 3 steps, which differ by {spread:.1%}")

@@ -27,7 +27,6 @@ Without a GPU small twins run on the CPU: the same code, not the same figures.
 import copy
 import os
 import platform
-import re
 import shutil
 import statistics
 import subprocess
@@ -459,48 +458,16 @@ def in_turn(f, operands: list):
 
 # ---- what a call spends its time on --------------------------------------------------------------
 
-# kinds of kernels by their names; the first that matches
-KERNELS = {
-    "attention": "sdpa|fmha|flash",
-    "convolution": "conv|fprop|wgrad|implicit",
-    "product": "nvjet|gemm|cutlass|xmma|gemv|splitk|cublas|mm$",
-    "triton": "^triton",
-    "copy": "memcpy|copy",
-}
-
-
 def kernels(f) -> dict:
     """ms of a call of f, and of its kernels: together, by kind with their number, and the largest. On a CPU
     operators stand for kernels."""
     # without the profiler, which slows the host down
     wall = seconds_of(f)
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")                  # else it writes to the terminal
-    kind = torch.profiler.ProfilerActivity.CUDA if ON_GPU else torch.profiler.ProfilerActivity.CPU
-    with torch.profiler.profile(activities=[kind]) as record:
-        f()
-        synchronized_time(SETTINGS.device)
-    ms = {}
-    count = {}
-    for event in record.key_averages():
-        spent = event.self_device_time_total if ON_GPU else event.self_cpu_time_total
-        ms[event.key] = spent / 1e3
-        count[event.key] = event.count
-
-    found = dict(wall_ms=1e3 * wall, kernels_ms=sum(ms.values()), kernels=sum(count.values()))
-    for name in ms:
-        kind = kind_of(name)
-        found[f"{kind}_ms"] = found.get(f"{kind}_ms", 0.0) + ms[name]
-        found[f"{kind}_kernels"] = found.get(f"{kind}_kernels", 0) + count[name]
-    largest = sorted(ms, key=ms.get, reverse=True)[:15]
-    found["largest"] = [f"{ms[name]:.3f} ms, {count[name]} x {name[:70]}" for name in largest]
+    calls = bench.profile(f, SETTINGS.device)
+    found = dict(wall_ms=1e3 * wall, **bench.by_kind(calls))
+    largest = sorted(calls, key=lambda call: call.ms, reverse=True)[:15]
+    found["largest"] = [f"{call.ms:.3f} ms, {call.count} x {call.name[:70]}" for call in largest]
     return found
-
-
-def kind_of(kernel: str) -> str:
-    for kind, sign in KERNELS.items():
-        if re.search(sign, kernel.lower()):
-            return kind
-    return "other"
 
 
 # ---- keeping -------------------------------------------------------------------------------------
