@@ -16,7 +16,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from autoencoder import (
-    AUTOENCODERS, DCAE, KLVAE, DCAEConfig, KLConfig, ae_config, build_autoencoder, in_tiles)
+    AUTOENCODERS, DCAE, KLVAE, DCAEConfig, KLConfig, ae_config, build_autoencoder, in_tiles,
+    repeat_channels)
 from checkpoints import ae_table, load_weights, map_keys, stated_config
 from helpers import (
     DCAE_STYLES, TINY_KL, assert_near, digest, manifest, on_meta, parity, parity_cases, relative_error,
@@ -256,6 +257,16 @@ def test_autoencoders_under_bf16_autocast_stay_within_two_percent(cfg):
     for a, b in zip(half, exact):
         assert a.dtype == torch.bfloat16
         assert relative_error(a, b) < 0.02
+
+
+def test_repeated_channels_stay_channels_last():
+    """repeat_interleave over dim 1 does not: the decoder's shortcuts were sums of two memory layouts."""
+    x = torch.randn(2, 3, 4, 5)
+    want = x.repeat_interleave(2, dim=1)
+    assert torch.equal(repeat_channels(x, 2), want)
+    out = repeat_channels(x.contiguous(memory_format=torch.channels_last), 2)
+    assert torch.equal(out, want)
+    assert out.is_contiguous(memory_format=torch.channels_last)
 
 
 # ---- strips: exact -------------------------------------------------------------------------------
