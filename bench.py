@@ -29,7 +29,8 @@ Where a step takes a second, single steps are timed and one full image confirms 
 after three steps is compared with eager's from the same noise. A row that fails leaves the others alive;
 --out is written after every row.
 
-Without a GPU the small presets of the same classes run on the CPU: the same code, not the same figures.
+Without a GPU the small presets of the same classes run on the CPU: the same code, not the same figures. Only
+--against diffusers times real widths there: a table of parts, eager and in float32, whatever the model.
 """
 
 import argparse
@@ -45,7 +46,7 @@ import sys
 import time
 import traceback
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from itertools import product
 from pathlib import Path
@@ -58,13 +59,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend
 
 from model import (
-    BASES, FAMILIES, DiTConfig, FluxConfig, SanaConfig, Sampling, Text, ddpm_times, rotary_table, sincos_2d,
-    to_deep_latent, to_deep_model)
+    BASES, FAMILIES, DiT, DiTConfig, FluxConfig, SanaConfig, Sampling, Text, ddpm_times, rotary_table,
+    sincos_2d, to_deep_latent, to_deep_model)
 from lora import add_lora
-from autoencoder import KLConfig, ae_config, build_autoencoder
+from autoencoder import AUTOENCODERS, KLConfig, ae_config, build_autoencoder
 from checkpoints import (
-    DCAE_DIFFUSERS, KL_DIFFUSERS, TABLES, atomic, check_writable, diffusers_ae_config, diffusers_config,
-    unmap_keys, write_json)
+    DCAE_DIFFUSERS, KL_DIFFUSERS, atomic, check_writable, diffusers_ae_config, diffusers_config,
+    diffusers_state, unmap_keys, write_json)
 from fast import (
     LiveBytes, attention_priority, bf16_is_fast, compile_blocks, compile_decoder, count_cost,
     example_condition, fast_kernels, peak_gib, pixels_on_host, synchronized_time, timed)
@@ -352,44 +353,67 @@ class DiffusersVariant(Variant):
 
     def __init__(self, work: Workload, model, ae, compiler: dict | None = None, num_steps: int | None = None):
         super().__init__(work, model, ae, ("attention",), num_steps=num_steps)
-        table = KL_DIFFUSERS if isinstance(ae.cfg, KLConfig) else DCAE_DIFFUSERS
-        self.net = self.build(diffusers_config(work.cfg), model, TABLES[type(model)]["diffusers"])
-        self.vae = self.build(diffusers_ae_config(ae.cfg), ae, table)
+        self.net = diffusers_model(model)
+        self.vae = diffusers_autoencoder(ae)
         if work.res > 2048:
             self.vae.enable_tiling()
         if compiler is not None:
             blocks = [*self.net.transformer_blocks, *getattr(self.net, "single_transformer_blocks", ())]
             for part in (*blocks, self.vae.decoder):
                 part.compile(dynamic=False, **compiler)
-        self.model.forward_native = self.forward_native
-
-    @staticmethod
-    def build(config: dict, ours: nn.Module, table) -> nn.Module:
-        import diffusers
-        family = getattr(diffusers, config.pop("_class_name"))
-        with torch.device("meta"):
-            theirs = family(**config)
-        theirs.load_state_dict(unmap_keys(ours.state_dict(), table), assign=True)
-        return theirs.requires_grad_(False).eval()
-
-    def forward_native(self, x: Tensor, step: Tensor, cond: Text) -> Tensor:
-        x = x.to(self.dtype)
-        if isinstance(self.work.cfg, SanaConfig):
-            mask = cond.mask.to(x.dtype)
-            return self.net(x, cond.tokens, step, encoder_attention_mask=mask, return_dict=False)[0]
-        # FLUX's pipeline packs the latent and numbers rows and columns
-        sides = [torch.arange(side // self.work.cfg.patch_size, device=x.device) for side in x.shape[-2:]]
-        image_ids = torch.cartesian_prod(torch.zeros_like(sides[0][:1]), *sides)
-        text_ids = torch.zeros(cond.tokens.shape[1], 3, device=x.device)
-        out = self.net(
-            self.model.patchify(x), cond.tokens, cond.pooled, step.to(x.dtype), image_ids, text_ids,
-            cond.guidance, return_dict=False)[0]
-        return self.model.unpatchify(out, x.shape[-2:])
+        self.model.forward_native = partial(diffusers_forward, self.net, self.model)
 
     @torch.no_grad()
     def decode(self, z: Tensor) -> Tensor:
         raw = z.to(self.dtype) / self.ae.cfg.scale + self.ae.cfg.shift
         return self.vae.decode(raw, return_dict=False)[0]
+
+
+def diffusers_class(config: dict, state: dict[str, Tensor]) -> nn.Module:
+    """The class that a config.json of diffusers names, over these tensors."""
+    import diffusers
+    family = getattr(diffusers, config.pop("_class_name"))
+    with torch.device("meta"):
+        theirs = family(**config)
+    theirs.load_state_dict(state, assign=True)
+    return theirs.requires_grad_(False).eval()
+
+
+def diffusers_model(ours: nn.Module) -> nn.Module:
+    """diffusers' transformer over the weights of ours."""
+    theirs = diffusers_class(diffusers_config(ours.cfg), diffusers_state(ours))
+    if isinstance(ours, DiT):
+        # what is not among the weights: the positions, and the clock's frequencies as in training
+        patches = theirs.pos_embed
+        table = sincos_2d(ours.cfg.hidden_size, patches.height, patches.width, ours.cfg.pos_step)
+        patches.pos_embed = table.to(ours.embed_linear.weight)[None]
+        for block in theirs.transformer_blocks:
+            block.norm1.emb.time_proj.downscale_freq_shift = 0
+    return theirs
+
+
+def diffusers_autoencoder(ours: nn.Module) -> nn.Module:
+    """diffusers' autoencoder over the weights of ours."""
+    table = KL_DIFFUSERS if isinstance(ours.cfg, KLConfig) else DCAE_DIFFUSERS
+    return diffusers_class(diffusers_ae_config(ours.cfg), unmap_keys(ours.state_dict(), table))
+
+
+def diffusers_forward(theirs: nn.Module, ours: nn.Module, x: Tensor, step: Tensor, cond) -> Tensor:
+    """ours.forward_native(x, step, cond) by diffusers' model."""
+    x = x.to(ours.embed_linear.weight.dtype)
+    if isinstance(ours, DiT):
+        return theirs(x, step, cond, return_dict=False)[0]
+    if isinstance(ours.cfg, SanaConfig):
+        mask = cond.mask.to(x.dtype)
+        return theirs(x, cond.tokens, step, encoder_attention_mask=mask, return_dict=False)[0]
+    # FLUX's pipeline packs the latent and numbers rows and columns
+    sides = [torch.arange(side // ours.cfg.patch_size, device=x.device) for side in x.shape[-2:]]
+    image_ids = torch.cartesian_prod(torch.zeros_like(sides[0][:1]), *sides)
+    text_ids = torch.zeros(cond.tokens.shape[1], 3, device=x.device)
+    out = theirs(
+        ours.patchify(x), cond.tokens, cond.pooled, step.to(x.dtype), image_ids, text_ids, cond.guidance,
+        return_dict=False)[0]
+    return ours.unpatchify(out, x.shape[-2:])
 
 
 # ---- timing ------------------------------------------------------------------------------------------
@@ -783,6 +807,80 @@ def throughput_rows(pair: tuple[Workload, Workload], batches: list[int], setting
                 paper_per_min=work.paper_per_min)
 
 
+# ---- rows: parts beside diffusers', on a CPU -----------------------------------------------------------
+
+# a part: its configuration, pixels a side, batch. Widths are real; of a transformer's blocks there are a few,
+# at 256 tokens: the others would be the same work again
+PARTS = {
+    "DiT-XL, 8 blocks": (replace(BASES["dit-xl"], depth=8), 256, 2),
+    "SANA-1.6B, 2 blocks": (replace(BASES["sana-1.6b"], depth=2), 512, 2),
+    "FLUX, 1 + 1 blocks": (replace(BASES["flux-krea"], depth=1, depth_single=1), 256, 1),
+    "DC-AE f32, decoding": (AUTOENCODERS["dc-ae-f32c32-in-1.0"], 512, 1),
+    "DC-AE f32 of SANA, decoding": (AUTOENCODERS["dc-ae-f32c32-sana-1.1"], 256, 1),
+    "SD-VAE, decoding": (AUTOENCODERS["sd-vae-f8c4"], 256, 1),
+}
+
+
+def build_both(cfg, res: int, batch: int, settings: Settings) -> tuple:
+    """A forward pass of a transformer, or the decoding of an autoencoder, by our class and by diffusers' over
+    the same random weights, as two functions without arguments. Their DiT embeds time and class anew in every
+    block: little beside 256 tokens, but not nothing."""
+    is_model = type(cfg) in FAMILIES
+    with torch.device("meta"):
+        ours = FAMILIES[type(cfg)](cfg) if is_model else build_autoencoder(cfg)
+    ours = init_random_(ours, settings.device, settings.dtype, settings.seed)
+    if not is_model:
+        theirs = diffusers_autoencoder(ours)
+        ours.to(memory_format=torch.channels_last)                   # as load_autoencoder leaves it
+        z = torch.randn(batch, cfg.channels, res // cfg.f, res // cfg.f)
+        return partial(ours.decode_raw, z), lambda: theirs.decode(z, return_dict=False)[0]
+    theirs = diffusers_model(ours)
+    grid = latent_size(cfg, ae_config(cfg.ae), (res, res))
+    x = torch.randn(batch, cfg.in_channels, *grid)
+    x, step = ours.to_native(x, torch.full((batch,), 0.5))
+    args = (x, step, random_condition(cfg, batch, settings.device))
+    return partial(ours.forward_native, *args), partial(diffusers_forward, theirs, ours, *args)
+
+
+@torch.no_grad()
+def compare_part(cfg, res: int, batch: int, settings: Settings, most: float = 15.0) -> dict:
+    """Median milliseconds of a part by our class and by diffusers', in turns; the median of the rounds'
+    ratios; the largest difference of what they return, as a share of the largest number. No round begins
+    after `most` seconds, except the first three."""
+    calls = build_both(cfg, res, batch, settings)
+    # the first calls warm up
+    ours, theirs = (call() for call in calls)
+    check_magnitude("what diffusers returns", theirs)
+    difference = ((ours - theirs).abs().max() / theirs.abs().max()).item()
+    same = difference <= 1e-3                                        # false for nan as well
+
+    rounds = []
+    until = time.perf_counter() + most
+    while len(rounds) < settings.repeats and (len(rounds) < 3 or time.perf_counter() < until):
+        clock = [time.perf_counter()]
+        for call in calls:
+            call()
+            clock.append(time.perf_counter())
+        rounds.append((clock[1] - clock[0], clock[2] - clock[1]))
+    ours_s, theirs_s = (statistics.median(seconds) for seconds in zip(*rounds))
+    return dict(
+        ours_ms=1e3 * ours_s,
+        diffusers_ms=1e3 * theirs_s,
+        ratio=statistics.median(theirs_s / ours_s for ours_s, theirs_s in rounds),
+        difference=difference,
+        rounds=len(rounds),
+        notes="" if same else "RETURNS SOMETHING ELSE than diffusers")
+
+
+def part_rows(parts: dict, settings: Settings):
+    """A row for each part, as it is finished."""
+    for name, (cfg, res, batch) in parts.items():
+        row, failure = attempt(compare_part, cfg, res, batch, settings)
+        free()
+        row = row or dict(failed=failure, notes=f"FAILED, {failure}")
+        yield dict(part=name, res=res, batch=batch, precision=settings.precision("eager")) | row
+
+
 # ---- rows: few bits ----------------------------------------------------------------------------------
 
 RANK = 32                               # SVDQuant's
@@ -1033,6 +1131,7 @@ COLUMNS = {
     "throughput": "work res precision batch denoise_per_min with_decode_per_min peak_gib "
                   "paper_per_min",
     "ratios": "work res switch denoise against_our_base against_paper_base paper",
+    "parts": "part res batch precision ours_ms diffusers_ms ratio difference rounds notes",
     "quant": "work res numbers weights_gb step_ms floor_step_ms paper_step_ms image_s floor_s paper_s "
              "peak_gib error first_s arithmetic notes",
     "train": "work res stage batch trainable_m images_per_s peak_gib schedule h100_days notes",
@@ -1045,6 +1144,8 @@ TITLES = {
     "throughput": "images a minute, from noise to latent, and to bytes with the decoder; the paper does not "
                   "say whether its figures include it",
     "ratios": "times faster than the base",
+    "parts": "parts of real width beside diffusers' classes over the same weights, eager, in turns; a ratio "
+             "above 1: ours is faster; their DiT embeds time and class in every block",
     "quant": "few bits, one image at a time; floors at the rates of this device's own large products; the "
              "paper's figures are of an RTX 5090 (Table 6), its images with the text encoders",
     "train": "an optimizer step of each stage; the schedule is the paper's Table 7, steps and batch",
@@ -1146,11 +1247,12 @@ def parser() -> Parser:
     work.add_argument("--train", action="store_true", help="time post-training steps instead")
     work.add_argument("--train-batch", type=count, metavar="N",
                       help="images a training step (default: 1 for FLUX, 16 otherwise)")
-    work.add_argument("--against", choices=("diffusers",), help="the same work through this library too")
+    work.add_argument("--against", choices=("diffusers",),
+                      help="the same work through this library too; on a CPU a table of parts by itself")
 
     how = p.add_argument_group("how to time it")
     how.add_argument("--repeats", type=count, metavar="N",
-                     help="timed rounds at most (default 20; 2 on a CPU)")
+                     help="timed rounds at most (default 20; 2 of the twins on a CPU)")
     how.add_argument("--warm", type=at_least(float, 0), metavar="S",
                      help="seconds of work before timing (default 10; 0 on a CPU)")
     how.add_argument("--minutes", type=positive, default=9.0, metavar="M",
@@ -1178,7 +1280,7 @@ def check_args(args):
         raise ValueError("--switches graph: that needs a GPU")
     if sum(map(bool, (args.against, args.train, args.quant is not None))) > 1:
         raise ValueError("--train, --quant and --against are different things to time; one of them at a time")
-    if args.against and isinstance(BASES[args.model], DiTConfig):
+    if args.against and args.device != "cpu" and isinstance(BASES[args.model], DiTConfig):
         raise ValueError("--against diffusers: FLUX and SANA are compared; its DiT has an embedder in every "
                          "block and is another work")
     if args.against and importlib.util.find_spec("diffusers") is None:
@@ -1197,6 +1299,7 @@ there is no graph. What is shown is that every row runs and that what it makes i
 DEFAULTS = {
     "cuda": dict(num_steps=None, repeats=20, warm=10.0, batches=[1, 8, 32, 64]),
     "cpu": dict(num_steps=4, repeats=2, warm=0.0, batches=[1, 2]),
+    "parts": dict(num_steps=None, repeats=20, warm=0.0, batches=[]),
 }
 
 
@@ -1210,13 +1313,14 @@ def main(argv=None):
     on_gpu = device.type == "cuda"
     if is_flux and args.batches is None:
         args.batches = [1, 2, 4] if on_gpu else []
-    for name, value in DEFAULTS[device.type].items():
+    in_parts = args.against and not on_gpu
+    for name, value in DEFAULTS["parts" if in_parts else device.type].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     compiler = dict(mode=args.compile_mode) if args.compile_mode else {}
     settings = Settings(
         device=device,
-        dtype=torch.bfloat16 if bf16_is_fast(device) else torch.float32,
+        dtype=torch.bfloat16 if bf16_is_fast(device) and not in_parts else torch.float32,
         switches=tuple(s for s in switches_on(device) if s in args.switches),
         compiler=compiler if on_gpu else dict(backend="eager"),
         num_steps=args.num_steps,
@@ -1235,7 +1339,8 @@ def main(argv=None):
     out = free_path(f"{args.out}.json", result["settings"]) if args.out else None
     result |= {kind: [] for kind in COLUMNS}
     print(f"{result['device']}, torch {result['torch']}, {result['dtype']}, {result['date']}")
-    if not on_gpu and (args.train or args.quant is not None or args.latency or args.batches):
+    with_twins = args.train or args.quant is not None or args.latency or args.batches
+    if with_twins and not on_gpu and not in_parts:
         print(NO_GPU.format(TWINS[type(BASES[args.model])], args.model))
 
     def keep(kind: str, rows):
@@ -1247,6 +1352,9 @@ def main(argv=None):
                 write_json(out, result)
         show(kind, result[kind][first:])
 
+    if in_parts:
+        keep("parts", part_rows(PARTS, settings))
+        pairs = []
     # one resolution after the other
     for base, dc in pairs:
         until = time.perf_counter() + 60 * args.minutes
@@ -1275,7 +1383,7 @@ def main(argv=None):
         chart(out.with_suffix(".png"), result["rows"], title)
     # last, so that a program finds it
     print(json.dumps(result))
-    failed = [row for kind in ("rows", "quant", "train") for row in result[kind] if "failed" in row]
+    failed = [row for kind in ("rows", "parts", "quant", "train") for row in result[kind] if "failed" in row]
     if failed:
         sys.exit(f"{len(failed)} rows failed")
 

@@ -1258,13 +1258,18 @@ def export_diffusers(model: Backbone, folder, shard_bytes: int = 5 * 10**9):
     if lora_layers(model):
         raise ValueError("this model carries a LoRA; merge it before the export (lora.merge_lora), or save "
                          "it beside (checkpoints.save_peft)")
+    write_folder(Path(folder) / "transformer", diffusers_state(model), diffusers_config(cfg), shard_bytes)
+
+
+def diffusers_state(model: Backbone) -> dict[str, Tensor]:
+    """The model's tensors under the names of the diffusers library's class for it."""
     theirs = unmap_keys(model.state_dict(), TABLES[type(model)]["diffusers"])
-    if isinstance(cfg, DiTConfig):
+    if isinstance(model.cfg, DiTConfig):
         # every block repeats the embedders of block 0
         embedders = [key for key in theirs if key.startswith("transformer_blocks.0.norm1.emb.")]
-        for i in range(1, cfg.depth):
+        for i in range(1, model.cfg.depth):
             theirs |= {key.replace("blocks.0", f"blocks.{i}"): theirs[key] for key in embedders}
-    write_folder(Path(folder) / "transformer", theirs, diffusers_config(cfg), shard_bytes)
+    return theirs
 
 
 def export_autoencoder(ae: Autoencoder, folder, stated: dict | None = None):

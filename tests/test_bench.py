@@ -14,9 +14,11 @@ import torch
 
 import bench
 from align import RECIPES
+from autoencoder import AUTOENCODERS
 from bench import SWITCHES, DiffusersVariant, Variant, theory, workloads
 from evaluate import token_features
 from helpers import fresh_compiler, needs_gpu, relative_error
+from model import BASES
 from quant import FP8Linear
 
 CPU = torch.device("cpu")
@@ -163,6 +165,47 @@ def test_diffusers_does_the_same_work(name):
         z = ours.denoise(x0)
         assert relative_error(theirs.denoise(x0), z) < 1e-3
         assert relative_error(theirs.decode(z).clamp(-1, 1), ours.decode(z)) < 1e-4
+
+
+TINY_PARTS = {
+    "DiT": (replace(BASES["tiny"], clock="ddpm", predict="epsilon"), 128, 2),
+    "FLUX": (BASES["tiny-flux"], 128, 2),
+    "SANA": (BASES["tiny-sana"], 128, 2),
+    "DC-AE": (AUTOENCODERS["tiny-dc-ae-f32c32"], 64, 1),
+    "KL-VAE": (AUTOENCODERS["tiny-kl-f8c4"], 64, 1),
+}
+
+
+def test_on_a_cpu_parts_are_timed_beside_diffusers(capfd, monkeypatch, tmp_path):
+    """The flag used to time tiny twins there, and to refuse DiT."""
+    pytest.importorskip("diffusers")
+    monkeypatch.setattr(bench, "PARTS", TINY_PARTS)
+    result, printed = run(capfd, "--against", "diffusers", "--model", "dit-xl", "--out", str(tmp_path / "it"))
+    assert [row["part"] for row in result["parts"]] == list(TINY_PARTS)
+    for row in result["parts"]:
+        assert (row["precision"], row["rounds"], row["notes"]) == ("float32", 1, "")
+        assert row["difference"] < 1e-5
+        assert row["ratio"] == pytest.approx(row["diffusers_ms"] / row["ours_ms"])
+    assert json.loads((tmp_path / "it.json").read_text()) == result
+    # a table by itself
+    assert "beside diffusers' classes" in printed
+    assert "NOT GPU figures" not in printed
+    assert not any(result[kind] for kind in bench.COLUMNS if kind != "parts")
+
+
+@pytest.mark.parametrize("theirs, note", [
+    (torch.ones(9), ""),
+    (torch.ones(9) + 1e-5, ""),
+    (torch.cat([torch.ones(8), torch.zeros(1)]), "RETURNS SOMETHING ELSE"),
+    (torch.ones(8), "FAILED, RuntimeError"),
+    (torch.zeros(9), "FAILED, RuntimeError"),
+])
+def test_a_part_that_returns_something_else_is_marked(theirs, note, monkeypatch):
+    monkeypatch.setattr(bench, "build_both", lambda *args: (lambda: torch.ones(9), lambda: theirs))
+    settings = bench.Settings(CPU, torch.float32, ("eager",), TRACED, repeats=1)
+    row, = bench.part_rows({"it": (None, 64, 1)}, settings)
+    assert note in row["notes"]
+    assert bool(note) == bool(row["notes"])
 
 
 # ---- the protocol, with variants that play their part --------------------------------------------
@@ -445,7 +488,6 @@ def test_training_steps_of_the_twins_and_the_counted_memory_of_stage_3(capfd):
 @pytest.mark.parametrize("flags, message", [
     (["--res", "1000"], "needs a multiple of 16; try 992 or 1008"),
     (["--res", "big"], "1024, 2048, 4096\\), or all"),
-    (["--model", "dit-xl", "--against", "diffusers"], "FLUX and SANA are compared"),
     (["--train", "--against", "diffusers"], "one of them"),
     (["--train", "--quant"], "one of them"),
     (["--device", "tpu"], "--device tpu: unknown; give cpu"),
@@ -456,6 +498,12 @@ def test_training_steps_of_the_twins_and_the_counted_memory_of_stage_3(capfd):
 def test_what_cannot_be_timed_is_an_error(flags, message):
     with pytest.raises(ValueError, match=message):
         bench.main(flags)
+
+
+def test_on_a_gpu_dit_is_not_compared_with_diffusers():
+    args = bench.parser().parse_args(["--model", "dit-xl", "--against", "diffusers", "--device", "cuda"])
+    with pytest.raises(ValueError, match="FLUX and SANA are compared"):
+        bench.check_args(args)
 
 
 @pytest.mark.parametrize("flags", [
