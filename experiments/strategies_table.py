@@ -4,7 +4,8 @@
     python experiments/strategies_table.py --base sana-1.6b --images DIR --seeds 0 --steps 0.1
 
 Freeze then all is DC-Gen without stage 1: embedder and head first, from random values, then LoRA too. The
-other two begin with LoRA, not aligned. strategies.py trains one of them by itself.
+other two begin with LoRA, not aligned. strategies.py trains one of them by itself. "Joint phase" is DC-Gen with
+half of the steps of stage 3 given to stage 2, embedder and head together, after the closed forms.
 """
 
 import sys
@@ -31,12 +32,15 @@ def main(argv=None):
         total = before + x.steps(3)
         gradual = partial(strategies.train_gradual_lora, ramp=max(1, total // 3))
         frozen = x.align(seed, "frozen", "--solver", "adamw", "--stage1-steps", 0, "--stage2-steps", before)
+        half = x.steps(3) // 2
+        joint = x.align(seed, "joint", "--stage2-steps", half)
         runs = {
             "base": None,
             "freeze then all": x.finetune(seed, "freeze-then-all", x.steps(3), "--init", frozen),
             "layer-wise rates": x.finetune(seed, "layer-rates", total, main=layer_rates),
             "gradual LoRA": x.finetune(seed, "gradual-lora", total, main=gradual),
             "LoRA at once": x.finetune(seed, "noalign-lora", total, "--init", "base"),
+            "DC-Gen, joint phase": x.finetune(seed, "joint-lora", x.steps(3) - half, "--init", joint),
             "DC-Gen": x.finetune(seed, "aligned-lora", x.steps(3), "--init", aligned),
         }
         x.score_all(seed, runs)

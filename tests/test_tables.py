@@ -66,7 +66,8 @@ def rows_of(name: str) -> list[str]:
 def test_the_strategies_have_equal_steps(base):
     strategies_table.main([*CLASSES])
     assert rows_of("strategies") == [
-        "base", "freeze then all", "layer-wise rates", "gradual LoRA", "LoRA at once", "DC-Gen"]
+        "base", "freeze then all", "layer-wise rates", "gradual LoRA", "LoRA at once",
+        "DC-Gen, joint phase", "DC-Gen"]
     # two of the head's closed form (8 samples), two of stage 3
     assert {row.get("steps") for row in result("strategies")["rows"]} == {None, 4}
     assert Path("table/strategies.png").is_file()
