@@ -43,7 +43,7 @@ AE_PLANS = {
     "tiny-kl-f8c4": {64: Plan(2000, 1e-3, 16, **AE_PLAN), 128: Plan(300, 6e-4, 16, **AE_PLAN)},
     "tiny-dc-ae-f32c32": {128: Plan(1500, 1e-3, 16, **AE_PLAN)},
 }
-BASE_STEPS = 3600
+BASE_STEPS = 2400
 BASE = "--init scratch --batch 64 --lr 1e-3 --schedule cosine --ema 0.999 --flip"
 
 
