@@ -132,7 +132,9 @@ def main(argv=None):
     x = Experiment(NAME, p, argv, sets=("--tune", "--rank", "--alpha"))
     for seed in x.seeds():
         half = half_of(x)
-        x.judge.metrics = x.judge.metrics and Halves(x.judge)
+        # once for all seeds
+        if x.judge.metrics and not isinstance(x.judge.metrics, Halves):
+            x.judge.metrics = Halves(x.judge)
         x.score(seed, "base", None)
         for pictures, flags in (("all", ()), ("half", ("--images", half))):
             aligned = x.align(seed, f"{pictures}-aligned", *flags)
