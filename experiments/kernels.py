@@ -7,8 +7,8 @@
     library  products, attention and convolutions
     MB       read and written by its own kernels, every buffer once
 
-One block of each kind, of DC-Gen's models at the sizes of the paper's tables, modulations hoisted, in bf16 and
-FP8. Tensors have shapes and no memory, so that a GPU is asked for nothing but its kind.
+One block of each kind, of DC-Gen's models at the sizes of the paper's tables, modulations hoisted, in bf16
+and FP8. Tensors have shapes and no memory, so that a GPU is asked for nothing but its kind.
 """
 
 import sys

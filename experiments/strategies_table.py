@@ -4,8 +4,8 @@
     python experiments/strategies_table.py --base sana-1.6b --images DIR --seeds 0 --steps 0.1
 
 Freeze then all is DC-Gen without stage 1: embedder and head first, from random values, then LoRA too. The
-other two begin with LoRA, not aligned. strategies.py trains one of them by itself. "Joint phase" is DC-Gen with
-half of the steps of stage 3 given to stage 2, embedder and head together, after the closed forms.
+other two begin with LoRA, not aligned. strategies.py trains one of them by itself. "Joint phase" is DC-Gen
+with half of the steps of stage 3 given to stage 2, embedder and head together, after the closed forms.
 """
 
 import sys

@@ -131,7 +131,8 @@ def test_ranks_are_scored_on_what_was_seen_and_on_the_rest(base):
     flags = [*CLASSES, "--ranks", "2", "4", "--half-pictures", "24", "--seeds", "0", "1"]
     ranks.main(flags)
     names = rows_of("ranks")
-    rows = [f"{half}: {row}" for half in ("all", "half") for row in ("aligned", "every weight", "LoRA", "LoRA")]
+    ways = ("aligned", "every weight", "LoRA", "LoRA")
+    rows = [f"{half}: {row}" for half in ("all", "half") for row in ways]
     assert names == 2 * ["base", *rows]
     assert [row["rank"] for row in result("ranks")["rows"] if "rank" in row] == 2 * [2, 4, 2, 4]
     for row in result("ranks")["rows"]:
