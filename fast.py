@@ -256,9 +256,9 @@ def attention_priority(order: list = ATTENTION):
 
 @contextmanager
 def fast_kernels(device: torch.device, dtype: torch.dtype):
-    """A context for drawing in this type. On a GPU: attention_priority; and unless the type is float32 itself,
-    what little is computed in float32 uses tensor cores, which read 10 bits of a factor (TF32). That is linear
-    attention, of SANA and DC-AE: its factors have no more than that, only its state is rounded."""
+    """A context for drawing in this type. On a GPU: attention_priority; and unless the type is float32
+    itself, what little is computed in float32 uses tensor cores, which read 10 bits of a factor (TF32). That
+    is linear attention, of SANA and DC-AE: its factors have no more, only its state is rounded."""
     if device.type != "cuda":
         yield
         return
