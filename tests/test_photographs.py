@@ -63,6 +63,7 @@ def small(pictures, tiny_base, monkeypatch):  # noqa: F811
     plans = {"tiny-kl-f8c4": {32: Plan(1, 1e-4, 2), 64: Plan(1, 1e-4, 2)},
              "tiny-dc-ae-f32c32": {64: Plan(1, 1e-4, 2)}}
     monkeypatch.setattr(photographs, "AE_PLANS", plans)
+    monkeypatch.setattr(photographs, "BASE_STEPS", 4000)
     monkeypatch.setattr(photographs, "BASE", photographs.BASE.replace("--batch 64", "--batch 4"))
     for name in ("classifier", "two sizes"):
         plan = replace(make_weights.PLANS[name], batch=8)
