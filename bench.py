@@ -732,9 +732,10 @@ def notes_on(row: dict, on_h100: bool) -> list[str]:
     """What a reader has to know of a row before he believes it; what is wrong, in capitals."""
     notes = []
     if "step" in row:
-        whole, count, *kinds = row["step"].items()
-        parts = [f"{kind.removesuffix('_ms')} {ms:.3g}" for kind, ms in kinds if kind.endswith("_ms")]
-        notes.append(f"a step: {whole[1]:.3g} ms in {count[1]} kernels ({', '.join(parts)})")
+        step = dict(row["step"])
+        whole = step.pop("kernels_ms")
+        parts = [f"{kind.removesuffix('_ms')} {ms:.3g}" for kind, ms in step.items() if kind.endswith("_ms")]
+        notes.append(f"a step: {whole:.3g} ms in {step['kernels']} kernels ({', '.join(parts)})")
     if row["estimated"]:
         spread = row["p90"] / row["p10"] - 1
         notes.append(f"estimated from 3 steps, which differ by {spread:.1%}")

@@ -229,7 +229,7 @@ def uncompile(module: nn.Module):
         m._compiled_call_impl = None
 
 
-# ---- kernels, precision, pixels ----------------------------------------------------------------
+# ---- kernels, precision, pixels ------------------------------------------------------------------
 
 ATTENTION = [
     SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]

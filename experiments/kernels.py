@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))      # the rooms lie beside this folder
 from bench import Workload, environment, workloads
-from checkpoints import write_json
+from checkpoints import check_writable, write_json
 from fast import Stored, attention_priority, compile_blocks, example_condition, modulation_layers
 from flags import Parser, add_device_arg, device_here, run_main
 from model import FAMILIES, DiTConfig, FluxConfig
@@ -121,6 +121,8 @@ def main(argv=None):
     add_device_arg(p)
     args = p.parse_args(argv)
     device = torch.device(device_here(args.device))
+    if args.out:
+        check_writable(args.out)
     rows = []
     for family in [args.only] if args.only else WORKS:
         name, res, batch = WORKS[family]

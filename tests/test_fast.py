@@ -337,6 +337,18 @@ def test_cudnns_attention_is_what_runs_and_it_is_right(tokens):
     assert relative_error(out, want) < 0.01
 
 
+def test_float32_products_lose_digits_only_where_the_model_is_in_half_precision():
+    """The switch is there without a GPU; it stays as it was for everything drawn later."""
+    cuda = torch.device("cuda")
+    for device, dtype, used in (
+            (cuda, torch.bfloat16, True), (cuda, torch.float16, True), (cuda, torch.float32, False),
+            (torch.device("cpu"), torch.bfloat16, False)):
+        with pytest.raises(KeyError), fast_kernels(device, dtype):
+            assert torch.backends.cuda.matmul.allow_tf32 == used
+            raise KeyError
+        assert not torch.backends.cuda.matmul.allow_tf32
+
+
 @needs_gpu
 def test_linear_attention_on_tensor_cores_errs_less_than_bf16_rounds():
     q, k, v = torch.randn(3, 2, 70, 32, 1024, device="cuda", dtype=torch.bfloat16)
