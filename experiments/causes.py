@@ -14,6 +14,10 @@
     long     tiny                   as both                                    then 4000
     held     tiny                   as both                                    1000, and 10 x Eq. 1
     blocks   tiny                   as both                                    1000, and Eq. 1 in every block
+    plain    like tiny, 128 px,     as half                                    128 px, 16 tokens
+    narrow   and trained less;      as half                                    the same
+    wide     in one thing unlike    as half                                    the same
+    rich     each other: bases.py   as half                                    the same
 
 No weight of a trunk changes in any row; those without steps are closed forms. --one-size is tiny before it
 saw its second size: `python experiments/make_weights.py --only tiny` leaves it in runs/weights/tiny. "blocks"
@@ -36,10 +40,12 @@ from autoencoder import ae_config
 from checkpoints import load_autoencoder, load_base, load_run, write_json
 from data import LatentCache, open_source
 from evaluate import layer_gap, make_metrics, token_features
+from experiments.bases import WIDTHS, register
 from flags import Parser, at_least, choose_sampling, run_main
 from model import to_deep_latent, to_deep_model
 from sample import generate, path, save_grid
-from train import Run, autocast, named_parameters_with, prepare_for_training, train, trainable_prefixes
+from train import (
+    Run, autocast, is_finished, named_parameters_with, prepare_for_training, train, trainable_prefixes)
 
 DEEP = "tiny-dc-ae-f32c32"
 UNSEEN = 256                                # pictures of the validation loss
@@ -48,7 +54,7 @@ UNSEEN = 256                                # pictures of the validation loss
 @dataclass(frozen=True)
 class Row:
     """What differs between two alignments."""
-    two_sizes: bool = True                  # the base was trained at two sizes
+    base: str = "tiny"                      # or "one-size", or one of bases.py
     base_res: int = 64                      # of the pictures that the base embeds in Eq. 1
     res: int = 128                          # of the deep model
     bins: int = 1                           # parts of the head, by t
@@ -67,16 +73,17 @@ class Row:
 
 
 ROWS = {
-    "one": Row(two_sizes=False, base_res=128),
-    "bins": Row(two_sizes=False, base_res=128, bins=8),
-    "half": Row(two_sizes=False),
-    "larger": Row(two_sizes=False, base_res=128, res=256),
+    "one": Row(base="one-size", base_res=128),
+    "bins": Row(base="one-size", base_res=128, bins=8),
+    "half": Row(base="one-size"),
+    "larger": Row(base="one-size", base_res=128, res=256),
     "two": Row(base_res=128),
     "both": Row(),
     "joint": Row(steps=1000),
     "long": Row(steps=4000),
     "held": Row(steps=1000, held=10.0),
     "blocks": Row(steps=1000, blocks=0.1),
+    **{name: Row(base=name) for name in WIDTHS},
 }
 
 
@@ -105,12 +112,12 @@ class BinnedLinear(nn.Linear):
 class Experiment:
     """A row: its base, its deep model and its latents."""
 
-    def __init__(self, row: Row, one_size: str | None, pictures: int, seed: int, dtype: torch.dtype):
+    def __init__(self, row: Row, run: Path | None, pictures: int, seed: int, dtype: torch.dtype):
         self.row = row
         self.seed = seed
         self.dtype = dtype
         self.objective = Objective()
-        base, _ = load_base("tiny") if row.two_sizes else load_run(Path(one_size), "cpu")
+        base, info = load_run(run, "cpu") if run else load_base("tiny")
         base.cfg = replace(base.cfg, res=row.base_res, pos_step=row.base_step)
         prepare_for_training(base, [], "cpu")
         self.base = base
@@ -119,7 +126,7 @@ class Experiment:
         torch.manual_seed(seed)
         self.model = to_deep_model(base, cfg)
         self.ae = load_autoencoder(DEEP)
-        base_ae = load_autoencoder(base.cfg.ae)
+        base_ae = load_autoencoder(base.cfg.ae, info.get("ae_weights"))
         self.deep = cached(self.ae, row.res, "train", pictures)
         self.small = cached(base_ae, row.base_res, "train", pictures)
         self.val = [cached(self.ae, row.res, "val", UNSEEN), cached(base_ae, row.base_res, "val", UNSEEN)]
@@ -223,6 +230,22 @@ class Experiment:
         return scores | dict(gap=sum(gaps) / len(gaps), val_loss=losses["val_loss"]), images
 
 
+def find_base(args, base: str, row: str) -> Path | None:
+    """The run of a row's base; None for the bundled one. ValueError if there is none."""
+    if base == "tiny":
+        return None
+    if base == "one-size":
+        if args.one_size:
+            return Path(args.one_size)
+        raise ValueError(f"the row {row} needs --one-size RUN, tiny before it saw its second size: `python "
+                         "experiments/make_weights.py --only tiny` leaves it in runs/weights/tiny")
+    run = Path(args.bases) / base
+    if not is_finished(run):
+        raise ValueError(f"the row {row} needs {run}; first: python experiments/bases.py --only {base}")
+    register(base)
+    return run
+
+
 def main(argv=None):
     p = Parser(__doc__)
     p.add_argument("--only", nargs="+", choices=ROWS, metavar="ROW", help="some rows (default all)")
@@ -230,16 +253,14 @@ def main(argv=None):
     p.add_argument("--count", type=at_least(int, 8), default=256, help="pictures a row (default 256)")
     p.add_argument("--pictures", type=at_least(int, 64), default=4096, help="to learn from (default 4096)")
     p.add_argument("--one-size", metavar="RUN", help="tiny before it saw its second size")
+    p.add_argument("--bases", default="runs/bases", metavar="DIR", help="of bases.py (default runs/bases)")
     p.add_argument("--out", default="runs/causes", metavar="DIR", help="(default runs/causes)")
     args = p.parse_args(argv)
     out = Path(args.out)
     dtype = torch.bfloat16
     names = args.only or list(ROWS)
-    missing = [name for name in names if not ROWS[name].two_sizes]
-    if missing and not args.one_size:
-        raise ValueError(f"the rows {', '.join(missing)} need --one-size RUN, tiny before it saw its second "
-                         "size: `python experiments/make_weights.py --only tiny` leaves it in "
-                         "runs/weights/tiny")
+    for name in names:
+        find_base(args, ROWS[name].base, name)
     metrics, _ = make_metrics(None, None, open_source(None, 128), args.count, captions=False)
     rows = []
     grid = []
@@ -249,7 +270,7 @@ def main(argv=None):
             row = ROWS[name]
             # 256 px take four times as long
             pictures = args.pictures if row.res == 128 else max(64, args.pictures // 2)
-            experiment = Experiment(row, args.one_size, pictures, seed, dtype)
+            experiment = Experiment(row, find_base(args, row.base, name), pictures, seed, dtype)
             experiment.solve(head_samples=2 * args.pictures)
             if row.steps:
                 experiment.train(Run(out / f"{name}-{seed}"))

@@ -2,6 +2,7 @@
 
     python experiments/strategies_table.py
     python experiments/strategies_table.py --base sana-1.6b --images DIR --seeds 0 --steps 0.1
+    python experiments/strategies_table.py --base tiny-flux --only joint-lora aligned-lora       two of them
 
 Freeze then all is DC-Gen without stage 1: embedder and head first, from random values, then LoRA too. The
 other two begin with LoRA, not aligned. strategies.py trains one of them by itself. "Joint phase" is DC-Gen
@@ -18,31 +19,53 @@ from experiments.harness import Experiment, parser, total_steps
 from flags import positive, run_main
 
 NAME = "strategies"
+# folder of a way's runs: its row
+WAYS = {
+    "freeze-then-all": "freeze then all",
+    "layer-rates": "layer-wise rates",
+    "gradual-lora": "gradual LoRA",
+    "noalign-lora": "LoRA at once",
+    "joint-lora": "DC-Gen, joint phase",
+    "aligned-lora": "DC-Gen",
+}
+
+
+def train_way(x: Experiment, seed: int, way: str) -> Path:
+    """The finished run of one of WAYS; all have as many steps in all."""
+    aligned = x.align(seed, "aligned")
+    before = total_steps(aligned)
+    last = x.steps(3)
+    total = before + last
+    half = last // 2
+    match way:
+        case "freeze-then-all":
+            steps = ("--stage1-steps", 0, "--stage2-steps", before)
+            init = x.align(seed, "frozen", "--solver", "adamw", *steps)
+            return x.finetune(seed, way, last, "--init", init)
+        case "layer-rates":
+            layer_rates = partial(strategies.train_layer_rates, ratio=x.args.ratio)
+            return x.finetune(seed, way, total, main=layer_rates)
+        case "gradual-lora":
+            gradual = partial(strategies.train_gradual_lora, ramp=max(1, total // 3))
+            return x.finetune(seed, way, total, main=gradual)
+        case "noalign-lora":
+            return x.finetune(seed, way, total, "--init", "base")
+        case "joint-lora":
+            init = x.align(seed, "joint", "--stage2-steps", half)
+            return x.finetune(seed, way, last - half, "--init", init)
+        case "aligned-lora":
+            return x.finetune(seed, way, last, "--init", aligned)
 
 
 def main(argv=None):
     p = parser(__doc__, NAME)
     p.add_argument("--ratio", type=positive, default=3.0,
                    help="layer-wise rates: that of the last layer over that of the first (default 3)")
+    p.add_argument("--only", nargs="+", choices=WAYS, metavar="WAY", default=list(WAYS),
+                   help=f"of {', '.join(WAYS)} (default all)")
     x = Experiment(NAME, p, argv, sets=("--solver", "--tune", "--compile"))
-    layer_rates = partial(strategies.train_layer_rates, ratio=x.args.ratio)
     for seed in x.seeds():
-        aligned = x.align(seed, "aligned")
-        before = total_steps(aligned)
-        total = before + x.steps(3)
-        gradual = partial(strategies.train_gradual_lora, ramp=max(1, total // 3))
-        frozen = x.align(seed, "frozen", "--solver", "adamw", "--stage1-steps", 0, "--stage2-steps", before)
-        half = x.steps(3) // 2
-        joint = x.align(seed, "joint", "--stage2-steps", half)
-        runs = {
-            "base": None,
-            "freeze then all": x.finetune(seed, "freeze-then-all", x.steps(3), "--init", frozen),
-            "layer-wise rates": x.finetune(seed, "layer-rates", total, main=layer_rates),
-            "gradual LoRA": x.finetune(seed, "gradual-lora", total, main=gradual),
-            "LoRA at once": x.finetune(seed, "noalign-lora", total, "--init", "base"),
-            "DC-Gen, joint phase": x.finetune(seed, "joint-lora", x.steps(3) - half, "--init", joint),
-            "DC-Gen": x.finetune(seed, "aligned-lora", x.steps(3), "--init", aligned),
-        }
+        runs = {"base": None} | {WAYS[way]: train_way(x, seed, way) for way in x.args.only}
         x.score_all(seed, runs)
     x.show()
 

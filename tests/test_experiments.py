@@ -13,7 +13,7 @@ import train
 from align import Objective
 from autoencoder import AUTOENCODERS, build_autoencoder
 from checkpoints import load_autoencoder, load_run, read_config, read_tensors, write_tensors
-from experiments import align_autoencoder, causes, make_weights, strategies
+from experiments import align_autoencoder, bases, causes, make_weights, strategies
 from experiments.align_autoencoder import LatentAlignment
 from experiments.causes import BinnedLinear
 from experiments.make_weights import (
@@ -264,8 +264,34 @@ def test_causes_are_measured_one_at_a_time(tmp_path, monkeypatch):
     rows = json.loads(Path("runs/causes/causes.json").read_text())["rows"]
     assert [row["row"] for row in rows] == ["both", "held", "blocks"]
     assert len({row["val_loss"] for row in rows}) == 3
-    with pytest.raises(ValueError, match="need --one-size RUN"):
+    with pytest.raises(ValueError, match="row bins needs --one-size RUN"):
         causes.main(["--only", "bins"])
+    with pytest.raises(ValueError, match="first: python experiments/bases.py --only rich"):
+        causes.main(["--only", "both", "rich"])
+
+
+def test_bases_differ_in_one_thing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(causes, "UNSEEN", 16)
+    monkeypatch.setattr(bases, "FLAGS", "--init scratch --train-steps 2 --pictures 64 --batch 8 --previews 0")
+    monkeypatch.setattr(bases, "AE_PLANS", {64: Plan(2, 1e-3, 4)})
+    # presets and autoencoders of one process only
+    for name in bases.WIDTHS:
+        monkeypatch.setitem(BASES, f"tiny-{name}", BASES["tiny"])
+    monkeypatch.setitem(AUTOENCODERS, bases.RICH, AUTOENCODERS["tiny-kl-f8c4"])
+    bases.main(["--only", "wide", "rich", "--count", "8", "--device", "cpu"])
+    assert json.loads(Path("runs/bases/rich/scores.json").read_text())["count"] == 8
+    wide, _ = load_run("runs/bases/wide")
+    rich, info = load_run("runs/bases/rich")
+    assert (wide.cfg.hidden_size, wide.cfg.in_channels) == (256, 4)
+    assert (rich.cfg.hidden_size, rich.cfg.in_channels, rich.cfg.ae) == (192, 16, bases.RICH)
+    assert info["ae_weights"] == "runs/bases/tiny-kl-f8c16-64px.safetensors"
+    # finished ones are scored again, not trained
+    monkeypatch.setattr(finetune, "main", None)
+    bases.main(["--only", "rich", "--count", "8", "--device", "cpu"])
+    causes.main(["--only", "rich", "--pictures", "64", "--count", "8"])
+    row, = json.loads(Path("runs/causes/causes.json").read_text())["rows"]
+    assert row["row"] == "rich" and 0 < row["gap"] < 2
 
 
 # ---- strategies.py -------------------------------------------------------------------------------

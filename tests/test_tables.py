@@ -77,6 +77,12 @@ def test_the_strategies_have_equal_steps(base):
     assert [fact["strategy"] for fact in facts] == ["layer-rates 3", "gradual-lora 1"]
 
 
+def test_some_of_the_strategies_have_the_steps_of_all(base):
+    strategies_table.main([*CLASSES, "--only", "joint-lora"])
+    assert rows_of("strategies") == ["base", "DC-Gen, joint phase"]
+    assert {row.get("steps") for row in result("strategies")["rows"]} == {None, 4}
+
+
 def test_an_aligned_autoencoder_is_compared_at_equal_steps(base):
     autoencoder_table.main([*CLASSES, "--ratios", "1", "--ae-batch", "2"])
     row = "autoencoder aligned, ratio 1"
