@@ -23,13 +23,12 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))      # the rooms lie beside this folder
 import finetune
 from autoencoder import AUTOENCODERS, build_autoencoder
-from checkpoints import load_autoencoder, load_run, write_json
+from checkpoints import load_autoencoder, write_json
 from data import open_source
-from evaluate import make_metrics
+from experiments.harness import Judge
 from experiments.make_weights import AE_PLAN, train_autoencoder
-from flags import Parser, add_device_arg, at_least, choose_sampling, device_here, run_main
+from flags import Parser, add_device_arg, at_least, device_here, run_main
 from model import BASES
-from sample import generate
 from train import Plan, has_state, is_finished
 
 RICH = "tiny-kl-f8c16"
@@ -82,17 +81,6 @@ def make_base(name: str, out: Path, device: str) -> Path:
     return run
 
 
-def score(run: Path, count: int, device: str) -> dict:
-    """Accuracy and Frechet distance of what a base draws, all classes in turn."""
-    model, info = load_run(run, device)
-    ae = load_autoencoder(model.cfg.ae, info["ae_weights"], device=device)
-    metrics, _ = make_metrics(None, None, open_source(None, model.cfg.res), count, captions=False)
-    classes = torch.arange(count) % model.cfg.num_classes
-    sampling = choose_sampling(model.cfg, sampler="euler")
-    images = generate(model, ae, classes, list(range(count)), sampling, dtype=torch.bfloat16, progress=True)
-    return metrics(images, classes, [""] * count)
-
-
 def main(argv=None):
     p = Parser(__doc__)
     p.add_argument("--only", nargs="+", choices=WIDTHS, metavar="BASE", help="some of them (default all)")
@@ -103,7 +91,7 @@ def main(argv=None):
     device_here(args.device)
     for name in args.only or WIDTHS:
         run = make_base(name, Path(args.out), args.device)
-        scores = score(run, args.count, args.device)
+        scores = Judge(str(run), args.count, ["--device", args.device]).rows(None, seed=0)[0]
         write_json(run / "scores.json", scores | {"count": args.count})
         print(f"{name}: {', '.join(f'{key} {value:.3f}' for key, value in scores.items())}; in {run}/")
 
