@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+import evaluate
 import finetune
 import train
 from align import Objective
@@ -275,15 +276,23 @@ def test_bases_differ_in_one_thing(tmp_path, monkeypatch):
     monkeypatch.setattr(causes, "UNSEEN", 16)
     monkeypatch.setattr(bases, "FLAGS", "--init scratch --train-steps 2 --pictures 64 --batch 8 --previews 0")
     monkeypatch.setattr(bases, "AE_PLANS", {64: Plan(2, 1e-3, 4)})
+
+    # 2048 pictures of reference take seconds
+    def few(file, folder, source, count, captions, own=evaluate.make_metrics):
+        source.length = 64
+        return own(file, folder, source, count, captions)
+
+    monkeypatch.setattr(evaluate, "make_metrics", few)
+    monkeypatch.setattr(causes, "make_metrics", few)
     # presets and autoencoders of one process only
     for name in bases.WIDTHS:
         monkeypatch.setitem(BASES, f"tiny-{name}", BASES["tiny"])
     monkeypatch.setitem(AUTOENCODERS, bases.RICH, AUTOENCODERS["tiny-kl-f8c4"])
-    bases.main(["--only", "wide", "rich", "--count", "8", "--device", "cpu"])
+    bases.main(["--only", "narrow", "rich", "--count", "8", "--device", "cpu"])
     assert json.loads(Path("runs/bases/rich/scores.json").read_text())["count"] == 8
-    wide, _ = load_run("runs/bases/wide")
+    narrow, _ = load_run("runs/bases/narrow")
     rich, info = load_run("runs/bases/rich")
-    assert (wide.cfg.hidden_size, wide.cfg.in_channels) == (256, 4)
+    assert (narrow.cfg.hidden_size, narrow.cfg.in_channels) == (96, 4)
     assert (rich.cfg.hidden_size, rich.cfg.in_channels, rich.cfg.ae) == (192, 16, bases.RICH)
     assert info["ae_weights"] == "runs/bases/tiny-kl-f8c16-64px.safetensors"
     # finished ones are scored again, not trained
