@@ -1,17 +1,15 @@
-"""Bases that differ from `tiny` in one thing and are trained equally: the causes "width" and "richer latents"
-of causes.py.
+"""Two bases that differ from `tiny` in one thing each: the causes "width" and "richer latents" of causes.py.
 
-    python experiments/bases.py                      all of them, about an hour on two CPU cores
-    python experiments/bases.py --only plain wide    some of them
+    python experiments/bases.py --one-size RUN       both, about an hour on two CPU cores
+    python experiments/bases.py --only narrow
 
-    base     width   latent                what it is
-    plain    192     f8, 4 channels        tiny, trained for fewer steps: what the others compare with
-    narrow   96      f8, 4 channels        a quarter of the weights
-    wide     256     f8, 4 channels        1.8 times the weights
-    rich     192     f8, 16 channels       64 numbers a token, as FLUX has, for 32 in the new space
+    narrow   half the width, 96, a quarter of the weights; trained as tiny was, from random numbers
+    rich     f8 latents of 16 channels for 4: 64 numbers a token, as FLUX has, for 32 in the new space
 
-All at 128 px only and from random numbers. The autoencoder of 16 channels begins as the bundled one of 4, but
-for the convolutions at its latent. Every base is a run in --out, drawn and scored; finished ones are skipped.
+Both know 128 px only. "rich" begins as --one-size, tiny before it saw its second size (`python experiments/
+make_weights.py --only tiny` leaves it in runs/weights/tiny), with a new embedder and head, and learns in every
+weight; its autoencoder begins as the bundled one of 4 channels, but for the convolutions at its latent. A base
+is a run in --out, drawn and scored; finished ones are skipped, what was killed resumes.
 """
 
 import sys
@@ -23,31 +21,27 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))      # the rooms lie beside this folder
 import finetune
 from autoencoder import AUTOENCODERS, build_autoencoder
-from checkpoints import load_autoencoder, write_json
+from checkpoints import config_dict, load_autoencoder, load_run, write_json, write_tensors
 from data import open_source
 from experiments.harness import Judge
-from experiments.make_weights import AE_PLAN, train_autoencoder
+from experiments.make_weights import AE_PLAN, FLAGS, MODEL, train_autoencoder
 from flags import Parser, add_device_arg, at_least, device_here, run_main
-from model import BASES
+from model import BASES, to_deep_model
 from train import Plan, has_state, is_finished
 
+NAMES = ("narrow", "rich")
 RICH = "tiny-kl-f8c16"
 AE_PLANS = {64: Plan(800, 1e-3, 16, **AE_PLAN), 128: Plan(200, 6e-4, 16, **AE_PLAN)}
-WIDTHS = {"plain": 192, "narrow": 96, "wide": 256, "rich": 192}
-FLAGS = ("--init scratch --train-steps 2000 --warmup 150 --pictures 16384 --batch 64 --lr 1e-3 "
-         "--schedule cosine --ema 0.999 --previews 0 --compile")
+# flags of finetune.py
+NARROW = FLAGS["tiny"].replace("--base tiny", "--base tiny-narrow")
+RICH_TUNING = f"--tune full --train-steps 2500 --warmup 100 {MODEL} --lr 5e-4 --ema 0.999"
 
 
-def register(name: str) -> str:
-    """Make a base of WIDTHS a preset of this process; returns the preset's name."""
+def register():
+    """Make the narrow base and the rich autoencoder known to this process by their names."""
     tiny = BASES["tiny"]
-    if name == "rich":
-        plain = AUTOENCODERS[tiny.ae]
-        AUTOENCODERS[RICH] = replace(plain, name=RICH, channels=16, weights=None)
-        tiny = replace(tiny, in_channels=16, ae=RICH)
-    width = WIDTHS[name]
-    BASES[f"tiny-{name}"] = replace(tiny, hidden_size=width, num_heads=width // 32, weights=None)
-    return f"tiny-{name}"
+    BASES["tiny-narrow"] = replace(tiny, hidden_size=96, num_heads=3, weights=None)
+    AUTOENCODERS[RICH] = replace(AUTOENCODERS[tiny.ae], name=RICH, channels=16, weights=None)
 
 
 def make_rich_autoencoder(folder: Path, device: str) -> Path:
@@ -66,15 +60,30 @@ def make_rich_autoencoder(folder: Path, device: str) -> Path:
     return file
 
 
-def make_base(name: str, out: Path, device: str) -> Path:
+def begin_rich(one_size: str, ae_weights: Path, file: Path) -> Path:
+    """Write the trunk of a base between a random embedder and head for 16 channels."""
+    base, info = load_run(one_size)
+    torch.manual_seed(0)
+    model = to_deep_model(base, replace(base.cfg, in_channels=16, ae=RICH))
+    kept = {key: info[key] for key in ("base", "classes", "steps")}
+    facts = kept | dict(base_weights=None, ae_weights=str(ae_weights), model=config_dict(model.cfg))
+    write_tensors(file, model.state_dict(), facts)
+    return file
+
+
+def make_base(name: str, one_size: str | None, out: Path, device: str) -> Path:
     """The finished run of a base, in a folder of `out`."""
-    preset = register(name)
     run = out / name
     if is_finished(run):
         return run
-    flags = ["--base", preset, *FLAGS.split(), "--out", run, "--device", device]
-    if name == "rich":
-        flags += ["--ae-weights", make_rich_autoencoder(out, device)]
+    if name == "narrow":
+        flags = NARROW.split()
+    else:
+        start = out / "rich-start.safetensors"
+        if not start.exists():
+            begin_rich(one_size, make_rich_autoencoder(out, device), start)
+        flags = ["--init", start, *RICH_TUNING.split()]
+    flags += ["--previews", 0, "--out", run, "--device", device]
     if has_state(run):
         flags += ["--resume"]
     finetune.main(list(map(str, flags)))
@@ -83,14 +92,20 @@ def make_base(name: str, out: Path, device: str) -> Path:
 
 def main(argv=None):
     p = Parser(__doc__)
-    p.add_argument("--only", nargs="+", choices=WIDTHS, metavar="BASE", help="some of them (default all)")
+    p.add_argument("--only", choices=NAMES, help="one of them (default both)")
+    p.add_argument("--one-size", metavar="RUN", help="for rich: tiny before it saw its second size")
     p.add_argument("--count", type=at_least(int, 8), default=256, help="pictures to score (default 256)")
     p.add_argument("--out", default="runs/bases", metavar="DIR", help="of the runs (default runs/bases)")
     add_device_arg(p)
     args = p.parse_args(argv)
     device_here(args.device)
-    for name in args.only or WIDTHS:
-        run = make_base(name, Path(args.out), args.device)
+    out = Path(args.out)
+    if args.only != "narrow" and not args.one_size and not is_finished(out / "rich"):
+        raise ValueError("rich needs --one-size RUN, tiny before it saw its second size: `python "
+                         "experiments/make_weights.py --only tiny` leaves it in runs/weights/tiny")
+    register()
+    for name in [args.only] if args.only else NAMES:
+        run = make_base(name, args.one_size, out, args.device)
         scores = Judge(str(run), args.count, ["--device", args.device]).rows(None, seed=0)[0]
         write_json(run / "scores.json", scores | {"count": args.count})
         print(f"{name}: {', '.join(f'{key} {value:.3f}' for key, value in scores.items())}; in {run}/")

@@ -14,14 +14,13 @@
     long     tiny                   as both                                    then 4000
     held     tiny                   as both                                    1000, and 10 x Eq. 1
     blocks   tiny                   as both                                    1000, and Eq. 1 in every block
-    plain    like tiny, 128 px,     as half                                    128 px, 16 tokens
-    narrow   and trained less;      as half                                    the same
-    wide     in one thing unlike    as half                                    the same
-    rich     each other: bases.py   as half                                    the same
+    narrow   half the width         as half                                    128 px, 16 tokens
+    rich     16 channels for 4      as half                                    128 px, 16 tokens
 
 No weight of a trunk changes in any row; those without steps are closed forms. --one-size is tiny before it
-saw its second size: `python experiments/make_weights.py --only tiny` leaves it in runs/weights/tiny. "blocks"
-asks every block for the base's features of the same picture at the same t, each model with noise of its own.
+saw its second size: `python experiments/make_weights.py --only tiny` leaves it in runs/weights/tiny; "narrow"
+and "rich" are of bases.py, and of one size too. "blocks" asks every block for the base's features of the same
+picture at the same t, each model with noise of its own.
 """
 
 import sys
@@ -40,7 +39,7 @@ from autoencoder import ae_config
 from checkpoints import load_autoencoder, load_base, load_run, write_json
 from data import LatentCache, open_source
 from evaluate import layer_gap, make_metrics, token_features
-from experiments.bases import WIDTHS, register
+from experiments.bases import register
 from flags import Parser, at_least, choose_sampling, run_main
 from model import to_deep_latent, to_deep_model
 from sample import generate, path, save_grid
@@ -83,7 +82,8 @@ ROWS = {
     "long": Row(steps=4000),
     "held": Row(steps=1000, held=10.0),
     "blocks": Row(steps=1000, blocks=0.1),
-    **{name: Row(base=name) for name in WIDTHS},
+    "narrow": Row(base="narrow"),
+    "rich": Row(base="rich"),
 }
 
 
@@ -242,7 +242,7 @@ def find_base(args, base: str, row: str) -> Path | None:
     run = Path(args.bases) / base
     if not is_finished(run):
         raise ValueError(f"the row {row} needs {run}; first: python experiments/bases.py --only {base}")
-    register(base)
+    register()
     return run
 
 

@@ -13,7 +13,7 @@ import finetune
 import train
 from align import Objective
 from autoencoder import AUTOENCODERS, build_autoencoder
-from checkpoints import load_autoencoder, load_run, read_config, read_tensors, write_tensors
+from checkpoints import HERE, load_autoencoder, load_run, read_config, read_tensors, write_tensors
 from experiments import align_autoencoder, bases, causes, make_weights, strategies
 from experiments.align_autoencoder import LatentAlignment
 from experiments.causes import BinnedLinear
@@ -274,21 +274,25 @@ def test_causes_are_measured_one_at_a_time(tmp_path, monkeypatch):
 def test_bases_differ_in_one_thing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(causes, "UNSEEN", 16)
-    monkeypatch.setattr(bases, "FLAGS", "--init scratch --train-steps 2 --pictures 64 --batch 8 --previews 0")
+    few = "--pictures 64 --batch 8 --train-steps 2"
+    monkeypatch.setattr(bases, "NARROW", f"--base tiny-narrow --init scratch {few}")
+    monkeypatch.setattr(bases, "RICH_TUNING", f"--tune full {few}")
     monkeypatch.setattr(bases, "AE_PLANS", {64: Plan(2, 1e-3, 4)})
 
     # 2048 pictures of reference take seconds
-    def few(file, folder, source, count, captions, own=evaluate.make_metrics):
+    def small_metrics(file, folder, source, count, captions, own=evaluate.make_metrics):
         source.length = 64
         return own(file, folder, source, count, captions)
 
-    monkeypatch.setattr(evaluate, "make_metrics", few)
-    monkeypatch.setattr(causes, "make_metrics", few)
+    monkeypatch.setattr(evaluate, "make_metrics", small_metrics)
+    monkeypatch.setattr(causes, "make_metrics", small_metrics)
     # presets and autoencoders of one process only
-    for name in bases.WIDTHS:
-        monkeypatch.setitem(BASES, f"tiny-{name}", BASES["tiny"])
+    monkeypatch.setitem(BASES, "tiny-narrow", BASES["tiny"])
     monkeypatch.setitem(AUTOENCODERS, bases.RICH, AUTOENCODERS["tiny-kl-f8c4"])
-    bases.main(["--only", "narrow", "rich", "--count", "8", "--device", "cpu"])
+    with pytest.raises(ValueError, match="rich needs --one-size RUN"):
+        bases.main(["--device", "cpu"])
+    small = ["--count", "8", "--device", "cpu"]
+    bases.main(["--one-size", str(HERE / BASES["tiny"].weights), *small])
     assert json.loads(Path("runs/bases/rich/scores.json").read_text())["count"] == 8
     narrow, _ = load_run("runs/bases/narrow")
     rich, info = load_run("runs/bases/rich")
@@ -297,7 +301,7 @@ def test_bases_differ_in_one_thing(tmp_path, monkeypatch):
     assert info["ae_weights"] == "runs/bases/tiny-kl-f8c16-64px.safetensors"
     # finished ones are scored again, not trained
     monkeypatch.setattr(finetune, "main", None)
-    bases.main(["--only", "rich", "--count", "8", "--device", "cpu"])
+    bases.main(["--only", "rich", *small])
     causes.main(["--only", "rich", "--pictures", "64", "--count", "8"])
     row, = json.loads(Path("runs/causes/causes.json").read_text())["rows"]
     assert row["row"] == "rich" and 0 < row["gap"] < 2
