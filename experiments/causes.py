@@ -9,10 +9,10 @@
     half     128 px only            the picture at half the size (16 tokens)   128 px, 16 tokens
     larger   128 px only            the picture at half the size (64 tokens)   256 px, 64 tokens
     two      tiny: 64 and 128 px    the picture, averaged over 2x2 tokens      128 px, 16 tokens
-    both     tiny                   the picture at half the size (16 tokens)   the same: align.py's default
+    both     tiny                   the picture at half the size (16 tokens)   128 px, 16 tokens
     joint    tiny                   as both                                    then 1000 steps of stage 2
     long     tiny                   as both                                    then 4000
-    held     tiny                   as both                                    1000, and 10 x Eq. 1
+    held     tiny                   as both                                    300, and 10 x Eq. 1: the default
     blocks   tiny                   as both                                    1000, and Eq. 1 in every block
     narrow   half the width         as half                                    128 px, 16 tokens
     rich     16 channels for 4      as half                                    128 px, 16 tokens
@@ -80,7 +80,7 @@ ROWS = {
     "both": Row(),
     "joint": Row(steps=1000),
     "long": Row(steps=4000),
-    "held": Row(steps=1000, held=10.0),
+    "held": Row(steps=300, held=10.0),
     "blocks": Row(steps=1000, blocks=0.1),
     "narrow": Row(base="narrow"),
     "rich": Row(base="rich"),

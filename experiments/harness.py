@@ -157,7 +157,8 @@ class Experiment:
         """A finished run of align.py with these flags."""
         p = align.parser()
         samples = max(1, round(self.args.steps * p.get_default("head_samples")))
-        by_adamw = self.recipe.joint_steps != 0 or "adamw" in (*self.flags, *flags)
+        # where the recipe can do with few joint steps, tables are of the closed forms alone
+        by_adamw = self.recipe.joint_steps is None or "adamw" in (*self.flags, *flags)
         own = ["--count", 0, "--previews", 0, "--head-samples", samples,
                "--stage1-steps", self.steps(1), "--stage2-steps", self.steps(2) if by_adamw else 0]
         run = self.run_folder(seed, name)

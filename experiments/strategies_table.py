@@ -6,7 +6,8 @@
 
 Freeze then all is DC-Gen without stage 1: embedder and head first, from random values, then LoRA too. The
 other two begin with LoRA, not aligned. strategies.py trains one of them by itself. "Joint phase" is DC-Gen
-with half of the steps of stage 3 given to stage 2, embedder and head together, after the closed forms.
+with half of the steps of stage 3 given to stage 2, embedder and head together, after the closed forms; "held"
+the same with Eq. 1 beside the flow loss (align.py --hold).
 """
 
 import sys
@@ -26,6 +27,7 @@ WAYS = {
     "gradual-lora": "gradual LoRA",
     "noalign-lora": "LoRA at once",
     "joint-lora": "DC-Gen, joint phase",
+    "held-lora": "DC-Gen, held joint phase",
     "aligned-lora": "DC-Gen",
 }
 
@@ -50,8 +52,9 @@ def train_way(x: Experiment, seed: int, way: str) -> Path:
             return x.finetune(seed, way, total, main=gradual)
         case "noalign-lora":
             return x.finetune(seed, way, total, "--init", "base")
-        case "joint-lora":
-            init = x.align(seed, "joint", "--stage2-steps", half)
+        case "joint-lora" | "held-lora":
+            hold = (x.recipe.hold or 10.0) if way == "held-lora" else 0.0
+            init = x.align(seed, way.replace("lora", "aligned"), "--stage2-steps", half, "--hold", hold)
             return x.finetune(seed, way, last - half, "--init", init)
         case "aligned-lora":
             return x.finetune(seed, way, last, "--init", aligned)
@@ -63,7 +66,7 @@ def main(argv=None):
                    help="layer-wise rates: that of the last layer over that of the first (default 3)")
     p.add_argument("--only", nargs="+", choices=WAYS, metavar="WAY", default=list(WAYS),
                    help=f"of {', '.join(WAYS)} (default all)")
-    x = Experiment(NAME, p, argv, sets=("--solver", "--tune", "--compile"))
+    x = Experiment(NAME, p, argv, sets=("--solver", "--tune", "--compile", "--hold"))
     for seed in x.seeds():
         runs = {"base": None} | {WAYS[way]: train_way(x, seed, way) for way in x.args.only}
         x.score_all(seed, runs)

@@ -75,6 +75,21 @@ def test_alignment_in_closed_form_alone_is_a_run_too(aligned, capsys):
     assert "(config.json, gap.png, metrics.jsonl, model.safetensors)" in capsys.readouterr().out
 
 
+def test_stage_2_holds_the_embedder_near_eq_1(aligned):
+    gaps = {}
+    for name, flags in {"held": [], "free": ["--hold", "0"], "head": ["--head-only"]}.items():
+        few = ["--head-samples", "512", "--stage2-steps", "20", "--count", "0", "--out", f"runs/{name}"]
+        align.main([*QUICK, *few, *flags])
+        gaps[name] = [row["gap"] for row in load_run(f"runs/{name}")[1]["stages"] if "gap" in row]
+    solved, last = zip(*(rows[-2:] for rows in gaps.values()))
+    assert len(set(solved)) == 1
+    held, free, head = last
+    # the head does not move the features; the flow loss does, and Eq. 1 pulls them back
+    assert head == solved[0] and held - head < 0.5 * (free - head)
+    settings = [read_settings(f"runs/{name}")["flags"]["hold"] for name in gaps]
+    assert settings == [align.TINY.hold, 0, 0]
+
+
 def test_the_numbers_of_table_7_are_flags(aligned, monkeypatch):
     plans = {}
 

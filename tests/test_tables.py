@@ -67,7 +67,7 @@ def test_the_strategies_have_equal_steps(base):
     strategies_table.main([*CLASSES])
     assert rows_of("strategies") == [
         "base", "freeze then all", "layer-wise rates", "gradual LoRA", "LoRA at once",
-        "DC-Gen, joint phase", "DC-Gen"]
+        "DC-Gen, joint phase", "DC-Gen, held joint phase", "DC-Gen"]
     # two of the head's closed form (8 samples), two of stage 3
     assert {row.get("steps") for row in result("strategies")["rows"]} == {None, 4}
     assert Path("table/strategies.png").is_file()
@@ -78,8 +78,8 @@ def test_the_strategies_have_equal_steps(base):
 
 
 def test_some_of_the_strategies_have_the_steps_of_all(base):
-    strategies_table.main([*CLASSES, "--only", "joint-lora"])
-    assert rows_of("strategies") == ["base", "DC-Gen, joint phase"]
+    strategies_table.main([*CLASSES, "--only", "held-lora"])
+    assert rows_of("strategies") == ["base", "DC-Gen, held joint phase"]
     assert {row.get("steps") for row in result("strategies")["rows"]} == {None, 4}
 
 
