@@ -374,7 +374,7 @@ def test_alignment_closes_the_gap_to_the_base(aligned):
 def test_after_alignment_the_untouched_trunk_draws(tmp_path, monkeypatch):
     """Fig. 4b, on a sixth of the default's pictures: most classes are recognised, an eighth by chance."""
     monkeypatch.chdir(tmp_path)
-    few = "--pictures 768 --head-samples 1536 --count 0 --previews 0 --device cpu --out run"
+    few = "--pictures 768 --head-samples 1536 --stage2-steps 50 --count 0 --previews 0 --device cpu --out run"
     align.main(few.split())
     # the base has seen the pictures at half the size
     caches = [json.loads(file.read_text())["what"] for file in Path("runs/cache").glob("*/meta.json")]

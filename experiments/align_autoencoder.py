@@ -55,7 +55,8 @@ def main(argv=None):
     p.add_argument("--init", metavar="FILE", help="its weights (default: shipped, or the model hub's cache)")
     p.add_argument("--to", default="tiny-kl-f8c4", choices=AUTOENCODERS, metavar="NAME",
                    help="the base's autoencoder (default tiny-kl-f8c4)")
-    p.add_argument("--ratio", type=at_least(float, 0), default=1.0, help="weight of the alignment loss (default 1)")
+    p.add_argument("--ratio", type=at_least(float, 0), default=1.0,
+                   help="weight of the alignment loss (default 1)")
     p.add_argument("--steps", type=at_least(int, 1), default=3000, help="optimiser steps (default 3000)")
     p.add_argument("--batch", type=at_least(int, 1), default=16, help="pictures a step (default 16)")
     p.add_argument("--lr", type=positive, default=1e-3, help="peak learning rate (default 1e-3)")

@@ -6,10 +6,10 @@
     narrow   half the width, 96, a quarter of the weights; trained as tiny was, from random numbers
     rich     f8 latents of 16 channels for 4: 64 numbers a token, as FLUX has, for 32 in the new space
 
-Both know 128 px only. "rich" begins as --one-size, tiny before it saw its second size (`python experiments/
-make_weights.py --only tiny` leaves it in runs/weights/tiny), with a new embedder and head, and learns in every
-weight; its autoencoder begins as the bundled one of 4 channels, but for the convolutions at its latent. A base
-is a run in --out, drawn and scored; finished ones are skipped, what was killed resumes.
+Both know 128 px only. "rich" begins as --one-size, tiny before it saw its second size (`python
+experiments/make_weights.py --only tiny` leaves it in runs/weights/tiny), with a new embedder and head, and
+learns in every weight; its autoencoder begins as the bundled one of 4 channels, but for the convolutions at
+its latent. A base is a run in --out, drawn and scored; finished ones are skipped, what was killed resumes.
 """
 
 import sys
