@@ -248,7 +248,8 @@ def find_base(args, base: str, row: str) -> Path | None:
 
 def main(argv=None):
     p = Parser(__doc__)
-    p.add_argument("--only", nargs="+", choices=ROWS, metavar="ROW", help="some rows (default: all but those of bases.py)")
+    p.add_argument("--only", nargs="+", choices=ROWS, metavar="ROW",
+                   help="some rows (default: all but those of bases.py)")
     p.add_argument("--seeds", type=at_least(int, 0), nargs="+", default=[0], help="(default 0)")
     p.add_argument("--count", type=at_least(int, 8), default=256, help="pictures a row (default 256)")
     p.add_argument("--pictures", type=at_least(int, 64), default=4096, help="to learn from (default 4096)")
