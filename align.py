@@ -635,6 +635,25 @@ def settled_objective(cfg, args) -> Objective:
     return objective
 
 
+def settled_plans(recipe: Recipe, args) -> tuple[Plan, Plan]:
+    """The plans of stages 1 and 2 that the flags ask for; those that they settle get their values."""
+    if args.solver == "closed-form" and args.match == "upsample":
+        raise ValueError(f"--match {args.match} has no closed form here; use --solver adamw")
+    if head_is_solved(args) and args.stage2_steps is None:
+        args.stage2_steps = recipe.joint_steps
+    if args.hold is None:
+        # what stage 1 has not reached is not to be held
+        reached = head_is_solved(args) and args.stage1_steps != 0 and not args.head_only
+        args.hold = recipe.hold if reached else 0.0
+    stage1 = planned(recipe.stage1, args, steps="stage1_steps", lr="lr1")
+    stage2 = planned(recipe.stage2, args, steps="stage2_steps", lr="lr2", **PLAN_FLAGS)
+    return replace(stage1, betas=stage2.betas, save_every=stage2.save_every), stage2
+
+
+def head_is_solved(args) -> bool:
+    return args.solver == "closed-form" and args.head_samples > 0
+
+
 def note_export(cfg):
     reason = exportable(cfg)
     if reason:
@@ -663,18 +682,8 @@ def align(args, run: Run, device: torch.device):
     base_cfg, base_info = read_base_config(args.base)
     recipe = recipe_of(base_cfg)
     cfg = deep_config(base_cfg, args)
-    if args.solver == "closed-form" and args.match == "upsample":
-        raise ValueError(f"--match {args.match} has no closed form here; use --solver adamw")
     objective = settled_objective(cfg, args)
-    solved = args.solver == "closed-form" and args.head_samples > 0
-    if solved and args.stage2_steps is None:
-        args.stage2_steps = recipe.joint_steps
-    if args.hold is None:
-        # what stage 1 has not reached is not to be held
-        args.hold = recipe.hold if solved and args.stage1_steps != 0 and not args.head_only else 0.0
-    stage1 = planned(recipe.stage1, args, steps="stage1_steps", lr="lr1")
-    stage2 = planned(recipe.stage2, args, steps="stage2_steps", lr="lr2", **PLAN_FLAGS)
-    stage1 = replace(stage1, betas=stage2.betas, save_every=stage2.save_every)
+    stage1, stage2 = settled_plans(recipe, args)
     settings = data_settings(args, cfg, recipe.pictures)
     pictures = open_pictures(cfg, base_info, settings)
 
@@ -717,7 +726,7 @@ def align(args, run: Run, device: torch.device):
         report.add("stage 1: embedder", model)
 
     # stage 2: embedder and head learn the flow in the new latent space, the trunk frozen (Eq. 2)
-    if solved:
+    if head_is_solved(args):
         align_head_exactly(a, args.head_samples)
         report.add("head in closed form", model)
     if stage2.steps:
