@@ -291,16 +291,7 @@ def finetune(args, run: Run, kind: str, device: torch.device, hooks=None, strate
     objective = settled_objective(cfg, args)
     plan = planned(recipe.stage3, args, steps="train_steps", lr="lr", weight_decay="weight_decay", ema="ema",
                    **PLAN_FLAGS)
-    if kind == "scratch":
-        args.tune = "full"
-    carries_lora = "lora" in known and not args.merge
-    if carries_lora and (args.tune == "full" or args.rank or args.alpha):
-        raise ValueError(f"{args.init} carries a LoRA of its own, which goes on learning as it is; "
-                         "for another one, or full tuning, add --merge")
-    adds_lora = args.tune == "lora" and not carries_lora
-    if adds_lora:
-        args.rank = args.rank or recipe.rank
-        args.alpha = args.alpha or float(args.rank)
+    adds_lora = settled_tuning(args, kind, known, recipe)
     if args.sample_every is None:
         args.sample_every = max(1, plan.steps // 4)
     settings = data_settings(args, cfg, recipe.pictures)
@@ -371,6 +362,22 @@ def check_start(args, kind: str, cfg):
     if kind != "scratch" and args.num_classes:
         raise ValueError("--num-classes: only a model from scratch (--init scratch) has other classes")
     args.ae = cfg.ae
+
+
+def settled_tuning(args, kind: str, known: dict, recipe) -> bool:
+    """Whether the trunk gets a new LoRA; the flags that this settles get their values. ValueError for flags
+    of another LoRA than the one that --init RUN carries."""
+    if kind == "scratch":
+        args.tune = "full"
+    carries_lora = "lora" in known and not args.merge
+    if carries_lora and (args.tune == "full" or args.rank or args.alpha):
+        raise ValueError(f"{args.init} carries a LoRA of its own, which goes on learning as it is; "
+                         "for another one, or full tuning, add --merge")
+    if args.tune == "full" or carries_lora:
+        return False
+    args.rank = args.rank or recipe.rank
+    args.alpha = args.alpha or float(args.rank)
+    return True
 
 
 def stage3_config(cfg, args):

@@ -575,6 +575,8 @@ class Request:
     size: tuple[int, int]               # (H,W) in pixels
     dtype: torch.dtype
     source: str                         # a run's file, or a base
+    run: Path | None                    # that file
+    label: str                          # what errors call the model
     titles: list[str]                   # the prompt or class name of each picture
     seed: int                           # of the first picture; they count up
     labels: Tensor | None = None        # of a class model
@@ -730,9 +732,11 @@ QUANT = dict(form="nvfp4", rank=32, activations=True)
 CALIBRATION = 8                         # pictures; one forward pass has to hold them
 
 
-def load_models(request: Request, run: Path | None, weights, ae_weights, lora, device, ae_device=None):
+def load_models(request: Request, args, device, ae_device=None):
     """The run, quantised folder or base of a request, with a LoRA of others merged into it, and its
-    autoencoder, on their devices (by default the same). weights, ae_weights, lora: files, or None."""
+    autoencoder, on their devices (by default the same). args: the flags, of which those of files are read."""
+    run = request.run
+    weights = args.weights
     # a text model is large: its weights are kept in the type of the arithmetic
     dtype = request.dtype if request.cfg.text_encoder else torch.float32
     ae_device = ae_device or device
@@ -749,12 +753,13 @@ def load_models(request: Request, run: Path | None, weights, ae_weights, lora, d
         print(f"{run}: {kind}, base {info['base']}, latents of {model.cfg.ae}")
     else:
         model, info = load_base(request.source, weights, device, dtype)
-    if lora:
-        left_out = load_peft(merge_lora(model), lora)
+    if args.lora:
+        left_out = load_peft(merge_lora(model), args.lora)
         without = f", without {', '.join(left_out)}, which are bound to another latent" if left_out else ""
-        print(f"{lora}: added{without}")
-    # a preset's autoencoder may lie beside its weights
-    file = ae_weights or info.get("ae_weights") or (ae_folder(base, weights) if base else None)
+        print(f"{args.lora}: added{without}")
+    file = args.ae_weights or args.base_ae_weights or info.get("ae_weights")
+    if base and not file:
+        file = ae_folder(base, weights)     # a preset's may lie beside its weights
     ae = load_autoencoder(model.cfg.ae, file, ae_dtype, ae_device)
     check_finite(model, request.source)
     check_finite(ae, model.cfg.ae)
@@ -906,15 +911,13 @@ def pick_model(run: str | None, base: str | None, ema: bool) -> tuple[Path | Non
     return file, cfg, info
 
 
-def main(argv=None):
-    args = parser().parse_args(argv)
-    reject(args.dataset and not args.out, "--dataset", "name its folder with --out DIR")
-    # whatever is wrong with the flags is found before any weights are read
-    device = device_here(args.device)
+def read_request(args) -> Request:
+    """What the flags ask for. Whatever is wrong with them raises a ValueError, before any weights are
+    read."""
     check_paths(args, "weights", "base_ae_weights", "ae_weights", "text_encoders", "lora")
     run, cfg, info = pick_model(args.run, args.base, not args.raw)
-    base = args.base or "tiny"
-    label = str(args.run or run or base)
+    source = str(run or args.base or "tiny")
+    label = args.run or source
     sampling = choose_sampling(
         cfg, num_steps=args.num_steps, cfg_scale=args.cfg_scale, guidance=args.guidance, sampler=args.sampler,
         shift=args.shift, batch=args.batch)
@@ -931,37 +934,48 @@ def main(argv=None):
         names = class_names(cfg, info)
         labels = parse_classes(args.classes, names, args.count or 8)
         titles = [names[k] for k in labels]
-    text_tokens = args.text_tokens or getattr(cfg, "text_tokens", None)
-    quant = check_quant(args, label, cfg, info)
-    request = Request(cfg, sampling, size, dtype_of(args), str(run or base), titles, args.seed, labels,
-                      args.negative, text_tokens, args.dataset, quant, is_quantised(info))
+    return Request(
+        cfg, sampling, size, dtype_of(args), source, run, label, titles, args.seed, labels,
+        negative=args.negative, text_tokens=args.text_tokens or getattr(cfg, "text_tokens", None),
+        dataset=args.dataset, quant=check_quant(args, label, cfg, info), quantised=is_quantised(info))
+
+
+def main(argv=None):
+    args = parser().parse_args(argv)
+    reject(args.dataset and not args.out, "--dataset", "name its folder with --out DIR")
+    device = device_here(args.device)
+    request = read_request(args)
     if args.dry_run:
         print(report(request, args.offload))
-        return
-    ae_weights = args.ae_weights or args.base_ae_weights
-    if args.export:
-        check_exportable(cfg, args.export)
-        model, ae = load_models(request, run, args.weights, ae_weights, args.lora, "cpu")
+    elif args.export:
+        check_exportable(request.cfg, args.export)
+        model, ae = load_models(request, args, "cpu")
         export(model, ae, args.export, args.text_encoders)
-        return
+    else:
+        draw(request, args, device)
+
+
+def draw(request: Request, args, device: torch.device):
+    """Load what the request needs, draw it, and write the pictures."""
+    own = request.run.parent / "samples" if request.run else f"runs/samples-{Path(request.source).name}"
+    out = Path(args.out or own)
+    check_writable(out)
 
     # text before the model: 10 GB of encoders are freed when it is loaded
-    out = Path(args.out or (run.parent / "samples" if run else f"runs/samples-{Path(base).name}"))
-    check_writable(out)
-    check_encoders(cfg.text_encoder, args.text_encoders)
-    folder = text_folder(label, cfg, args.text_encoders, args.weights)
+    encoder = request.cfg.text_encoder
+    check_encoders(encoder, args.text_encoders)
+    folder = text_folder(request.label, request.cfg, args.text_encoders, args.weights)
     batches = undrawn(request, out, folder)
     seconds = {}
     texts = None
-    if cfg.text_encoder and batches:
+    if encoder and batches:
         with timed(seconds, "text", device):
-            texts = cache_prompts(cfg.text_encoder, folder, titles, text_tokens, args.negative,
-                                  dtype=request.dtype, device=device)
+            texts = cache_prompts(encoder, folder, request.titles, request.text_tokens,
+                                  request.negative, dtype=request.dtype, device=device)
     # with --offload the Pipeline fetches each network for its part; what is quantised is fetched by blocks
     home = "cpu" if args.offload else device
     quantise = args.quant and batches
-    start_at = "cpu" if quantise else home
-    model, ae = load_models(request, run, args.weights, ae_weights, args.lora, start_at, home)
+    model, ae = load_models(request, args, "cpu" if quantise else home, home)
     weights = dict(weights=fingerprint(model), autoencoder=fingerprint(ae))
     request = replace(request, digest=short_hash(request.settings() | weights))
     if args.dataset:
@@ -974,15 +988,15 @@ def main(argv=None):
         with timed(seconds, "quantising", device):
             quantise_here(model, request, texts, device)
         model.to(home)
-    if quant:
-        print(f"{format_name(quant)}: {arithmetic(quant['form'], quant['activations'], device)}")
+    if request.quant:
+        form, inputs = request.quant["form"], request.quant["activations"]
+        print(f"{format_name(request.quant)}: {arithmetic(form, inputs, device)}")
 
-    # draw
     drawn = sum(map(len, batches))
-    speed = choose_speed(drawn, sampling, device, args.fast, args.offload)
+    speed = choose_speed(drawn, request.sampling, device, args.fast, args.offload)
     print(f"speed: {speed}")
     start = time.perf_counter()
-    pipeline = Pipeline(model, ae, sampling, size, request.dtype, device, speed)
+    pipeline = Pipeline(model, ae, request.sampling, request.size, request.dtype, device, speed)
     small = write_pictures(pipeline, request, batches, texts, out, seconds)
     total = time.perf_counter() - start + seconds.get("text", 0.0) + seconds.get("quantising", 0.0)
     # captions make a data set whole; anything else is looked at on one sheet
