@@ -1304,22 +1304,17 @@ DEFAULTS = {
 }
 
 
-def main(argv=None):
-    args = parser().parse_args(argv)
-    device = torch.device(device_here(args.device))
-    check_args(args)
-    pairs = [workloads(args.model, res) for res in sizes_of(args.model, args.res)]
-    # what was not given is the device's
-    is_flux = isinstance(BASES[args.model], FluxConfig)
+def settings_of(args, device: torch.device) -> Settings:
+    """How to time, by the flags; those that were not given get the device's values."""
     on_gpu = device.type == "cuda"
-    if is_flux and args.batches is None:
-        args.batches = [1, 2, 4] if on_gpu else []
     in_parts = args.against and not on_gpu
+    if args.batches is None and isinstance(BASES[args.model], FluxConfig):
+        args.batches = [1, 2, 4] if on_gpu else []
     for name, value in DEFAULTS["parts" if in_parts else device.type].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     compiler = dict(mode=args.compile_mode) if args.compile_mode else {}
-    settings = Settings(
+    return Settings(
         device=device,
         dtype=torch.bfloat16 if bf16_is_fast(device) and not in_parts else torch.float32,
         switches=tuple(s for s in switches_on(device) if s in args.switches),
@@ -1329,6 +1324,16 @@ def main(argv=None):
         warm=args.warm,
         seed=args.seed,
         models={"dc-gen": (1,), "base": (0,), None: (1, 0)}[args.only])
+
+
+def main(argv=None):
+    args = parser().parse_args(argv)
+    device = torch.device(device_here(args.device))
+    check_args(args)
+    pairs = [workloads(args.model, res) for res in sizes_of(args.model, args.res)]
+    settings = settings_of(args, device)
+    on_gpu = settings.on_gpu
+    in_parts = args.against and not on_gpu
     torch.manual_seed(args.seed)
     torch.backends.cudnn.benchmark = on_gpu                          # shapes are fixed
 
@@ -1363,7 +1368,7 @@ def main(argv=None):
         if args.train:
             recipe = RECIPES[base.cfg.recipe]
             plans = [recipe.stage1, recipe.stage2, recipe.stage3]
-            batch = args.train_batch or (1 if is_flux else 16)
+            batch = args.train_batch or (1 if isinstance(base.cfg, FluxConfig) else 16)
             keep("train", train_rows(pair, plans, batch, settings))
             memory = training_memory(dc.cfg, batch, dc.grid, recipe.rank)
             keep("memory", [dict(work=dc.name, res=dc.res, batch=batch) | memory])
