@@ -153,14 +153,16 @@ class Experiment:
         plan = getattr(self.recipe, f"stage{stage}")
         return max(1, round(self.args.steps * plan.steps))
 
-    def align(self, seed: int, name: str, *flags) -> Path:
-        """A finished run of align.py with these flags."""
+    def align(self, seed: int, name: str, *flags, joint: bool = False) -> Path:
+        """A finished run of align.py with these flags. joint: with the few joint steps of a recipe that can
+        do without; the tables' are of the closed forms alone."""
         p = align.parser()
         samples = max(1, round(self.args.steps * p.get_default("head_samples")))
-        # where the recipe can do with few joint steps, tables are of the closed forms alone
-        by_adamw = self.recipe.joint_steps is None or "adamw" in (*self.flags, *flags)
+        steps = self.steps(2)
+        if self.recipe.joint_steps is not None and "adamw" not in (*self.flags, *flags):
+            steps = max(1, round(self.args.steps * self.recipe.joint_steps)) if joint else 0
         own = ["--count", 0, "--previews", 0, "--head-samples", samples,
-               "--stage1-steps", self.steps(1), "--stage2-steps", self.steps(2) if by_adamw else 0]
+               "--stage1-steps", self.steps(1), "--stage2-steps", steps]
         run = self.run_folder(seed, name)
         if not is_finished(run):
             self.train(align.main, p, run, seed, own, flags)

@@ -6,7 +6,8 @@
     autoencoders  the bundled ones know procedural pictures and blur photographs, so they learn these too
     classifier    of these pictures, at 64 px: its 128 features are the space of the Frechet distance
     base          from random numbers, at one size, then at two: stage 1 reads its embeddings of small ones
-    every seed    align.py; LoRA by finetune.py; "not aligned", LoRA without alignment of as many steps in all
+    every seed    align.py, by its closed forms alone and as a whole; LoRA by finetune.py; "not aligned", LoRA
+                  without alignment of as many steps in all
 
 Real pictures that nothing has learned from ("unseen"), and their reconstructions, are scored as drawn ones
 are: a floor for the distance, and how often the classifier itself is right. All rows have as many pictures,
@@ -217,11 +218,13 @@ def main(argv=None):
         score_real(x, row, unseen, ae)
     data = ("--images", images, "--flip", "--ae-weights", deep, "--cache", x.folder / "cache")
     for seed in x.seeds():
-        aligned = x.align(seed, "aligned", *data)
+        solved = x.align(seed, "closed-forms", *data)
+        aligned = x.align(seed, "aligned", *data, joint=True)
         lora = x.finetune(seed, "aligned-lora", x.steps(3), "--init", aligned, *data)
         noalign = x.finetune(seed, "noalign-lora", total_steps(lora), "--init", "base", *data)
         runs = {
             "base": None,
+            "closed forms, trunk frozen": solved,
             "aligned, trunk frozen": aligned,
             "aligned, LoRA": lora,
             "not aligned, LoRA": noalign,

@@ -96,13 +96,14 @@ def test_the_line_is_resumed_where_it_was_killed_and_ends_in_a_table(small, monk
     rows = {row["row"]: row for row in result()["rows"]}
     assert list(rows) == [
         "unseen", "unseen, base's autoencoder", "unseen, deep autoencoder",
-        "base", "aligned, trunk frozen", "aligned, LoRA", "not aligned, LoRA"]
+        "base", "closed forms, trunk frozen", "aligned, trunk frozen", "aligned, LoRA", "not aligned, LoRA"]
     for row in rows.values():
         assert all(math.isfinite(value) for value in row.values() if not isinstance(value, str))
         assert 0 <= row["accuracy"] <= 1 and row["frechet"] > 0
     # each stage was worth its steps, and both ways to the end have as many
-    assert rows["not aligned, LoRA"]["steps"] == rows["aligned, LoRA"]["steps"] == 4
-    assert rows["aligned, trunk frozen"]["steps"] == 2
+    assert rows["not aligned, LoRA"]["steps"] == rows["aligned, LoRA"]["steps"] == 5
+    assert rows["closed forms, trunk frozen"]["steps"] == 2
+    assert rows["aligned, trunk frozen"]["steps"] == 3
     assert {"gap", "val_loss"} <= rows["aligned, LoRA"].keys()
     assert Path("table/photographs.png").is_file()
 
