@@ -60,7 +60,7 @@ def main(argv=None):
                    help="10^12 operations a second of the GPU (default 989: an H100's dense bf16)")
     args = p.parse_args(argv)
     print(f"aligning {args.base}, GPU-hours at {args.efficiency:.0%} of {args.peak:g} TFLOP/s, "
-          f"{args.text_tokens} text tokens; the paper's FLUX took about 37 H100-hours")
+          f"{args.text_tokens} text tokens; the paper gives 40 H100-days for all stages")
     for res in args.res:
         hours = {}
         for part, flops in count_alignment(args.base, res, args.text_tokens).items():

@@ -1,7 +1,7 @@
 """How the bundled weights were made: from random numbers and procedural pictures, so they carry no
 photograph's licence.
 
-    python experiments/make_weights.py                   all of them, about 5 hours on two CPU cores
+    python experiments/make_weights.py                   all of them, about 6 hours on two CPU cores
     python experiments/make_weights.py --only kl dc      some of them
     python experiments/make_weights.py --install         the finished ones take the place of those in weights/
     python experiments/make_weights.py --only classifier --images DIR --classifier FILE     of your pictures
