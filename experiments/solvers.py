@@ -3,9 +3,10 @@
     python experiments/solvers.py
     python experiments/solvers.py --base tiny-flux --seeds 0
 
-Stage 1, then the head alone, then both stages. Seconds are those of the solving, with its data, without
-loading, validation and scores. `loss` is stage 1's, or the flow's on the noisy samples of the head;
-val_loss is the flow's on unseen pictures.
+Stage 1, then the head alone, then both stages, the joint phase by the flow loss alone or, where the recipe
+holds Eq. 1, with that beside it. Seconds are those of the solving, with its data, without loading, validation
+and scores. `loss` is stage 1's, or the flow's on the noisy samples of the head; val_loss is the flow's on
+unseen pictures.
 """
 
 import json
@@ -129,11 +130,13 @@ def compare_head(x: Experiment, seed: int):
 def compare_both(x: Experiment, seed: int):
     ways = {
         "both, closed form": ("--stage2-steps", 0),
-        "both, closed form, joint phase": ("--stage2-steps", x.steps(2)),
-        "both, AdamW, joint phase": ("--solver", "adamw"),
+        "both, closed form, joint phase": ("--stage2-steps", x.steps(2), "--hold", 0),
+        "both, AdamW, joint phase": ("--solver", "adamw", "--hold", 0),
     }
+    if x.recipe.hold:
+        ways["both, closed form, Eq. 1 held"] = ("--stage2-steps", x.steps(2), "--hold", x.recipe.hold)
     for row, flags in ways.items():
-        solved = Solved(x, seed, row.replace(", ", "-").replace(" ", "-"), *flags)
+        solved = Solved(x, seed, row.replace(", ", "-").replace(" ", "-").replace(".", ""), *flags)
 
         def rows(solved=solved):
             found = {"seconds": solved.seconds(), "val_loss": solved.last["val_loss"]}
@@ -164,7 +167,8 @@ def main(argv=None):
     p = parser(__doc__, NAME)
     p.add_argument("--head-lr", type=positive, default=3e-3,
                    help="learning rate of the head alone by AdamW (default 3e-3)")
-    sets = ("--solver", "--head-samples", "--head-only", "--schedule", "--final-adaln", "--no-final-adaln")
+    sets = ("--solver", "--head-samples", "--head-only", "--schedule", "--final-adaln", "--no-final-adaln",
+            "--hold")
     x = Experiment(NAME, p, argv, sets)
     for seed in x.seeds():
         compare_stage1(x, seed)

@@ -183,12 +183,13 @@ def test_solvers_are_compared_by_sample_and_second(base):
     solvers.main([*CLASSES, "--steps", "0.002"])
     rows = result("solvers")["rows"]
     names = ["stage 1, closed form", "stage 1, AdamW", *["head, closed form"] * 3, "head, AdamW",
-             "both, closed form", "both, closed form, joint phase", "both, AdamW, joint phase"]
+             "both, closed form", "both, closed form, joint phase", "both, AdamW, joint phase",
+             "both, closed form, Eq. 1 held"]
     assert rows_of("solvers") == names
     assert all(row["seconds"] > 0 and "val_loss" in row for row in rows)
     # 8 pictures; a step of 64; 2048, 8192 and 32768 times 0.002; steps of 4
     assert [row.get("samples") for row in rows[:6]] == [8, 64, 4, 16, 66, 64]
-    assert [row.get("steps") for row in rows[6:]] == [4, 6, 3]
+    assert [row.get("steps") for row in rows[6:]] == [4, 6, 3, 6]
     assert len(result("solvers")["head by AdamW"]["0"]) > 2
 
 
