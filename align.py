@@ -641,9 +641,11 @@ def settled_plans(recipe: Recipe, args) -> tuple[Plan, Plan]:
         raise ValueError(f"--match {args.match} has no closed form here; use --solver adamw")
     if head_is_solved(args) and args.stage2_steps is None:
         args.stage2_steps = recipe.joint_steps
+    if args.hold and args.head_only:
+        raise ValueError(f"--hold {args.hold:g}: with --head-only nothing learns from Eq. 1; leave one out")
     if args.hold is None:
-        # what stage 1 has not reached is not to be held
-        reached = head_is_solved(args) and args.stage1_steps != 0 and not args.head_only
+        # what stage 1 has not reached is not to be held; a run from before this flag goes on without it
+        reached = head_is_solved(args) and args.stage1_steps != 0 and not args.head_only and not args.resume
         args.hold = recipe.hold if reached else 0.0
     stage1 = planned(recipe.stage1, args, steps="stage1_steps", lr="lr1")
     stage2 = planned(recipe.stage2, args, steps="stage2_steps", lr="lr2", **PLAN_FLAGS)

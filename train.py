@@ -113,6 +113,8 @@ def train(run: "Run", name: str, model: nn.Module, named: list[tuple[str, nn.Par
 
     state = TrainState(run, name, named, ema, optimizer)
     first = state.load()
+    if first > plan.steps:
+        raise ValueError(f"{state.file} is of step {first}, and this run has {plan.steps}; take another --out")
     # as many microbatches as the run began with, and a whole number of them for every rank
     state.microbatches = math.ceil(max(plan.accumulate, state.microbatches) / world_size) * world_size
     if state.microbatches > plan.batch:
@@ -599,7 +601,8 @@ class Run:
         if get_rank() == 0:
             settings = dict(script=script, flags=vars(args), facts=facts, versions=versions(), finished=False)
             write_json(self.folder / "config.json", settings)
-        given = [f"{key} {value}" for key, value in vars(args).items() if value not in (None, False)]
+        given = [f"{key} {value}" for key, value in vars(args).items()
+                 if value is not None and value is not False]
         print(f"{self.folder}: {', '.join(given)}; {versions()}")
 
     def log(self, row: dict):

@@ -27,7 +27,7 @@ from experiments.harness import Judge
 from experiments.make_weights import AE_PLAN, FLAGS, MODEL, train_autoencoder
 from flags import Parser, add_device_arg, at_least, device_here, run_main
 from model import BASES, to_deep_model
-from train import Plan, has_state, is_finished
+from train import Plan, has_state, is_finished, read_settings
 
 NAMES = ("narrow", "rich")
 RICH = "tiny-kl-f8c16"
@@ -71,19 +71,25 @@ def begin_rich(one_size: str, ae_weights: Path, file: Path) -> Path:
     return file
 
 
+def check_made(run: Path, flags: dict):
+    """ValueError for a run of other settings than these."""
+    made = read_settings(run)["flags"]
+    for key in ("train_steps", "lr", "shift"):
+        if key in flags and made[key] != flags[key]:
+            raise ValueError(f"{run} was made with {key} {made[key]}, not {flags[key]}; give another --out")
+
+
 def make_base(name: str, one_size: str | None, out: Path, device: str) -> Path:
     """The finished run of a base, in a folder of `out`."""
     run = out / name
-    if is_finished(run):
-        return run
-    if name == "narrow":
-        flags = NARROW.split()
-    else:
-        start = out / "rich-start.safetensors"
-        if not start.exists():
-            begin_rich(one_size, make_rich_autoencoder(out, device), start)
-        flags = ["--init", start, *RICH_TUNING.split()]
+    start = out / "rich-start.safetensors"
+    flags = NARROW.split() if name == "narrow" else ["--init", start, *RICH_TUNING.split()]
     flags += ["--previews", 0, "--out", run, "--device", device]
+    if is_finished(run):
+        check_made(run, finetune.parser().typed(list(map(str, flags))))
+        return run
+    if name == "rich" and not start.exists():
+        begin_rich(one_size, make_rich_autoencoder(out, device), start)
     if has_state(run):
         flags += ["--resume"]
     finetune.main(list(map(str, flags)))

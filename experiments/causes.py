@@ -274,7 +274,7 @@ def main(argv=None):
             experiment = Experiment(row, find_base(args, row.base, name), pictures, seed, dtype)
             experiment.solve(head_samples=2 * args.pictures)
             if row.steps:
-                experiment.train(Run(out / f"{name}-{seed}"))
+                experiment.train(Run(out / f"{name}-{row.steps}-steps-{pictures}-pictures-{seed}"))
             scores, images = experiment.score(metrics, args.count)
             rows.append({"row": name, "seed": seed, **scores})
             cells = [f"{key} {value:.3f}" for key, value in scores.items()]

@@ -158,14 +158,18 @@ class Experiment:
         do without; the tables' are of the closed forms alone."""
         p = align.parser()
         samples = max(1, round(self.args.steps * p.get_default("head_samples")))
+        own = ["--count", 0, "--previews", 0, "--head-samples", samples, "--stage1-steps", self.steps(1)]
+        given = p.parse_args(list(map(str, [*own, *known_flags(p, self.flags, ()), *flags])))
         steps = self.steps(2)
-        if self.recipe.joint_steps is not None and "adamw" not in (*self.flags, *flags):
+        if self.recipe.joint_steps is not None and align.head_is_solved(given):
             steps = max(1, round(self.args.steps * self.recipe.joint_steps)) if joint else 0
-        own = ["--count", 0, "--previews", 0, "--head-samples", samples,
-               "--stage1-steps", self.steps(1), "--stage2-steps", steps]
+        if given.stage2_steps is None:
+            flags += ("--stage2-steps", steps)
         run = self.run_folder(seed, name)
         if not is_finished(run):
             self.train(align.main, p, run, seed, own, flags)
+        elif given.stage2_steps is None and read_settings(run)["flags"]["stage2_steps"] != steps:
+            raise ValueError(f"{run} was made with other steps of stage 2 than {steps}; give another --out")
         return run
 
     def finetune(self, seed: int, name: str, steps: int, *flags, main=finetune.main) -> Path:

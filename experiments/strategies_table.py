@@ -55,7 +55,7 @@ def train_way(x: Experiment, seed: int, way: str) -> Path:
         case "joint-lora" | "held-lora":
             hold = (x.recipe.hold or 10.0) if way == "held-lora" else 0.0
             init = x.align(seed, way.replace("lora", "aligned"), "--stage2-steps", half, "--hold", hold)
-            return x.finetune(seed, way, last - half, "--init", init)
+            return x.finetune(seed, way, total - total_steps(init), "--init", init)
         case "aligned-lora":
             return x.finetune(seed, way, last, "--init", aligned)
 
@@ -64,11 +64,11 @@ def main(argv=None):
     p = parser(__doc__, NAME)
     p.add_argument("--ratio", type=positive, default=3.0,
                    help="layer-wise rates: that of the last layer over that of the first (default 3)")
-    p.add_argument("--only", nargs="+", choices=WAYS, metavar="WAY", default=list(WAYS),
+    p.add_argument("--only", nargs="+", choices=WAYS, metavar="WAY",
                    help=f"of {', '.join(WAYS)} (default all)")
     x = Experiment(NAME, p, argv, sets=("--solver", "--tune", "--compile", "--hold"))
     for seed in x.seeds():
-        runs = {"base": None} | {WAYS[way]: train_way(x, seed, way) for way in x.args.only}
+        runs = {"base": None} | {WAYS[way]: train_way(x, seed, way) for way in x.args.only or WAYS}
         x.score_all(seed, runs)
     x.show()
 

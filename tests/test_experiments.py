@@ -302,6 +302,9 @@ def test_bases_differ_in_one_thing(tmp_path, monkeypatch):
     # finished ones are scored again, not trained
     monkeypatch.setattr(finetune, "main", None)
     bases.main(["--only", "rich", *small])
+    with monkeypatch.context() as m, pytest.raises(ValueError, match="rich was made with train_steps 2, not 3"):
+        m.setattr(bases, "RICH_TUNING", f"--tune full {few}".replace("steps 2", "steps 3"))
+        bases.main(["--only", "rich", *small])
     causes.main(["--only", "rich", "--pictures", "64", "--count", "8"])
     row, = json.loads(Path("runs/causes/causes.json").read_text())["rows"]
     assert row["row"] == "rich" and 0 < row["gap"] < 2

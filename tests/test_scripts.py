@@ -12,11 +12,12 @@ import align
 import evaluate
 import finetune
 import sample
-from checkpoints import load_autoencoder, load_run, newest_run, read_tensors
+from checkpoints import load_autoencoder, load_run, newest_run, read_tensors, write_json
 from data import ImageFolder
 from helpers import ROOT, WORDS_FLAGS, tiny_base, words_base  # noqa: F401
 from lora import merge_lora
 from shapes import SHAPES
+from test_trust import interrupted
 from train import Plan, read_settings
 
 QUICK = ["--pictures", "64", "--batch", "8", "--previews", "0", "--device", "cpu", "--dtype", "fp32"]
@@ -88,6 +89,19 @@ def test_stage_2_holds_the_embedder_near_eq_1(aligned):
     assert head == solved[0] and held - head < 0.5 * (free - head)
     settings = [read_settings(f"runs/{name}")["flags"]["hold"] for name in gaps]
     assert settings == [align.TINY.hold, 0, 0]
+    with pytest.raises(ValueError, match="--hold 3: with --head-only nothing learns from Eq. 1"):
+        align.main([*QUICK, "--head-only", "--hold", "3"])
+
+
+def test_a_run_from_before_hold_goes_on_without_it(aligned, monkeypatch):
+    flags = ["--head-samples", "64", "--stage2-steps", "4", "--count", "0", "--out", "runs/old"]
+    with interrupted(monkeypatch, after=2):
+        align.main([*QUICK, *flags])
+    settings = read_settings("runs/old")
+    assert settings["flags"].pop("hold") == align.TINY.hold
+    write_json("runs/old/config.json", settings)
+    align.main(["--resume", "--out", "runs/old", "--device", "cpu"])
+    assert read_settings("runs/old")["flags"]["hold"] == 0
 
 
 def test_the_numbers_of_table_7_are_flags(aligned, monkeypatch):

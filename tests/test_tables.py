@@ -61,6 +61,23 @@ def rows_of(name: str) -> list[str]:
     return [row["row"] for row in found["rows"]]
 
 
+@pytest.mark.parametrize("flags, joint, steps", [
+    ([], False, 0),
+    ([], True, 3),
+    (["--solver=adamw"], False, 10),
+    (["--head-samples", "0"], False, 10),
+])
+def test_stage_2_trains_what_is_not_solved(flags, joint, steps, base):
+    p = harness.parser("", "alone")
+    x = harness.Experiment("alone", p, [*CLASSES, "--steps", "0.01", *flags])
+    run = x.align(0, "aligned", joint=joint)
+    assert train.read_settings(run)["flags"]["stage2_steps"] == steps
+    assert x.align(0, "aligned", joint=joint) == run                 # finished
+    if not flags:
+        with pytest.raises(ValueError, match="seed-0/aligned was made with other steps of stage 2"):
+            x.align(0, "aligned", joint=not joint)
+
+
 # ---- each of them --------------------------------------------------------------------------------
 
 def test_the_strategies_have_equal_steps(base):

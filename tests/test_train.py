@@ -177,6 +177,12 @@ def test_a_killed_run_resumes_to_the_same_numbers(tmp_path, ema, call):
         assert_equal_weights(straight, resumed)
 
 
+def test_a_state_of_more_steps_is_not_taken_for_fewer(tmp_path):
+    run_train(tmp_path, steps=4)
+    with pytest.raises(ValueError, match="train.state.safetensors is of step 4, and this run has 3"):
+        run_train(tmp_path, steps=3)
+
+
 def test_a_run_killed_while_it_saves_resumes_from_the_state_before(tmp_path, monkeypatch):
     import checkpoints
     straight, _, log, _ = run_train(tmp_path / "a")
