@@ -114,7 +114,8 @@ def train(run: "Run", name: str, model: nn.Module, named: list[tuple[str, nn.Par
     state = TrainState(run, name, named, ema, optimizer)
     first = state.load()
     if first > plan.steps:
-        raise ValueError(f"{state.file} is of step {first}, and this run has {plan.steps}; take another --out")
+        raise ValueError(f"{state.file} is of step {first}, and this run has {plan.steps}; "
+                         "give another --out")
     # as many microbatches as the run began with, and a whole number of them for every rank
     state.microbatches = math.ceil(max(plan.accumulate, state.microbatches) / world_size) * world_size
     if state.microbatches > plan.batch:

@@ -302,7 +302,8 @@ def test_bases_differ_in_one_thing(tmp_path, monkeypatch):
     # finished ones are scored again, not trained
     monkeypatch.setattr(finetune, "main", None)
     bases.main(["--only", "rich", *small])
-    with monkeypatch.context() as m, pytest.raises(ValueError, match="rich was made with train_steps 2, not 3"):
+    other = "rich was made with train_steps 2, not 3"
+    with monkeypatch.context() as m, pytest.raises(ValueError, match=other):
         m.setattr(bases, "RICH_TUNING", f"--tune full {few}".replace("steps 2", "steps 3"))
         bases.main(["--only", "rich", *small])
     causes.main(["--only", "rich", "--pictures", "64", "--count", "8"])
