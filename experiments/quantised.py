@@ -36,6 +36,7 @@ from evaluate import plot
 from experiments.harness import Experiment, Judge, parser
 from experiments.strategies import known_flags
 from flags import at_least, guidance_of, run_main, with_guidance
+from lora import merge_lora
 from model import Flux, FluxConfig, Sampling, Text
 from quant import FORMATS, calibration_batch, calibration_condition, quantise_model, quantised_layers
 from sample import integrate, save_grid, time_grid
@@ -170,7 +171,8 @@ class QuantisedJudge(Judge):
     made = (None, None)                     # the last one, by run, way and seed
 
     def plain(self, run: Path | None) -> tuple:
-        return super().load(run)
+        model, info, ae = super().load(run)
+        return merge_lora(model), info, ae                           # what is quantised is whole layers
 
     def load(self, run: Path | None) -> tuple:
         model, info, ae = self.plain(run)

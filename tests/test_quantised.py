@@ -7,12 +7,14 @@ import pytest
 import torch
 from torch import nn
 
+import finetune
 from experiments import quantised
 from experiments.quantised import layer_error, outlier_model, path_error, random_text, relative, ways
 from helpers import words_base  # noqa: F401
 from quant import calibration_batch, quantise_model
 from test_tables import WORDS, quick, rows_of  # noqa: F401
 
+OF_A_MODEL = ["bf16", "FP8", "W4A16", "W4A16, smoothed", "W4A4", "W4A4, smoothed"]
 
 
 def test_every_way_of_every_model_is_a_row(words_base, monkeypatch, capsys):  # noqa: F811
@@ -20,8 +22,7 @@ def test_every_way_of_every_model_is_a_row(words_base, monkeypatch, capsys):  # 
     monkeypatch.setattr(quantised, "STEPS", 2)
     flags = [*WORDS, "--ranks", "2", "--width", "32"]
     quantised.main(flags)
-    of_a_model = ["bf16", "FP8", "W4A16", "W4A16, smoothed", "W4A4", "W4A4, smoothed"]
-    assert rows_of("quantised") == [f"{model}: {row}" for model in ("base", "outliers") for row in of_a_model]
+    assert rows_of("quantised") == [f"{model}: {row}" for model in ("base", "outliers") for row in OF_A_MODEL]
     rows = json.loads(Path("table/quantised.json").read_text())["rows"]
     assert [row.get("rank") for row in rows] == 2 * [None, None, 2, 2, 2, 2]
     for row in rows:
@@ -36,6 +37,18 @@ def test_every_way_of_every_model_is_a_row(words_base, monkeypatch, capsys):  # 
     quantised.main(flags)
     assert Path("table/quantised.json").stat().st_mtime_ns == before
     assert "outliers: W4A4, smoothed" in capsys.readouterr().out
+
+
+def test_a_converted_run_is_quantised_with_its_lora(words_base, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(quantised, "CALIBRATION", 2)
+    monkeypatch.setattr(quantised, "STEPS", 2)
+    few = ("--base test-words --init base --train-steps 1 --pictures 8 --batch 4 --previews 0 --dtype fp32 "
+           "--device cpu --out tuned")
+    finetune.main(few.split())
+    quantised.main([*WORDS, "--ranks", "2", "--only", "models", "--run", "tuned"])
+    assert rows_of("quantised")[6:] == [f"run: {row}" for row in OF_A_MODEL]
+    rows = json.loads(Path("table/quantised.json").read_text())["rows"]
+    assert all(row["layer_error"] > 0.005 for row in rows[7:])
 
 
 def test_the_blocks_have_outliers_which_smoothing_takes_away():
