@@ -653,6 +653,7 @@ def settled_plans(recipe: Recipe, args) -> tuple[Plan, Plan]:
 
 
 def head_is_solved(args) -> bool:
+    """Whether stage 2 begins from the head's closed form."""
     return args.solver == "closed-form" and args.head_samples > 0
 
 

@@ -30,12 +30,12 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))      # the rooms lie beside this folder
 import evaluate
 from bench import init_random_
-from checkpoints import read_base_config
+from checkpoints import read_run_config, run_file
 from data import text_folder
 from evaluate import plot
 from experiments.harness import Experiment, Judge, parser
 from experiments.strategies import known_flags
-from flags import at_least, guidance_of, run_main, with_guidance
+from flags import at_least, check_paths, guidance_of, run_main, with_guidance
 from lora import merge_lora
 from model import Flux, FluxConfig, Sampling, Text
 from quant import FORMATS, calibration_batch, calibration_condition, quantise_model, quantised_layers
@@ -249,8 +249,9 @@ def main(argv=None):
     x = QuantisedTable(NAME, p, argv)
     if x.args.width % 32:
         raise ValueError(f"--width {x.args.width}: a multiple of 32, for heads of 32 or 128")
+    check_paths(x.args, "run")
     if x.args.run:
-        read_base_config(x.args.run)                                 # raises if it is none
+        read_run_config(run_file(x.args.run))                        # raises if it is none
     runs = {"base": None} | ({"run": Path(x.args.run)} if x.args.run else {})
     found = ways(x.args.form, x.args.ranks)
 

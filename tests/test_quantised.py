@@ -95,7 +95,7 @@ def test_errors_by_hand():
 
 @pytest.mark.parametrize("flags, message", [
     (["--width", "100"], "--width 100: a multiple of 32"),
-    (["--run", "nope"], "--base nope: not a preset"),
+    (["--run", "nope"], "--run nope: no such file or folder"),
     (["--tune", "full", "--bach"], "unrecognised --bach"),
 ])
 def test_a_wrong_flag_is_refused_before_anything_is_made(flags, message, words_base):  # noqa: F811

@@ -747,3 +747,25 @@ def test_a_data_set_of_other_settings_is_refused(draw_set, words_base):
     Path("x/dataset.json").unlink()
     with pytest.raises(ValueError, match="x holds pictures already; give another --out"):
         draw_set(4)
+
+
+@pytest.mark.parametrize("flags, wanted", [
+    (["--ae-weights", "own"], "own"),
+    (["--base-ae-weights", "base"], "base"),
+    (["--ae-weights", "own", "--base-ae-weights", "base"], "own"),
+    ([], None),
+])
+def test_the_autoencoder_is_of_the_file_that_was_named(flags, wanted, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("own", "base"):
+        Path(name).touch()
+    load = sample.load_autoencoder
+    read = []
+
+    def note(name, file, *args):
+        read.append(file)
+        return load(name, None, *args)
+
+    monkeypatch.setattr(sample, "load_autoencoder", note)
+    sample.main(["--base", "tiny", "--count", "1", "--num-steps", "1", "--device", "cpu", *flags])
+    assert [file and Path(file).name for file in read] == [wanted]
