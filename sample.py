@@ -988,9 +988,9 @@ def draw(request: Request, args, device: torch.device):
         with timed(seconds, "quantising", device):
             quantise_here(model, request, texts, device)
         model.to(home)
-    if request.quant:
-        form, inputs = request.quant["form"], request.quant["activations"]
-        print(f"{format_name(request.quant)}: {arithmetic(form, inputs, device)}")
+    quant = request.quant
+    if quant:
+        print(f"{format_name(quant)}: {arithmetic(quant['form'], quant['activations'], device)}")
 
     drawn = sum(map(len, batches))
     speed = choose_speed(drawn, request.sampling, device, args.fast, args.offload)
